@@ -1,0 +1,52 @@
+// Argument checks shared by the binding files.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace xfast {
+
+namespace py = pybind11;
+
+using I32 = py::array_t<int32_t, py::array::c_style>;
+using I64 = py::array_t<int64_t, py::array::c_style>;
+using F32 = py::array_t<float, py::array::c_style>;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw py::value_error(message);
+}
+
+// Throws unless `array` is C-contiguous with the given shape (-1 = any size).
+inline void require_array(const py::array& array, const char* name, const std::vector<int64_t>& shape) {
+  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size()) && (array.flags() & py::array::c_style) != 0;
+  for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || array.shape(i) == shape[i];
+  if (same) return;
+  std::string wanted, got;
+  for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + (size < 0 ? "n" : std::to_string(size));
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) got += (i ? ", " : "") + std::to_string(array.shape(i));
+  throw py::value_error(std::string(name) + ": expected a contiguous array of shape (" + wanted + "), got (" + got + ")");
+}
+
+inline TableView table_view(const py::array& array, const char* name) {
+  const char kind = array.dtype().kind();
+  const auto size = array.dtype().itemsize();
+  if (kind == 'f' && size == 4) return {array.data(), TableType::kF32};
+  if (kind == 'f' && size == 2) return {array.data(), TableType::kF16};
+  if (kind == 'u' && size == 2) return {array.data(), TableType::kBf16};
+  throw py::value_error(std::string(name) + ": expected float32, float16 or uint16 (bf16 bits) values");
+}
+
+inline Precision precision_of(const std::string& name) {
+  if (name == "fp32") return Precision::kFp32;
+  if (name == "bf16") return Precision::kBf16;
+  if (name == "int8") return Precision::kInt8;
+  throw py::value_error("precision: expected fp32, bf16 or int8, got " + name);
+}
+
+}  // namespace xfast

@@ -1,0 +1,322 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "forward.h"
+#include "thread_pool.h"
+
+namespace xfast {
+namespace {
+
+// One thread's part of a forward call. Comments give the phases of a layer; forward.h explains the two modes.
+class Worker {
+ public:
+  Worker(const Encoder& encoder, const ForwardArgs& args, const ForwardPlan& plan, const Member& member)
+      : encoder_(encoder),
+        shape_(encoder.shape()),
+        kernels_(encoder.kernels()),
+        precision_(encoder.precision()),
+        args_(args),
+        plan_(plan),
+        member_(member),
+        head_panels_(shape_.head_dim % kPanel == 0) {}
+
+  void run() {
+    embed();
+    const bool select = plan_.selected.rows > 0;
+    for (int64_t l = 0; l < args_.layers; ++l) {
+      const Layer& layer = encoder_.layers()[l];
+      const bool last = l + 1 == args_.layers;
+      if (select && last) {
+        selected_layer(layer, plan_.qkv[l % 2]);
+        return copy_out(plan_.selected);
+      }
+      qkv(layer, plan_.qkv[l % 2]);
+      attend(plan_.all, plan_.qkv[l % 2], plan_.qkv[l % 2], 3 * shape_.hidden);
+      finish_layer(plan_.all, layer, last ? nullptr : &encoder_.layers()[l + 1]);
+      keep_hidden_state(l + 1);
+    }
+    if (!select) return copy_out(plan_.all);
+    sync();  // no layer ran: the wanted rows are rows of the embeddings
+    for (int64_t i = member_.id; i < plan_.selected.rows; i += member_.count)
+      copy_row(args_.out + i * shape_.hidden, plan_.all.x + args_.rows[i] * shape_.hidden);
+  }
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+  Range share(int64_t begin, int64_t end) const {
+    const int64_t n = end - begin;
+    return {begin + n * member_.id / member_.count, begin + n * (member_.id + 1) / member_.count};
+  }
+  void sync() const { member_.barrier->wait(); }
+  void sync(const RowSet& set) const {
+    if (set.by_columns) sync();
+  }
+  void copy_row(float* to, const float* from) const { std::memcpy(to, from, shape_.hidden * sizeof(float)); }
+
+  // This thread's rows of a block (rows mode: all of them), relative to the block.
+  Range rows_of(const RowSet& set, const Block& block) const {
+    return set.by_columns ? share(0, block.end - block.begin) : Range{0, block.end - block.begin};
+  }
+  template <class F>
+  void for_blocks(const RowSet& set, F&& body) const {
+    for (const Block& block : set.blocks)
+      if (set.by_columns || block.owner == member_.id) body(block);
+  }
+  int scratch(const RowSet& set) const { return set.by_columns ? 0 : member_.id; }
+
+  void embed() const {
+    const RowSet& set = plan_.all;
+    const TableView* tables = encoder_.tables();
+    const Norm& norm = encoder_.embedding_norm();
+    for_blocks(set, [&](const Block& block) {
+      const Range rows = rows_of(set, block);
+      kernels_.embed({tables[0], tables[1], tables[2], args_.ids, args_.embeds, args_.position_ids, args_.type_ids, set.x,
+                      shape_.hidden, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
+      normalize(set, block, rows, norm);
+    });
+    sync(set);
+    keep_hidden_state(0);
+  }
+
+  void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
+    kernels_.layer_norm({precision_, set.x + block.begin * shape_.hidden, shape_.hidden, rows.begin, rows.end,
+                         shape_.hidden, norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
+  }
+
+  // Output panels [begin, end) of linear(block's operand) -> out (row 0 = the block's first row).
+  void multiply(const Block& block, const Operand& a, const PackedLinear& linear, Range panels, Epilogue epilogue,
+                float* out, int64_t ldo, const PackedLinear* next, const Operand& out_operand = {}) const {
+    if (panels.begin >= panels.end) return;
+    GemmArgs gemm{precision_, a, block.end - block.begin, linear.view(), panels.begin, panels.end, epilogue, out, ldo,
+                  out, ldo, out_operand, nullptr, 0};
+    if (next != nullptr) {
+      const LinearView view = next->view();
+      gemm.next = view.data + first_panel(*next) * view.chunks * kPanelChunkBytes;
+      gemm.next_bytes = view.chunks * kPanelChunkBytes;
+    }
+    kernels_.gemm(gemm);
+  }
+  int64_t first_panel(const PackedLinear& linear) const {
+    return plan_.all.by_columns ? share(0, panels_for(linear.out_features())).begin : 0;
+  }
+  Range panels_of(const RowSet& set, const PackedLinear& linear) const {
+    const int64_t panels = panels_for(linear.out_features());
+    return set.by_columns ? share(0, panels) : Range{0, panels};
+  }
+
+  // Phase 1: queries, keys and values of all rows -> out [T, 3 hidden].
+  void qkv(const Layer& layer, float* out) const {
+    const RowSet& set = plan_.all;
+    const int64_t ld = 3 * shape_.hidden;
+    for_blocks(set, [&](const Block& block) {
+      float* dst = out + block.begin * ld;
+      if (!set.by_columns || !head_panels_) {
+        multiply(block, block.operand, layer.qkv, panels_of(set, layer.qkv), Epilogue::kBias, dst, ld,
+                 &layer.attention_out);
+        return;
+      }
+      // Split by head: each thread then attends to just the heads that it computed.
+      const Range heads = share(0, shape_.heads);
+      const int64_t per_head = shape_.head_dim / kPanel, section = shape_.hidden / kPanel;
+      for (int64_t s = 0; s < 3; ++s)
+        multiply(block, block.operand, layer.qkv, {s * section + heads.begin * per_head, s * section + heads.end * per_head},
+                 Epilogue::kBias, dst, ld, s == 2 ? &layer.attention_out : nullptr);
+    });
+    if (!set.by_columns || !head_panels_) sync();
+  }
+
+  // Phase 2: attention of this thread's queries (rows mode) or heads (columns mode) -> set.ctx.
+  void attend(const RowSet& set, const float* qkv, const float* q, int64_t ldq) const {
+    const int64_t hidden = shape_.hidden, ld = 3 * hidden;
+    Range mine{0, set.rows}, heads{0, shape_.heads};
+    if (set.by_columns) {
+      heads = share(0, shape_.heads);
+    } else {
+      mine = {set.rows, 0};
+      for_blocks(set, [&](const Block& block) {
+        mine = {std::min(mine.begin, block.begin), std::max(mine.end, block.end)};
+      });
+    }
+    for (const Segment& segment : set.segments) {
+      const int64_t begin = std::max(segment.begin, mine.begin), end = std::min(segment.end, mine.end);
+      if (begin >= end || heads.begin >= heads.end) continue;
+      const int64_t first_key = args_.cu_seqlens[segment.sequence];
+      const float* kv = qkv + first_key * ld;
+      kernels_.attention({q + begin * ldq, ldq, end - begin, kv + hidden, kv + 2 * hidden, ld,
+                          args_.cu_seqlens[segment.sequence + 1] - first_key, static_cast<int>(heads.begin),
+                          static_cast<int>(heads.end), static_cast<int>(shape_.head_dim),
+                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), set.ctx + begin * hidden, hidden,
+                          plan_.attention[member_.id]});
+    }
+    sync(set);
+  }
+
+  // Phases 3 to 8: output projection + residual + norm, FFN + residual + norm, block by block in cache.
+  void finish_layer(const RowSet& set, const Layer& layer, const Layer* next) const {
+    const int64_t hidden = shape_.hidden, inner = shape_.intermediate;
+    const Operand& ffn_operand = plan_.ffn_operand[scratch(set)];
+    const bool direct = precision_ != Precision::kInt8;  // no row scale needed: the epilogue writes the operand
+    float* ffn = direct ? nullptr : plan_.ffn[scratch(set)];
+    for_blocks(set, [&](const Block& block) {
+      const Range rows = rows_of(set, block);
+      float* x = set.x + block.begin * hidden;
+      kernels_.to_operand({precision_, set.ctx + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+      sync(set);
+      multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual, x,
+               hidden, &layer.ffn_in);
+      sync(set);
+      normalize(set, block, rows, layer.attention_norm);
+      sync(set);
+      multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, inner,
+               &layer.ffn_out, direct ? ffn_operand : Operand{});
+      sync(set);
+      if (!direct) {
+        kernels_.to_operand({precision_, ffn, inner, rows.begin, rows.end, inner, ffn_operand});
+        sync(set);
+      }
+      multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, hidden,
+               next != nullptr ? &next->qkv : nullptr);
+      sync(set);
+      normalize(set, block, rows, layer.ffn_norm);
+      sync(set);
+    });
+  }
+
+  // The last layer when only some rows are read: keys and values of all rows, everything else of those rows.
+  void selected_layer(const Layer& layer, float* qkv) const {
+    const RowSet &all = plan_.all, &set = plan_.selected;
+    const int64_t hidden = shape_.hidden, ld = 3 * hidden;
+    // Panel that holds the first key; queries before it in the same panel are computed in vain when hidden % 32 != 0.
+    const int64_t key_panel = hidden / kPanel, panels = panels_for(3 * hidden);
+    for_blocks(all, [&](const Block& block) {
+      const Range range = all.by_columns ? share(key_panel, panels) : Range{key_panel, panels};
+      multiply(block, block.operand, layer.qkv, range, Epilogue::kBias, qkv + block.begin * ld, ld, nullptr);
+    });
+    sync();
+    for_blocks(set, [&](const Block& block) {
+      const Range rows = rows_of(set, block);
+      for (int64_t i = block.begin + rows.begin; i < block.begin + rows.end; ++i)
+        copy_row(set.x + i * hidden, all.x + args_.rows[i] * hidden);
+      kernels_.to_operand({precision_, set.x + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+    });
+    sync();
+    query_rows(layer.qkv);
+    sync();
+    attend(set, qkv, set.q, set.ldq);
+    finish_layer(set, layer, nullptr);
+  }
+
+  // Queries of the selected rows -> plan.selected_q [rows, hidden]: the first `hidden` outputs of the QKV product.
+  void query_rows(const PackedLinear& linear) const {
+    const RowSet& set = plan_.selected;
+    LinearView queries = linear.view();
+    queries.out_features = shape_.hidden;  // masks the keys that share the last panel
+    for_blocks(set, [&](const Block& block) {
+      const int64_t panels = panels_for(shape_.hidden);
+      const Range range = set.by_columns ? share(0, panels) : Range{0, panels};
+      if (range.begin >= range.end) return;
+      float* out = plan_.selected_q + block.begin * shape_.hidden;
+      kernels_.gemm({precision_, block.operand, block.end - block.begin, queries, range.begin, range.end, Epilogue::kBias,
+                     out, shape_.hidden, nullptr, 0, {}, nullptr, 0});
+    });
+  }
+
+  template <class F>
+  void for_my_rows(const RowSet& set, F&& body) const {
+    for_blocks(set, [&](const Block& block) {
+      const Range rows = rows_of(set, block);
+      for (int64_t row = block.begin + rows.begin; row < block.begin + rows.end; ++row) body(row);
+    });
+  }
+  void keep_hidden_state(int64_t index) const {
+    if (args_.hidden_states == nullptr) return;
+    float* out = args_.hidden_states + index * plan_.all.rows * shape_.hidden;
+    for_my_rows(plan_.all, [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * shape_.hidden); });
+  }
+  void copy_out(const RowSet& set) const {
+    for_my_rows(set, [&](int64_t row) { copy_row(args_.out + row * shape_.hidden, set.x + row * shape_.hidden); });
+  }
+
+  const Encoder& encoder_;
+  const EncoderShape& shape_;
+  const KernelTable& kernels_;
+  const Precision precision_;
+  const ForwardArgs& args_;
+  const ForwardPlan& plan_;
+  const Member& member_;
+  const bool head_panels_;  // heads are whole weight panels
+};
+
+}  // namespace
+
+Encoder::Encoder(const EncoderShape& shape, Precision precision, const KernelTable& kernels)
+    : shape_(shape), precision_(precision), kernels_(kernels) {
+  for (int64_t l = 0; l < shape.layers; ++l) {
+    Layer layer;
+    layer.qkv = PackedLinear(precision, 3 * shape.hidden, shape.hidden);
+    layer.attention_out = PackedLinear(precision, shape.hidden, shape.hidden);
+    layer.ffn_in = PackedLinear(precision, shape.intermediate, shape.hidden);
+    layer.ffn_out = PackedLinear(precision, shape.hidden, shape.intermediate);
+    layers_.push_back(std::move(layer));
+  }
+}
+
+void Encoder::set_tables(TableView word, TableView position, TableView type) {
+  tables_[0] = word;
+  tables_[1] = position;
+  tables_[2] = type;
+}
+
+bool Encoder::complete() const {
+  const auto set = [](const Norm& norm) { return !norm.gamma.empty(); };
+  if (tables_[0].data == nullptr || !set(embedding_norm_)) return false;
+  return std::all_of(layers_.begin(), layers_.end(), [&](const Layer& l) {
+    return l.qkv.complete() && l.attention_out.complete() && l.ffn_in.complete() && l.ffn_out.complete() &&
+           set(l.attention_norm) && set(l.ffn_norm);
+  });
+}
+
+int64_t Encoder::packed_bytes() const {
+  int64_t bytes = 0;
+  for (const Layer& l : layers_)
+    bytes += l.qkv.bytes() + l.attention_out.bytes() + l.ffn_in.bytes() + l.ffn_out.bytes() + 16 * shape_.hidden;
+  return bytes;
+}
+
+AlignedBuffer Encoder::acquire_workspace(int64_t bytes) const {
+  {
+    // try_lock: a lock held by another thread at fork() must not hang the child.
+    std::unique_lock<std::mutex> lock(workspace_mutex_, std::try_to_lock);
+    if (lock.owns_lock() && !free_workspaces_.empty()) {
+      AlignedBuffer buffer = std::move(free_workspaces_.back());
+      free_workspaces_.pop_back();
+      if (buffer.bytes() >= bytes) return buffer;
+    }
+  }
+  return AlignedBuffer(bytes);
+}
+
+void Encoder::release_workspace(AlignedBuffer buffer) const {
+  constexpr size_t kKeep = 4;
+  std::unique_lock<std::mutex> lock(workspace_mutex_, std::try_to_lock);
+  if (lock.owns_lock() && free_workspaces_.size() < kKeep) free_workspaces_.push_back(std::move(buffer));
+}
+
+void Encoder::forward(const ForwardArgs& given) const {
+  if (given.cu_seqlens[given.sequences] == 0 || (given.rows != nullptr && given.row_count == 0)) return;
+  const Team team(given.threads);
+  ForwardArgs args = given;
+  args.threads = team.size();
+  ForwardPlan plan;
+  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, args, nullptr));
+  plan.build(shape_, precision_, args, workspace.data());
+  team.run([&](const Member& member) { Worker(*this, args, plan, member).run(); });
+  release_workspace(std::move(workspace));
+}
+
+}  // namespace xfast

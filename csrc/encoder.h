@@ -1,0 +1,83 @@
+// A packed encoder and its forward pass over packed (padding-free) tokens.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "buffer.h"
+#include "kernel_table.h"
+#include "weights.h"
+
+namespace xfast {
+
+// Sizes of a post-norm encoder: x = LN(x + attention(x)); x = LN(x + ffn(x)). All sizes in elements.
+struct EncoderShape {
+  int64_t layers, hidden, heads, head_dim, intermediate;
+  int64_t vocab, positions, types;
+  float eps;
+};
+
+struct Norm {
+  std::vector<float> gamma, beta;
+};
+
+struct Layer {
+  PackedLinear qkv, attention_out, ffn_in, ffn_out;  // qkv: query, key, value outputs one after another
+  Norm attention_norm, ffn_norm;
+};
+
+// One forward call. T = cu_seqlens[sequences] packed tokens.
+struct ForwardArgs {
+  const int32_t* ids;           // [T], or null with embeds
+  const float* embeds;          // [T, hidden], or null with ids
+  const int32_t* position_ids;  // [T]
+  const int32_t* type_ids;      // [T], or null = all zero
+  const int32_t* cu_seqlens;    // [sequences + 1]
+  int64_t sequences;
+  const int32_t* rows;          // packed rows wanted from the last layer, ascending; null = all
+  int64_t row_count;
+  int64_t layers;               // how many layers to run, 0 .. shape.layers
+  float* out;                   // [rows or T, hidden]
+  float* hidden_states;         // [layers + 1, T, hidden] or null
+  int threads;
+};
+
+class Encoder {
+ public:
+  Encoder(const EncoderShape& shape, Precision precision, const KernelTable& kernels);
+
+  const EncoderShape& shape() const { return shape_; }
+  Precision precision() const { return precision_; }
+  const KernelTable& kernels() const { return kernels_; }
+  std::vector<Layer>& layers() { return layers_; }
+  const std::vector<Layer>& layers() const { return layers_; }
+  Norm& embedding_norm() { return embedding_norm_; }
+  const Norm& embedding_norm() const { return embedding_norm_; }
+  // The tables stay the caller's: they are read in place, never copied.
+  void set_tables(TableView word, TableView position, TableView type);
+  const TableView* tables() const { return tables_; }  // word, position, type
+  // True when every weight of every layer has been set.
+  bool complete() const;
+  // Bytes of packed weights (embedding tables, which are not copied, excluded).
+  int64_t packed_bytes() const;
+
+  // Thread-safe. Arguments must be valid (ids and lengths in range, complete()): bindings.cpp checks them.
+  void forward(const ForwardArgs& args) const;
+
+ private:
+  // Workspaces are reused: fresh memory would cost a page fault every 4 KiB on every call.
+  AlignedBuffer acquire_workspace(int64_t bytes) const;
+  void release_workspace(AlignedBuffer buffer) const;
+
+  EncoderShape shape_;
+  Precision precision_;
+  const KernelTable& kernels_;
+  TableView tables_[3];
+  Norm embedding_norm_;
+  std::vector<Layer> layers_;
+  mutable std::mutex workspace_mutex_;
+  mutable std::vector<AlignedBuffer> free_workspaces_;
+};
+
+}  // namespace xfast

@@ -1,0 +1,123 @@
+#include "forward.h"
+
+#include <algorithm>
+
+namespace xfast {
+namespace {
+
+// fp32 attention costs this many times more per multiply-add than the products of the precision do.
+double attention_weight(Precision p) { return p == Precision::kInt8 ? 5.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
+
+// Ends of `threads` runs of rows of about equal cost. A row's cost: its share of the products, plus attention over
+// its sequence (2 * 2 * length * hidden against 24 * hidden^2 operations a layer).
+std::vector<int64_t> balanced_ends(const RowSet& set, const ForwardArgs& args, const EncoderShape& shape,
+                                   Precision precision, int threads) {
+  const double linear = 8.0 * shape.hidden + 4.0 * shape.intermediate;
+  const auto row_cost = [&](const Segment& s) {
+    const double length = args.cu_seqlens[s.sequence + 1] - args.cu_seqlens[s.sequence];
+    return linear + 4.0 * length * attention_weight(precision);
+  };
+  double total = 0;
+  for (const Segment& s : set.segments) total += row_cost(s) * (s.end - s.begin);
+  std::vector<int64_t> ends;
+  double before = 0;
+  size_t i = 0;
+  for (int t = 1; t < threads; ++t) {
+    const double goal = total * t / threads;
+    while (i < set.segments.size()) {
+      const Segment& s = set.segments[i];
+      const double cost = row_cost(s) * (s.end - s.begin);
+      if (before + cost >= goal) break;
+      before += cost;
+      ++i;
+    }
+    const Segment& s = set.segments[std::min(i, set.segments.size() - 1)];
+    const int64_t inside = static_cast<int64_t>((goal - before) / row_cost(s));
+    ends.push_back(std::clamp(s.begin + inside, s.begin, s.end));
+  }
+  ends.push_back(set.rows);
+  return ends;
+}
+
+void cut_blocks(RowSet& set, const std::vector<int64_t>& ends) {
+  int64_t begin = 0;
+  for (int t = 0; t < static_cast<int>(ends.size()); ++t) {
+    const int64_t rows = ends[t] - begin, count = ceil_div(rows, kBlockRows);
+    for (int64_t b = 0; b < count; ++b)
+      set.blocks.push_back({begin + rows * b / count, begin + rows * (b + 1) / count, t, {}});
+    begin = ends[t];
+  }
+}
+
+Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t features) {
+  Operand operand;
+  operand.chunk_stride = operand_capacity(rows) * kChunkBytes;
+  operand.data = carver.take<uint8_t>(operand_bytes(precision, rows, features));
+  if (precision == Precision::kInt8) operand.scale = carver.take<float>(rows);
+  return operand;
+}
+
+void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision precision) {
+  set.x = carver.take<float>(set.rows * shape.hidden);
+  set.ctx = carver.take<float>(set.rows * shape.hidden);
+  for (Block& block : set.blocks) block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
+}
+
+void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precision precision) {
+  set.by_columns = set.rows <= kColumnRows;
+  set.blocks.clear();
+  if (set.by_columns)
+    set.blocks.push_back({0, set.rows, 0, {}});
+  else
+    cut_blocks(set, balanced_ends(set, args, shape, precision, args.threads));
+}
+
+}  // namespace
+
+int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const ForwardArgs& args, uint8_t* base) {
+  Carver carver(base);
+  all.rows = args.cu_seqlens[args.sequences];
+  all.segments.clear();
+  for (int64_t s = 0; s < args.sequences; ++s)
+    if (args.cu_seqlens[s + 1] > args.cu_seqlens[s]) all.segments.push_back({args.cu_seqlens[s], args.cu_seqlens[s + 1], s});
+  cut(all, args, shape, precision);
+  lay_out(all, carver, shape, precision);
+
+  selected.rows = args.rows != nullptr ? args.row_count : 0;
+  if (selected.rows > 0) {
+    selected.segments.clear();
+    size_t sequence = 0;
+    for (int64_t i = 0; i < selected.rows; ++i) {
+      while (args.rows[i] >= all.segments[sequence].end) ++sequence;
+      const int64_t id = all.segments[sequence].sequence;
+      if (!selected.segments.empty() && selected.segments.back().sequence == id)
+        selected.segments.back().end = i + 1;
+      else
+        selected.segments.push_back({i, i + 1, id});
+    }
+    cut(selected, args, shape, precision);
+    lay_out(selected, carver, shape, precision);
+    selected_q = carver.take<float>(selected.rows * shape.hidden);
+    selected.q = selected_q;
+    selected.ldq = shape.hidden;
+  }
+  for (float*& buffer : qkv) buffer = carver.take<float>(all.rows * 3 * shape.hidden);
+
+  // Scratch of one block per thread; in columns mode all threads work on thread 0's.
+  int64_t block_rows = 0, segment_rows = 0;
+  for (const RowSet* set : {&all, &selected}) {
+    for (const Block& block : set->blocks) block_rows = std::max(block_rows, block.end - block.begin);
+    for (const Segment& segment : set->segments) segment_rows = std::max(segment_rows, segment.end - segment.begin);
+  }
+  ffn.clear();
+  ffn_operand.clear();
+  attention.clear();
+  for (int t = 0; t < args.threads; ++t) {
+    if (precision == Precision::kInt8) ffn.push_back(carver.take<float>(block_rows * shape.intermediate));
+    ffn_operand.push_back(take_operand(carver, precision, block_rows, shape.intermediate));
+    attention.push_back(carver.take<float>(attention_scratch_floats(shape.head_dim, segment_rows)));
+  }
+  return carver.used();
+}
+
+}  // namespace xfast

@@ -1,0 +1,127 @@
+// The functions one instruction-set target provides, and the plain structs they take. Raw pointers and sizes only:
+// kernels know nothing of models, torch or Python. One table per target, chosen once (isa.h).
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace xfast {
+
+// Activations in operand layout (layout.h). `scale` has one entry per row (int8 only).
+struct Operand {
+  uint8_t* data = nullptr;
+  int64_t chunk_stride = 0;  // bytes between chunks = row capacity * 64
+  float* scale = nullptr;
+};
+
+// Packed weights of one linear layer, as the kernels read them. scale/bias/compensation have panels * 32 entries.
+struct LinearView {
+  const uint8_t* data;
+  const float* scale;           // per output, int8 only
+  const float* bias;            // zeros when the layer has none
+  const int32_t* compensation;  // per output, int8 only
+  int64_t out_features;
+  int64_t chunks;
+};
+
+enum class Epilogue : int {
+  kBias,          // out = y + b
+  kBiasResidual,  // out = y + b + residual
+  kBiasGelu,      // out = gelu(y + b), exact (erf) GELU
+};
+
+// out[rows, panels * 32] = epilogue(a . w^T), for output panels [panel_begin, panel_end).
+struct GemmArgs {
+  Precision precision;
+  Operand a;
+  int64_t rows;
+  LinearView w;
+  int64_t panel_begin, panel_end;
+  Epilogue epilogue;
+  float* out;             // [rows, ldo] row-major; unused when out_operand.data is set
+  int64_t ldo;
+  const float* residual;  // [rows, ldr], kBiasResidual only; may alias out
+  int64_t ldr;
+  Operand out_operand;    // fp32 and bf16: write the next product's operand directly
+  const uint8_t* next;    // start of the weights that are read after this call (prefetch hint), or null
+  int64_t next_bytes;
+};
+
+// x[rows, cols] -> operand layout, converting (fp32, bf16) or quantising per row (int8).
+struct OperandArgs {
+  Precision precision;
+  const float* x;
+  int64_t ldx;
+  int64_t row_begin, row_end;  // rows of x and of the operand
+  int64_t cols;
+  Operand out;
+};
+
+// In place x = layer_norm(x) * gamma + beta over rows [row_begin, row_end), then the operand of the result if
+// out.data is set.
+struct NormArgs {
+  Precision precision;
+  float* x;
+  int64_t ldx;
+  int64_t row_begin, row_end;
+  int64_t cols;
+  const float* gamma;
+  const float* beta;
+  float eps;
+  Operand out;
+};
+
+enum class TableType : int { kF32 = 0, kBf16 = 1, kF16 = 2 };
+struct TableView {
+  const void* data = nullptr;
+  TableType type = TableType::kF32;
+};
+
+// x[row, :] = word[ids[row]] (or embeds[row]) + type[type_ids[row]] + position[position_ids[row]].
+struct EmbeddingArgs {
+  TableView word, position, type;
+  const int32_t* ids;           // null when embeds is given
+  const float* embeds;          // [rows, cols] or null
+  const int32_t* position_ids;
+  const int32_t* type_ids;      // null = all zero
+  float* x;
+  int64_t ldx;
+  int64_t row_begin, row_end;
+  int64_t cols;
+};
+
+constexpr int64_t kKeyBlock = 256;  // keys per online-softmax step: memory stays linear in length
+
+// Softmax(scale q k^T) v for one sequence and heads [head_begin, head_end). Row-major with leading dimensions;
+// head h occupies columns [h * head_dim, (h + 1) * head_dim).
+struct AttentionArgs {
+  const float* q;
+  int64_t ldq, q_count;
+  const float* k;
+  const float* v;
+  int64_t ldkv, kv_len;
+  int head_begin, head_end, head_dim;
+  float scale;
+  float* out;
+  int64_t ldo;
+  float* scratch;  // attention_scratch_floats(head_dim, q_count)
+};
+constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
+  const int64_t d16 = ceil_div(head_dim, 16) * 16, d32 = ceil_div(head_dim, 32) * 32;
+  return kKeyBlock * (d16 + d32)                       // transposed keys, values
+         + kMaxTileRows * (d16 + 2 * kKeyBlock + kPanel)  // query operand, scores, probabilities, tile
+         + 2 * q_count + 64;                           // running maximum and sum
+}
+
+struct KernelTable {
+  const char* name;
+  const char* bf16_note;  // how bf16 products are computed here
+  void (*gemm)(const GemmArgs&);
+  void (*to_operand)(const OperandArgs&);
+  void (*layer_norm)(const NormArgs&);
+  void (*embed)(const EmbeddingArgs&);
+  void (*attention)(const AttentionArgs&);
+};
+
+}  // namespace xfast

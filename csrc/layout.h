@@ -1,0 +1,44 @@
+// The packed layouts that every target shares, so that weights are packed once and are portable between them.
+//
+// A matrix product y[rows, out] = x[rows, in] . W[out, in]^T reads both operands in 64-byte chunks along `in`:
+//
+//   chunk        16 groups of 4 bytes; a group holds the 1 / 2 / 4 consecutive `in` elements (fp32 / bf16 / int8)
+//                that one multiply-accumulate instruction consumes.
+//   activations  [in chunk][row][64 bytes]       "operand": rows sit inside the chunk, so any row-tile height reads
+//                                                 consecutive lines and long `in` does not alias in the L1 cache.
+//   weights      [out panel][in chunk][group][32 outputs][4 bytes]     one panel = 32 outputs, 2048 bytes a chunk.
+//
+// `in` is padded with zero weights to a whole chunk and `out` with zero weights to a whole panel.
+// int8 activations are stored as unsigned bytes q + 128 (q in [-127, 127]); the constant is taken out again by
+// starting each accumulator at -128 * sum_k W[n, k] ("compensation"), so accumulation stays exact in 32 bits.
+#pragma once
+
+#include <cstdint>
+
+namespace xfast {
+
+enum class Precision : int { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
+
+constexpr int kPackVersion = 1;        // bump when any layout below changes
+constexpr int64_t kChunkBytes = 64;    // bytes of one row of one chunk
+constexpr int64_t kGroups = 16;        // 4-byte groups in a chunk
+constexpr int64_t kPanel = 32;         // outputs of one weight panel
+constexpr int64_t kPanelChunkBytes = kGroups * kPanel * 4;
+constexpr int kMaxTileRows = 14;       // tallest row tile of any target
+
+// Elements of `in` in one 64-byte chunk.
+constexpr int64_t chunk_elements(Precision p) {
+  return p == Precision::kFp32 ? 16 : p == Precision::kBf16 ? 32 : 64;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t chunks_for(Precision p, int64_t in_features) { return ceil_div(in_features, chunk_elements(p)); }
+constexpr int64_t panels_for(int64_t out_features) { return ceil_div(out_features, kPanel); }
+
+// Row capacity of an operand block of at most `rows` rows: odd, so that consecutive chunks (capacity * 64 bytes apart)
+// fall into different cache sets.
+constexpr int64_t operand_capacity(int64_t rows) { return rows | 1; }
+constexpr int64_t operand_bytes(Precision p, int64_t rows, int64_t features) {
+  return operand_capacity(rows) * kChunkBytes * chunks_for(p, features);
+}
+
+}  // namespace xfast

@@ -1,0 +1,122 @@
+#include "weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "thread_pool.h"
+
+namespace xfast {
+
+using namespace baseline;
+
+namespace {
+
+// NaN and infinity are exactly the values whose difference with themselves is not zero. Summing the differences lets
+// the compiler vectorise the check.
+bool finite(const float* values, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += values[i] - values[i];
+  return sum == 0.0f;
+}
+
+}  // namespace
+
+void read_values(const TableView& table, int64_t begin, int64_t count, float* out) {
+  if (table.type == TableType::kF32) {
+    std::memcpy(out, static_cast<const float*>(table.data) + begin, count * sizeof(float));
+    return;
+  }
+  const uint16_t* source = static_cast<const uint16_t*>(table.data) + begin;
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = table.type == TableType::kBf16 ? bf16_to_float(source[i]) : half_to_float(source[i]);
+}
+
+bool all_finite(const TableView& table, int64_t count, int threads) {
+  std::atomic<bool> good{true};
+  run_parallel(threads, [&](const Member& member) {
+    constexpr int64_t kStep = 4096;
+    float values[kStep];
+    const int64_t begin = count * member.id / member.count, end = count * (member.id + 1) / member.count;
+    for (int64_t i = begin; i < end && good; i += kStep) {
+      const int64_t n = std::min(kStep, end - i);
+      read_values(table, i, n, values);
+      if (!finite(values, n)) good = false;
+    }
+  });
+  return good;
+}
+
+PackedLinear::PackedLinear(Precision precision, int64_t out_features, int64_t in_features)
+    : precision_(precision),
+      out_features_(out_features),
+      in_features_(in_features),
+      chunks_(chunks_for(precision, in_features)),
+      data_(panels_for(out_features) * chunks_ * kPanelChunkBytes) {
+  std::memset(data_.data(), 0, data_.bytes());
+  const int64_t padded = panels_for(out_features) * kPanel;
+  bias_.assign(padded, 0.0f);
+  if (precision == Precision::kInt8) {
+    scale_.assign(padded, 0.0f);
+    compensation_.assign(padded, 0);
+  }
+}
+
+bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bias, int threads) {
+  if (bias != nullptr) {
+    if (!finite(bias, w.rows)) return false;
+    std::memcpy(bias_.data() + first, bias, w.rows * sizeof(float));
+  }
+  std::atomic<bool> good{true};
+  // Members take whole panels, so that no two of them write to one cache line.
+  const int64_t panel0 = first / kPanel, panels = ceil_div(first + w.rows, kPanel) - panel0;
+  run_parallel(threads, [&](const Member& member) {
+    std::vector<float> values(in_features_);
+    const int64_t begin = (panel0 + panels * member.id / member.count) * kPanel;
+    const int64_t end = (panel0 + panels * (member.id + 1) / member.count) * kPanel;
+    for (int64_t n = std::max(begin, first); n < std::min(end, first + w.rows) && good; ++n)
+      if (!set_row(n, w, n - first, values.data())) good = false;
+  });
+  if (good) filled_ += w.rows;
+  return good;
+}
+
+bool PackedLinear::set_row(int64_t n, const MatrixView& w, int64_t row, float* values) {
+  read_values(w.table, row * w.cols, w.cols, values);
+  if (!finite(values, w.cols)) return false;
+  uint8_t* lane = data_.data() + n / kPanel * chunks_ * kPanelChunkBytes + n % kPanel * 4;
+  constexpr int64_t kGroupStride = kPanel * 4;  // consecutive groups, chunk after chunk
+  if (precision_ == Precision::kFp32) {
+    for (int64_t k = 0; k < w.cols; ++k) std::memcpy(lane + k * kGroupStride, values + k, 4);
+  } else if (precision_ == Precision::kBf16) {
+    for (int64_t k = 0; k < w.cols; ++k) {
+      const uint16_t bits = float_to_bf16(values[k]);
+      std::memcpy(lane + k / 2 * kGroupStride + k % 2 * 2, &bits, 2);
+    }
+  } else {
+    float absmax = 0.0f;
+    for (int64_t k = 0; k < w.cols; ++k) absmax = std::max(absmax, std::fabs(values[k]));
+    const float inverse = absmax > 1e-30f ? 127.0f / absmax : 0.0f;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < w.cols; ++k) {
+      const int32_t q = static_cast<int32_t>(std::nearbyintf(values[k] * inverse));
+      lane[k / 4 * kGroupStride + k % 4] = static_cast<uint8_t>(static_cast<int8_t>(q));
+      sum += q;
+    }
+    scale_[n] = absmax / 127.0f;
+    compensation_[n] = -128 * sum;
+  }
+  return true;
+}
+
+LinearView PackedLinear::view() const {
+  return {data_.data(), scale_.data(), bias_.data(), compensation_.data(), out_features_, chunks_};
+}
+
+int64_t PackedLinear::bytes() const {
+  return data_.bytes() + static_cast<int64_t>((scale_.size() + bias_.size() + compensation_.size()) * 4);
+}
+
+}  // namespace xfast
