@@ -1,0 +1,67 @@
+"""Signatures of csrc/bindings.cpp. bf16 arrays cross as uint16, which NumPy has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+pack_version: int
+max_threads: int
+
+def available_isas() -> list[str]: ...
+def built_isas() -> list[str]: ...
+def check_isa(name: str) -> str: ...
+def all_finite(values: NDArray[Any], threads: int) -> bool: ...
+def unpad(
+    batch: int,
+    length: int,
+    ids: NDArray[np.int64] | None,
+    mask: NDArray[Any] | None,
+    position_ids: NDArray[np.int64] | None,
+    type_ids: NDArray[np.int64] | None,
+    vocab: int,
+    positions: int,
+    types: int,
+    padding_idx: int,
+) -> dict[str, Any]: ...
+def pad(packed: NDArray[np.float32], indices: NDArray[np.int32], out: NDArray[np.float32], threads: int) -> None: ...
+
+class Probe:
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None: ...
+    def changed(self) -> bool: ...
+
+class Encoder:
+    def __init__(self, shape: Mapping[str, float], precision: str, isa: str) -> None: ...
+    def set_tables(self, word: NDArray[Any], position: NDArray[Any], type: NDArray[Any] | None) -> None: ...
+    def set_linear(
+        self,
+        layer: int,
+        name: str,
+        first: int,
+        weight: NDArray[Any],
+        bias: NDArray[np.float32] | None,
+        threads: int,
+    ) -> bool: ...
+    def set_norm(self, layer: int, name: str, gamma: NDArray[np.float32], beta: NDArray[np.float32]) -> None: ...
+    def forward(
+        self,
+        ids: NDArray[np.int32] | None,
+        embeds: NDArray[np.float32] | None,
+        position_ids: NDArray[np.int32],
+        type_ids: NDArray[np.int32] | None,
+        cu_seqlens: NDArray[np.int32],
+        rows: NDArray[np.int32] | None,
+        layers: int,
+        out: NDArray[np.float32],
+        hidden_states: NDArray[np.float32] | None,
+        threads: int,
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def bf16_note(self) -> str: ...
+    @property
+    def packed_bytes(self) -> int: ...

@@ -1,0 +1,49 @@
+"""xfast: fast inference for multilingual encoders. ``model = xfast.accelerate(model)``."""
+
+from __future__ import annotations
+
+from xfast import _C
+from xfast.api import accelerate, accelerated, explain, restore
+from xfast.errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    InvalidOptionError,
+    InvalidWeightsError,
+    ModelFreedError,
+    TokenIdError,
+    UnsupportedModelError,
+    WeightsFreedError,
+    XfastError,
+)
+from xfast.explain import Explanation
+from xfast.options import Options
+from xfast.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+
+def available_isas() -> list[str]:
+    """Instruction-set targets this CPU can run, slowest first; ``XFAST_ISA`` forces one."""
+    return list(_C.available_isas())
+
+
+__all__ = [
+    "BackendUnavailableError",
+    "Explanation",
+    "InvalidInputError",
+    "InvalidOptionError",
+    "InvalidWeightsError",
+    "ModelFreedError",
+    "Options",
+    "TokenIdError",
+    "UnsupportedModelError",
+    "WeightsFreedError",
+    "XfastError",
+    "accelerate",
+    "accelerated",
+    "available_isas",
+    "explain",
+    "get_num_threads",
+    "restore",
+    "set_num_threads",
+]

@@ -1,0 +1,132 @@
+"""The public calls: ``accelerate``, ``restore``, ``explain`` and friends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from xfast.architecture import find_encoders, supported_families
+from xfast.errors import UnsupportedModelError, WeightsFreedError
+from xfast.explain import Explanation, explain_patches
+from xfast.heads import head_module, rule_for
+from xfast.options import Options
+from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
+
+T = TypeVar("T")
+
+
+def accelerate(
+    model: T,
+    *,
+    backend: str = "auto",
+    precision: str = "model",
+    layers: int | None = None,
+    keep_weights: bool = True,
+    calibration: Sequence[dict[str, Any]] | None = None,
+    tolerance: float | None = None,
+) -> T:
+    """Makes every supported encoder inside ``model`` fast, in place, and returns the same object.
+
+    Args:
+        model: a transformers model with or without a task head, a pipeline, a SentenceTransformer or CrossEncoder, or
+            any ``nn.Module`` that holds a supported encoder.
+        backend, precision, layers, keep_weights, calibration, tolerance: see :class:`xfast.Options`.
+
+    Calls that cannot be accelerated (training, gradients, attention weights, 4-D masks, ...) run the original code;
+    ``explain(model)`` counts them. Hidden states at padded positions are zeros, the only difference in outputs.
+
+    Raises:
+        UnsupportedModelError: no supported encoder inside, or one that differs from its family.
+        InvalidOptionError, InvalidWeightsError, BackendUnavailableError: see :mod:`xfast.errors`.
+    """
+    options = Options(backend, precision, layers, keep_weights, calibration, tolerance)
+    root = _module_of(model)
+    restore(model)
+    encoders = [module for _, module, _ in find_encoders(root)]
+    if not encoders:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds no encoder that xfast accelerates; supported: {supported_families()}"
+        )
+    patches = [EncoderPatch(module, options, module.__dict__.get("forward")) for module in encoders]
+    for patch in patches:  # everything that can fail comes before the model is touched
+        if patch.plan.current_engine() is None:
+            warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
+    heads = _head_patches(root, encoders)
+    for patch in [*patches, *heads]:
+        patch.install()
+    if not keep_weights:
+        for patch in patches:
+            patch.plan.free_weights(patch.module)
+    return model
+
+
+def restore(model: T) -> T:
+    """Undoes :func:`accelerate` exactly and returns the same object. A model that is not accelerated is left alone.
+
+    Raises:
+        WeightsFreedError: ``keep_weights=False`` gave up the originals.
+    """
+    patches = _patches(_module_of(model))
+    if any(isinstance(patch, EncoderPatch) and patch.plan.freed for patch in patches):
+        raise WeightsFreedError("restore: the original weights were given up with keep_weights=False")
+    for patch in patches:
+        patch.undo()
+    return model
+
+
+@contextmanager
+def accelerated(model: T, **options: Any) -> Iterator[T]:
+    """``with xfast.accelerated(model, precision="int8"): ...`` accelerates inside the block only."""
+    accelerate(model, **options)
+    try:
+        yield model
+    finally:
+        restore(model)
+
+
+def explain(model: Any) -> Explanation:
+    """What runs and why: print it. See :class:`xfast.Explanation`."""
+    patches = _patches(_module_of(model))
+    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)]
+    heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
+    return explain_patches(encoders, heads)
+
+
+def _module_of(model: Any) -> nn.Module:
+    """The ``nn.Module`` inside ``model``: itself, or the ``.model`` of a pipeline or wrapper."""
+    if isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    raise UnsupportedModelError(
+        f"expected a torch.nn.Module or an object with one as .model, got {type(model).__name__}; "
+        f"supported encoders: {supported_families()}"
+    )
+
+
+def _patches(root: nn.Module) -> list[Patch]:
+    found = []
+    for module in root.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Patch):
+            found.append(forward)
+    return found
+
+
+def _head_patches(root: nn.Module, encoders: list[nn.Module]) -> list[HeadPatch]:
+    patches: list[HeadPatch] = []
+    for module in root.modules():
+        rule = rule_for(module)
+        encoder = getattr(module, "base_model", None)
+        if rule is None or not any(encoder is candidate for candidate in encoders):
+            continue
+        patches.append(HeadPatch(module, encoder, rule, module.__dict__.get("forward")))
+        token_head = head_module(module, rule)
+        if token_head is not None:
+            patches.append(TokenHeadPatch(token_head, encoder, rule, token_head.__dict__.get("forward")))
+    return patches

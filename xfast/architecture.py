@@ -1,0 +1,214 @@
+"""Models as data: what an encoder looks like, and which weight plays which role in which family.
+
+A backend only ever sees :class:`EncoderSpec` and :class:`EncoderWeights`. A new family is a new row of ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from xfast.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Sizes and rules of one encoder. Sizes in elements.
+
+    ``norm`` is ``"post"`` (x = LN(x + f(x)), BERT to XLM-R) or ``"pre"`` (x = x + f(LN(x)), XLM-R-XL).
+    ``position_rule`` is ``"columns"`` (0, 1, 2, ...; BERT) or ``"padding"`` (RoBERTa: ids other than ``pad_token_id``
+    count from ``pad_token_id + 1``, padding keeps ``pad_token_id``).
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    activation: str
+    norm: str
+    position_rule: str
+    pad_token_id: int
+    embedding_norm: bool = True
+    final_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the classes of a family and how its modules map to roles."""
+
+    name: str
+    encoder_classes: tuple[str, ...]
+    norm: str
+    position_rule: str
+    paths: dict[str, str]  # role -> module path below a layer
+    embedding_paths: dict[str, str]  # role -> module path below the encoder
+
+
+_POST_NORM_LAYER = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+    "ffn_norm": "output.LayerNorm",
+}
+_EMBEDDINGS = {
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "type": "embeddings.token_type_embeddings",
+    "embedding_norm": "embeddings.LayerNorm",
+}
+
+FAMILIES = (
+    Family("xlm-roberta", ("XLMRobertaModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
+    Family("roberta", ("RobertaModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
+    Family("camembert", ("CamembertModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
+    Family("bert", ("BertModel",), "post", "columns", _POST_NORM_LAYER, _EMBEDDINGS),
+)
+
+LINEAR_ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
+NORM_ROLES = ("attention_norm", "ffn_norm")
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """The modules of one encoder by role; parameters are read from them when packing, so they are never stale.
+
+    ``modules`` maps ``(layer, role)`` to a module, with layer -1 for embeddings, and ``names`` to its dotted path.
+    """
+
+    spec: EncoderSpec
+    modules: dict[tuple[int, str], nn.Module]
+    names: dict[tuple[int, str], str]
+
+    def parameters(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yields (dotted name, module, parameter name) of every parameter the forward pass reads."""
+        for key, module in self.modules.items():
+            for parameter in ("weight", "bias"):
+                if getattr(module, parameter, None) is not None:
+                    yield f"{self.names[key]}.{parameter}", module, parameter
+
+
+def supported_families() -> str:
+    """Human-readable list of the encoder classes that can be accelerated."""
+    return ", ".join(f"{family.name} ({', '.join(family.encoder_classes)})" for family in FAMILIES)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family whose encoder class ``module`` is (or inherits ``forward`` from), else None."""
+    for cls in type(module).__mro__:
+        if not cls.__module__.startswith("transformers."):
+            continue
+        for family in FAMILIES:
+            if cls.__name__ in family.encoder_classes:
+                return family
+    return None
+
+
+def find_encoders(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
+    """All supported encoders inside ``model`` as (dotted name, module, family)."""
+    found = []
+    for name, module in model.named_modules():
+        family = family_of(module)
+        if family is not None:
+            found.append((name, module, family))
+    return found
+
+
+def describe(module: nn.Module, family: Family) -> EncoderWeights:
+    """Reads spec and weight roles off an encoder.
+
+    Raises:
+        UnsupportedModelError: the encoder differs from its family in a way that would change results (decoder mode,
+            another activation, relative positions, replaced or wrapped layers, an overridden forward).
+    """
+    config = module.config
+    _refuse(module, family)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    spec = EncoderSpec(
+        family=family.name,
+        num_layers=len(module.encoder.layer),
+        hidden_size=hidden,
+        num_heads=heads,
+        head_dim=hidden // heads,
+        intermediate_size=config.intermediate_size,
+        vocab_size=module.embeddings.word_embeddings.num_embeddings,
+        max_positions=module.embeddings.position_embeddings.num_embeddings,
+        type_vocab_size=module.embeddings.token_type_embeddings.num_embeddings,
+        layer_norm_eps=float(config.layer_norm_eps),
+        activation="gelu",
+        norm=family.norm,
+        position_rule=family.position_rule,
+        pad_token_id=_padding_idx(module, family),
+    )
+    modules: dict[tuple[int, str], nn.Module] = {}
+    names: dict[tuple[int, str], str] = {}
+    places = [(-1, "", role, path) for role, path in family.embedding_paths.items()]
+    for layer in range(spec.num_layers):
+        places += [(layer, f"encoder.layer.{layer}.", role, path) for role, path in family.paths.items()]
+    for layer, prefix, role, path in places:
+        key = (layer, role)
+        modules[key], names[key] = _leaf(module, prefix + path, role), prefix + path
+    return EncoderWeights(spec, modules, names)
+
+
+def _padding_idx(module: nn.Module, family: Family) -> int:
+    if family.position_rule == "padding":
+        return int(module.embeddings.padding_idx)
+    pad = module.config.pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def _refuse(module: nn.Module, family: Family) -> None:
+    config = module.config
+    reasons = []
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        reasons.append("it is configured as a decoder")
+    if config.hidden_act != "gelu":
+        reasons.append(f"its activation is {config.hidden_act!r}; supported: 'gelu' (exact)")
+    position_type = getattr(config, "position_embedding_type", None) or "absolute"
+    if position_type != "absolute":
+        reasons.append(f"its positions are {position_type!r}; supported: 'absolute'")
+    if config.hidden_size % config.num_attention_heads:
+        reasons.append("hidden_size is not a multiple of num_attention_heads")
+    base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
+    if type(module).forward is not base.forward:
+        reasons.append(f"{type(module).__name__} overrides forward")
+    if reasons:
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {'; '.join(reasons)}")
+
+
+_LEAF_TYPES: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(LINEAR_ROLES, nn.Linear),
+    **dict.fromkeys((*NORM_ROLES, "embedding_norm"), nn.LayerNorm),
+    **dict.fromkeys(("word", "position", "type"), nn.Embedding),
+}
+
+
+def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
+    leaf = module.get_submodule(path)
+    expected = _LEAF_TYPES[role]
+    # A subclass may compute something else (LoRA, quantised linears): only the plain module is known to match.
+    if type(leaf).forward is not expected.forward:  # type: ignore[comparison-overlap]
+        raise UnsupportedModelError(
+            f"{path} is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain torch.nn.{expected.__name__}; "
+            "merge adapters (e.g. merge_and_unload()) or undo quantisation first"
+        )
+    return leaf
+
+
+def parameter_dtype(weights: EncoderWeights) -> torch.dtype:
+    """The dtype of the first layer's linear weights (of the word embeddings when there are no layers)."""
+    key = (0, "query") if weights.spec.num_layers else (-1, "word")
+    return weights.modules[key].weight.dtype  # type: ignore[union-attr,return-value]

@@ -1,0 +1,184 @@
+"""The CPU backend: the compiled extension ``xfast._C``."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from xfast import _C
+from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.errors import InvalidOptionError, InvalidWeightsError
+from xfast.packing import Packed
+from xfast.threads import get_num_threads
+
+_PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def requested_isa() -> str:
+    """The instruction set that ``XFAST_ISA`` asks for, or the widest one this CPU has.
+
+    Raises:
+        InvalidOptionError: unknown name, or this CPU lacks it.
+    """
+    try:
+        return str(_C.check_isa(os.environ.get("XFAST_ISA", "auto").lower()))
+    except ValueError as error:
+        raise InvalidOptionError(f"XFAST_ISA: {error}") from None
+
+
+class NativeEngine:
+    """A packed encoder on the CPU."""
+
+    def __init__(self, weights: EncoderWeights, precision: str) -> None:
+        spec = weights.spec
+        shape = {
+            "layers": spec.num_layers,
+            "hidden": spec.hidden_size,
+            "heads": spec.num_heads,
+            "head_dim": spec.head_dim,
+            "intermediate": spec.intermediate_size,
+            "vocab": spec.vocab_size,
+            "positions": spec.max_positions,
+            "types": spec.type_vocab_size,
+            "eps": spec.layer_norm_eps,
+        }
+        self.precision = precision
+        self.spec = spec
+        self._encoder = _C.Encoder(shape, precision, requested_isa())
+        _Packer(self._encoder, weights).pack()
+
+    def run(
+        self,
+        packed: Packed,
+        *,
+        rows: np.ndarray | None = None,
+        layers: int | None = None,
+        hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See :class:`xfast.backends.base.Engine`."""
+        layers = self.spec.num_layers if layers is None else layers
+        hidden = self.spec.hidden_size
+        out = torch.empty(packed.total_tokens if rows is None else len(rows), hidden)
+        states = torch.empty(layers + 1, packed.total_tokens, hidden) if hidden_states else None
+        self._encoder.forward(
+            packed.ids,
+            packed.embeds,
+            packed.position_ids,
+            packed.type_ids,
+            packed.cu_seqlens,
+            rows,
+            layers,
+            out.numpy(),
+            None if states is None else states.numpy(),
+            get_num_threads(),
+        )
+        return out, states
+
+    def describe(self) -> list[str]:
+        """See :class:`xfast.backends.base.Engine`."""
+        lines = [
+            f"instruction set: {self._encoder.isa}",
+            f"threads: {get_num_threads()}",
+            f"packed weights: {self._encoder.packed_bytes / 2**20:.1f} MiB (embedding tables are read in place)",
+            "fused: QKV in one product; bias + GELU, bias + residual, LayerNorm and "
+            + ("per-token int8 quantisation" if self.precision == "int8" else "operand conversion")
+            + " where the product leaves its tile; attention over real tokens only",
+        ]
+        if self.precision == "bf16":
+            lines.append(f"bf16: {self._encoder.bf16_note}")
+        return lines
+
+
+class NativeBackend:
+    """Runs encoders on the CPU."""
+
+    name = "native"
+
+    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+        """See :class:`xfast.backends.base.Backend`."""
+        if device.type != "cpu":
+            return f"the model is on {device}, this backend runs on cpu"
+        if precision not in _PRECISIONS:
+            return f"precision {precision} is not available on the CPU; available: {', '.join(_PRECISIONS)}"
+        if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
+            return "pre-norm encoders are not supported yet"
+        return None
+
+    def compile(self, weights: EncoderWeights, precision: str) -> NativeEngine:
+        """See :class:`xfast.backends.base.Backend`."""
+        return NativeEngine(weights, precision)
+
+
+class _Packer:
+    """Copies an encoder's parameters into the packed layout, refusing unusable values by name."""
+
+    def __init__(self, encoder: _C.Encoder, weights: EncoderWeights) -> None:
+        self._encoder = encoder
+        self._weights = weights
+
+    def pack(self) -> None:
+        hidden = self._weights.spec.hidden_size
+        self._tables()
+        self._norm(-1, "embedding_norm")
+        for layer in range(self._weights.spec.num_layers):
+            for i, role in enumerate(("query", "key", "value")):
+                self._linear(layer, role, "qkv", i * hidden)
+            for role in ("attention_out", "ffn_in", "ffn_out"):
+                self._linear(layer, role, role, 0)
+            for role in ("attention_norm", "ffn_norm"):
+                self._norm(layer, role)
+
+    def _array(self, layer: int, role: str, parameter: str) -> np.ndarray | None:
+        module: nn.Module = self._weights.modules[layer, role]
+        tensor = getattr(module, parameter)
+        if tensor is None:
+            return None
+        if tensor.is_meta:
+            raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is on the meta device: it has no values")
+        tensor = tensor.detach().contiguous()
+        # NumPy has no bf16: its bits cross as uint16
+        return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+    def _name(self, layer: int, role: str, parameter: str) -> str:
+        return f"{self._weights.names[layer, role]}.{parameter}"
+
+    def _bad(self, layer: int, role: str, parameter: str) -> InvalidWeightsError:
+        return InvalidWeightsError(f"{self._name(layer, role, parameter)} holds NaN or infinity")
+
+    def _tables(self) -> None:
+        tables = []
+        for role in ("word", "position", "type"):
+            table = self._array(-1, role, "weight")
+            if table is not None and not _C.all_finite(table, get_num_threads()):
+                raise self._bad(-1, role, "weight")
+            tables.append(table)
+        self._encoder.set_tables(*tables)
+
+    def _norm(self, layer: int, role: str) -> None:
+        arrays = []
+        for parameter in ("weight", "bias"):
+            array = self._vector(layer, role, parameter)
+            if array is None:
+                raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is missing")
+            arrays.append(array)
+        self._encoder.set_norm(layer, role, *arrays)
+
+    def _vector(self, layer: int, role: str, parameter: str) -> np.ndarray | None:
+        tensor = getattr(self._weights.modules[layer, role], parameter)
+        if tensor is None:
+            return None
+        if tensor.is_meta:
+            raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is on the meta device: it has no values")
+        values: np.ndarray = tensor.detach().to(torch.float32).contiguous().numpy()
+        if not np.isfinite(values).all():
+            raise self._bad(layer, role, parameter)
+        return values
+
+    def _linear(self, layer: int, role: str, name: str, first: int) -> None:
+        weight = self._array(layer, role, "weight")
+        bias = self._vector(layer, role, "bias")
+        if not self._encoder.set_linear(layer, name, first, weight, bias, get_num_threads()):
+            raise self._bad(layer, role, "weight")

@@ -1,0 +1,39 @@
+"""Every error xfast raises on purpose. Each names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+
+class XfastError(Exception):
+    """Base class: ``except xfast.XfastError`` catches everything xfast raises on purpose."""
+
+
+class InvalidOptionError(XfastError, ValueError):
+    """An option (precision, backend, instruction set, threads, ...) has a value that is not accepted."""
+
+
+class InvalidInputError(XfastError, ValueError):
+    """A tensor or file has the wrong shape, dtype or values."""
+
+
+class TokenIdError(InvalidInputError, IndexError):
+    """A token or token-type id lies outside its embedding table."""
+
+
+class UnsupportedModelError(XfastError, TypeError):
+    """The object holds no encoder that xfast can accelerate."""
+
+
+class InvalidWeightsError(XfastError, ValueError):
+    """A weight holds NaN or infinity, or has no data (``meta`` device)."""
+
+
+class WeightsFreedError(XfastError, RuntimeError):
+    """The original weights were given up with ``keep_weights=False`` and are needed now."""
+
+
+class ModelFreedError(XfastError, RuntimeError):
+    """An accelerated ``forward`` outlived the model it belongs to."""
+
+
+class BackendUnavailableError(XfastError, RuntimeError):
+    """A backend that was asked for by name cannot run this model here; the message says why."""

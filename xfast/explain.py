@@ -1,0 +1,76 @@
+"""What was accelerated, how, and what was left alone and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from xfast.patch import EncoderPatch, HeadPatch
+
+
+@dataclass(frozen=True)
+class EncoderExplanation:
+    """One encoder. ``fallbacks`` counts the calls that ran the original code, by reason."""
+
+    name: str
+    family: str
+    backend: str
+    precision: str
+    layers: int
+    num_layers: int
+    keep_weights: bool
+    details: tuple[str, ...]
+    notes: tuple[str, ...]
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A printable plan: ``print(xfast.explain(model))``."""
+
+    encoders: tuple[EncoderExplanation, ...]
+    heads: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.encoders:
+            return "not accelerated by xfast: the original code runs"
+        lines = []
+        for e in self.encoders:
+            lines.append(f"{e.name} ({e.family}): backend {e.backend}, precision {e.precision}")
+            lines.append(f"  layers: {e.layers} of {e.num_layers}")
+            lines += [f"  {text}" for text in (*e.details, *e.notes)]
+            if not e.keep_weights:
+                lines.append("  original linear weights: given up (keep_weights=False)")
+            for reason, count in sorted(e.fallbacks.items(), key=lambda item: -item[1]):
+                lines.append(f"  {count} call(s) ran the original code: {reason}")
+        lines += [f"head: {text}" for text in self.heads]
+        return "\n".join(lines)
+
+
+def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]) -> Explanation:
+    """Builds the explanation of one model from its patches."""
+    return Explanation(tuple(_encoder(patch) for patch in encoders), tuple(_head(patch) for patch in heads))
+
+
+def _encoder(patch: EncoderPatch) -> EncoderExplanation:
+    plan = patch.plan
+    engine = plan.current_engine()
+    return EncoderExplanation(
+        name=type(patch.module).__name__,
+        family=plan.weights.spec.family,
+        backend=plan.backend_name,
+        precision="original" if engine is None else engine.precision,
+        layers=plan.layers,
+        num_layers=plan.weights.spec.num_layers,
+        keep_weights=not plan.freed,
+        details=() if engine is None else tuple(engine.describe()),
+        notes=tuple(plan.notes),
+        fallbacks=dict(patch.fallbacks),
+    )
+
+
+def _head(patch: HeadPatch) -> str:
+    name = type(patch.module).__name__
+    if patch.rule.rows == "first":
+        return f"{name} reads token 0: the last layer computes only that row"
+    return f"{name} reads every token: it runs on real tokens, padding is added after it"

@@ -1,0 +1,63 @@
+"""What a user can ask of ``accelerate``: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xfast.errors import InvalidOptionError
+
+PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "fp8", "auto")
+BACKENDS = ("auto", "native")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one accelerated model.
+
+    Attributes:
+        backend: ``"auto"`` (first backend that supports the case) or a backend's name.
+        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` by name;
+            ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
+        layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
+        keep_weights: ``False`` frees the original linear weights after packing (no ``restore``, no ``save_pretrained``).
+        calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
+        tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
+
+    Raises:
+        InvalidOptionError: a value is not accepted.
+    """
+
+    backend: str = "auto"
+    precision: str = "model"
+    layers: int | None = None
+    keep_weights: bool = True
+    calibration: Sequence[dict[str, Any]] | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("precision", self.precision, PRECISIONS)
+        if self.layers is not None and (isinstance(self.layers, bool) or not isinstance(self.layers, int)):
+            raise InvalidOptionError(f"layers: expected an int or None, got {self.layers!r}")
+        if not isinstance(self.keep_weights, bool):
+            raise InvalidOptionError(f"keep_weights: expected True or False, got {self.keep_weights!r}")
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        if self.precision != "auto":
+            if self.calibration is not None or self.tolerance is not None:
+                raise InvalidOptionError('calibration and tolerance are only used with precision="auto"')
+            return
+        if not self.calibration:
+            raise InvalidOptionError('precision="auto" needs calibration=[batch, ...] to measure errors on')
+        if not all(isinstance(batch, dict) or hasattr(batch, "keys") for batch in self.calibration):
+            raise InvalidOptionError("calibration: every batch must be a mapping such as a tokenizer returns")
+        if self.tolerance is None or not self.tolerance > 0:
+            raise InvalidOptionError(f'precision="auto" needs tolerance > 0, got {self.tolerance!r}')
+
+
+def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")

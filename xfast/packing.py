@@ -1,0 +1,175 @@
+"""Unpad once before the embeddings, pad once after the last layer.
+
+Everything between works on ``(total_tokens, hidden_size)`` plus ``cu_seqlens``, the convention of FlashAttention's
+varlen interface: sequence ``i`` owns packed rows ``cu_seqlens[i] .. cu_seqlens[i + 1]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from xfast import _C
+from xfast.architecture import EncoderSpec
+from xfast.errors import InvalidInputError, TokenIdError
+
+
+class PositionOverflowError(IndexError):
+    """A position lies outside the position table; the caller lets the original model raise its own error."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch without its padding. T = total_tokens.
+
+    Attributes:
+        batch, length: shape of the padded batch.
+        ids: int32 [T], or None when ``embeds`` is given.
+        embeds: float32 [T, hidden_size] or None.
+        position_ids, type_ids: int32 [T].
+        indices: int32 [T], ``row * length + column`` of each packed token.
+        cu_seqlens: int32 [batch + 1].
+        max_seqlen: tokens of the longest sequence.
+        first_masked: number of sequences whose column 0 is masked.
+    """
+
+    batch: int
+    length: int
+    ids: np.ndarray | None
+    embeds: np.ndarray | None
+    position_ids: np.ndarray
+    type_ids: np.ndarray
+    indices: np.ndarray
+    cu_seqlens: np.ndarray
+    max_seqlen: int
+    first_masked: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.indices.shape[0])
+
+
+def unpad(
+    spec: EncoderSpec,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+) -> Packed:
+    """Drops masked tokens and works out positions, checking every value before a kernel reads it.
+
+    Args:
+        spec: sizes and position rule.
+        input_ids: integer [batch, length]; exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        attention_mask: [batch, length] of 0 and 1 in any dtype, or None (all real). Zeros may be anywhere.
+        token_type_ids, position_ids: integer [batch or 1, length] or None (by the family's rule).
+        inputs_embeds: floating [batch, length, hidden_size].
+
+    Raises:
+        InvalidInputError: wrong shape or dtype, or mask values other than 0 and 1.
+        TokenIdError: a token or type id outside its table, named with its index.
+        PositionOverflowError: a sequence longer than the position table.
+    """
+    batch, length = _batch_shape(spec, input_ids, inputs_embeds)
+    result = _C.unpad(
+        batch,
+        length,
+        _ids("input_ids", input_ids, batch, length),
+        _mask(attention_mask, batch, length),
+        _ids("position_ids", position_ids, batch, length),
+        _ids("token_type_ids", token_type_ids, batch, length),
+        spec.vocab_size,
+        spec.max_positions,
+        spec.type_vocab_size,
+        spec.pad_token_id if spec.position_rule == "padding" else -1,
+    )
+    if result["error"]:
+        _raise(spec, result)
+    embeds = None
+    if inputs_embeds is not None:
+        rows = inputs_embeds.detach().reshape(batch * length, spec.hidden_size)
+        if result["indices"].shape[0] != batch * length:
+            rows = rows[torch.from_numpy(result["indices"]).long()]
+        embeds = rows.to(torch.float32).contiguous().numpy()
+    return Packed(
+        batch=batch,
+        length=length,
+        ids=result.get("ids"),
+        embeds=embeds,
+        position_ids=result["position_ids"],
+        type_ids=result["type_ids"],
+        indices=result["indices"],
+        cu_seqlens=result["cu_seqlens"],
+        max_seqlen=result["max_seqlen"],
+        first_masked=result["first_masked"],
+    )
+
+
+def pad(packed: Packed, hidden: torch.Tensor, threads: int) -> torch.Tensor:
+    """Packed rows [T, hidden_size] (fp32) -> [batch, length, hidden_size] with zeros at padded positions."""
+    cols = hidden.shape[1]
+    if packed.total_tokens == packed.batch * packed.length:
+        return hidden.view(packed.batch, packed.length, cols)
+    out = torch.empty(packed.batch * packed.length, cols)
+    _C.pad(hidden.numpy(), packed.indices, out.numpy(), threads)
+    return out.view(packed.batch, packed.length, cols)
+
+
+def first_rows(packed: Packed) -> np.ndarray:
+    """int32 packed rows of the tokens in column 0; callers make sure that ``first_masked`` is 0."""
+    return packed.cu_seqlens[:-1]
+
+
+def _batch_shape(
+    spec: EncoderSpec, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> tuple[int, int]:
+    if inputs_embeds is None:
+        if input_ids is None:
+            raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+        if input_ids.dim() != 2:
+            raise InvalidInputError(f"input_ids: expected shape (batch, length), got {tuple(input_ids.shape)}")
+        return input_ids.shape[0], input_ids.shape[1]
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != spec.hidden_size or not inputs_embeds.is_floating_point():
+        raise InvalidInputError(
+            f"inputs_embeds: expected floating values of shape (batch, length, {spec.hidden_size}), "
+            f"got {inputs_embeds.dtype} {tuple(inputs_embeds.shape)}"
+        )
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def _ids(name: str, ids: torch.Tensor | None, batch: int, length: int) -> np.ndarray | None:
+    if ids is None:
+        return None
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise InvalidInputError(f"{name}: expected int64 or int32 values, got {ids.dtype}")
+    if name == "position_ids" and ids.dim() == 1:
+        ids = ids.unsqueeze(0)
+    if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
+        raise InvalidInputError(f"{name}: expected shape ({batch}, {length}), got {tuple(ids.shape)}")
+    return ids.detach().to(torch.int64).contiguous().numpy()
+
+
+def _mask(mask: torch.Tensor | None, batch: int, length: int) -> np.ndarray | None:
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (batch, length):
+        raise InvalidInputError(f"attention_mask: expected shape ({batch}, {length}), got {tuple(mask.shape)}")
+    if mask.dtype not in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32):
+        mask = mask.to(torch.float32)
+    return mask.detach().contiguous().numpy()
+
+
+def _raise(spec: EncoderSpec, result: dict[str, object]) -> None:
+    kind, at = result["error"], result["at"]
+    value = result["value"]
+    if kind == "token":
+        raise TokenIdError(f"input_ids{list(at)} is {value:.0f}; accepted: 0 to {spec.vocab_size - 1}")  # type: ignore[call-overload]
+    if kind == "type":
+        raise TokenIdError(f"token_type_ids{list(at)} is {value:.0f}; accepted: 0 to {spec.type_vocab_size - 1}")  # type: ignore[call-overload]
+    if kind == "mask":
+        raise InvalidInputError(f"attention_mask{list(at)} is {value}; accepted: 0 (padding) and 1 (token)")  # type: ignore[call-overload]
+    raise PositionOverflowError(f"position {value} at {at}; the model has {spec.max_positions} positions")

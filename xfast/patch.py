@@ -1,0 +1,386 @@
+"""The callables that replace ``forward`` on single instances (never on a class), and their exact undo.
+
+Each lives in the instance's ``__dict__['forward']``, knows what it replaced, and survives ``copy.deepcopy`` and
+``pickle`` together with its module. They hold their module weakly: deleting a model frees it at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import threading
+import warnings
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from xfast.architecture import family_of
+from xfast.errors import ModelFreedError, WeightsFreedError
+from xfast.heads import HeadRule
+from xfast.options import Options
+from xfast.packing import Packed, PositionOverflowError, first_rows, pad, unpad
+from xfast.plan import Plan
+from xfast.threads import get_num_threads
+from xfast.watch import HookWatch
+
+_ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
+_contexts = threading.local()  # .by_encoder: id of an encoder's patch -> HeadContext of the call in progress
+
+
+class Patch:
+    """Base: a replacement for one instance's ``forward``.
+
+    Making one reads nothing from the module, which may still be under construction (``deepcopy``, ``pickle``).
+    """
+
+    def __init__(self, module: nn.Module, previous: Any = None) -> None:
+        self._module = weakref.ref(module)
+        self._previous = previous  # an instance-level forward found in place (accelerate's hooks); None = the class's
+
+    @property
+    def module(self) -> nn.Module:
+        """The patched module. Raises ModelFreedError when it is gone."""
+        module = self._module()
+        if module is None:
+            raise ModelFreedError("this forward belongs to a model that has been freed")
+        return module
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs what this patch replaced."""
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        module = self.module
+        return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        if self._previous is not None:
+            return inspect.signature(self._previous)
+        return inspect.signature(functools.partial(type(self.module).forward, self.module))
+
+    def install(self) -> None:
+        """Puts this patch in place."""
+        self.module.__dict__["forward"] = self
+
+    def _copied_previous(self, memo: dict[int, Any]) -> Any:
+        return None if self._previous is None else copy.deepcopy(self._previous, memo)
+
+    def undo(self) -> None:
+        """Puts back exactly what was there."""
+        state = self.module.__dict__
+        if self._previous is None:
+            state.pop("forward", None)
+        else:
+            state["forward"] = self._previous
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class HeadContext:
+    """What a head tells its encoder for one call, and what the encoder leaves for the head's packed module."""
+
+    def __init__(self, rows: str) -> None:
+        self.rows = rows
+        self.padded: torch.Tensor | None = None
+        self.packed: Packed | None = None
+        self.hidden: torch.Tensor | None = None
+
+
+def _context(patch: EncoderPatch | None) -> HeadContext | None:
+    return getattr(_contexts, "by_encoder", {}).get(id(patch))
+
+
+class EncoderPatch(Patch):
+    """Runs an encoder through its plan's engine, or its original code for calls that cannot be accelerated."""
+
+    def __init__(
+        self, module: nn.Module, options: Options, previous: Any = None, freed_plan: Plan | None = None
+    ) -> None:
+        super().__init__(module, previous)
+        self.options = options
+        self.fallbacks: Counter[str] = Counter()
+        self._freed_plan = freed_plan
+        self._warned = False
+        self.handle = next(_handles)
+        ENCODERS[self.handle] = self
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """How this encoder runs; made on first use."""
+        if self._freed_plan is not None:
+            return self._freed_plan
+        family = family_of(self.module)
+        assert family is not None
+        return Plan(self.module, family, self.options)
+
+    @functools.cached_property
+    def _names(self) -> tuple[str, ...]:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return tuple(p.name for p in self.__signature__.parameters.values() if p.kind in kinds)
+
+    @functools.cached_property
+    def _hooks(self) -> HookWatch:
+        return HookWatch(self.module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
+        # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
+        freed = self.plan if self.plan.freed else None
+        return EncoderPatch(memo[id(self.module)], self.options, self._copied_previous(memo), freed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.plan.freed:
+            raise WeightsFreedError("pickle: the original weights were given up with keep_weights=False")
+        return EncoderPatch, (self.module, self.options, self._previous)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
+        module = self.module
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        reason = self._refusal(module, call)
+        if reason is None:
+            try:
+                output = self._run(module, call)
+            except PositionOverflowError:
+                output = None  # the original raises its own error
+            if output is not None:
+                return output
+            reason = "column 0 is masked in a row whose first token is read, or a sequence is too long"
+        return self._fall_back(reason, args, kwargs)
+
+    def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
+        with torch.no_grad():
+            return self(**call, return_dict=True).last_hidden_state
+
+    def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.plan.freed:
+            raise WeightsFreedError(f"the original code is needed ({reason}), but keep_weights=False gave it up")
+        self.fallbacks[reason] += 1
+        if reason == _GRADIENTS and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "xfast: gradients are enabled, so the original code runs; use torch.inference_mode() or no_grad()",
+                stacklevel=4,
+            )
+        return self.original(*args, **kwargs)
+
+    def _refusal(self, module: nn.Module, call: dict[str, Any]) -> str | None:
+        """Why this call must run the original code, or None."""
+        static = _static_refusal(module, call)
+        if static is not None:
+            return static
+        tensors = [t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None]
+        if not tensors or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors):
+            return "an input is not a plain tensor"
+        if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
+            return "input_ids and inputs_embeds are both given or both missing"
+        mask = call.get("attention_mask")
+        if mask is not None and mask.dim() > 2:
+            return "the attention mask has more than 2 dimensions"
+        if torch.is_grad_enabled() and (
+            any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters())
+        ):
+            return _GRADIENTS
+        if torch.jit.is_tracing():
+            return "torch.jit tracing"
+        if torch.is_autocast_enabled("cpu") and self.options.precision == "model":
+            return "autocast is on and no precision was asked for"
+        if self._hooks.found():
+            return "a forward hook is registered inside the encoder"
+        if any(t.device.type != "cpu" for t in tensors):
+            return "an input is not on the CPU"
+        return None
+
+    def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
+        engine = self.plan.current_engine()
+        if engine is None:
+            return None
+        packed = unpad(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        context = _context(self)
+        want_states = bool(_flag(module, call, "output_hidden_states"))
+        pooler = getattr(module, "pooler", None)
+        first = context is not None and context.rows == "first"
+        if packed.first_masked and (first or pooler is not None):
+            return None
+        dtype = self.plan.weights.modules[-1, "embedding_norm"].weight.dtype
+        rows = first_rows(packed) if first and not want_states else None
+        hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
+        last = (hidden.unsqueeze(1) if rows is not None else _pad(packed, hidden)).to(dtype)
+        if context is not None and rows is None:
+            context.padded, context.packed, context.hidden = last, packed, hidden
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=None if pooler is None else pooler(last),
+            hidden_states=None if states is None else (*(_pad(packed, s).to(dtype) for s in states[:-1]), last),
+        )
+        return output if _flag(module, call, "return_dict", True) else output.to_tuple()
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under torch.compile: one custom operator for the encoder, so that tracing never sees the native call."""
+        module = self.module
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        ids = call.get("input_ids")
+        mask = call.get("attention_mask")
+        if (
+            _static_refusal(module, call) is not None
+            or ids is None
+            or call.get("inputs_embeds") is not None
+            or (mask is not None and mask.dim() > 2)
+            or torch.is_grad_enabled()
+            or torch.compiler.is_exporting()
+            or _flag(module, call, "output_hidden_states")
+        ):
+            return self.original(*args, **kwargs)
+        dtype = module.embeddings.LayerNorm.weight.dtype
+        hidden = torch.ops.xfast.encode(
+            self.handle,
+            ids,
+            mask,
+            call.get("token_type_ids"),
+            call.get("position_ids"),
+            self.plan.weights.spec.hidden_size,
+            dtype,
+        )
+        pooled = module.pooler(hidden) if getattr(module, "pooler", None) is not None else None
+        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+        return output if _flag(module, call, "return_dict", True) else output.to_tuple()
+
+
+_GRADIENTS = "gradients are enabled"
+_handles = itertools.count()
+ENCODERS: weakref.WeakValueDictionary[int, EncoderPatch] = weakref.WeakValueDictionary()
+
+
+def _flag(module: nn.Module, call: dict[str, Any], name: str, default: bool = False) -> Any:
+    value = call.get(name)
+    return getattr(module.config, name, default) if value is None else value
+
+
+def _static_refusal(module: nn.Module, call: dict[str, Any]) -> str | None:
+    """Reasons that depend on the mode and the kind of call, not on tensors."""
+    if module.training:
+        return "the model is in training mode"
+    if _flag(module, call, "output_attentions"):
+        return "attention weights are asked for"
+    if not isinstance(_flag(module, call, "output_hidden_states"), bool):
+        return "selected hidden states are asked for"
+    if getattr(module.config, "is_decoder", False):
+        return "decoder mode"
+    for name, value in call.items():
+        if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
+            return f"{name} is given"
+    return None
+
+
+def _pad(packed: Packed, hidden: torch.Tensor) -> torch.Tensor:
+    return pad(packed, hidden, get_num_threads())
+
+
+class HeadPatch(Patch):
+    """On a model with a task head: tells the encoder which rows the head reads, for the time of one call."""
+
+    def __init__(self, module: nn.Module, encoder: nn.Module, rule: HeadRule, previous: Any = None) -> None:
+        super().__init__(module, previous)
+        self._encoder = weakref.ref(encoder)
+        self.rule = rule
+
+    @property
+    def encoder_patch(self) -> EncoderPatch | None:
+        """The patch on this head's encoder, or None when it is gone or was restored."""
+        encoder = self._encoder()
+        patch = None if encoder is None else encoder.__dict__.get("forward")
+        return patch if isinstance(patch, EncoderPatch) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
+        encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
+        assert encoder is not None
+        return type(self)(memo[id(self.module)], encoder, self.rule, self._copied_previous(memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self._encoder(), self.rule, self._previous)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        patch = None if torch.compiler.is_compiling() else self.encoder_patch
+        if patch is None:
+            return self.original(*args, **kwargs)
+        if not hasattr(_contexts, "by_encoder"):
+            _contexts.by_encoder = {}
+        outer = _contexts.by_encoder.get(id(patch))
+        _contexts.by_encoder[id(patch)] = HeadContext(self.rule.rows)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            if outer is None:
+                del _contexts.by_encoder[id(patch)]
+            else:
+                _contexts.by_encoder[id(patch)] = outer
+
+
+class TokenHeadPatch(HeadPatch):
+    """On the module that turns every token's hidden state into outputs: runs it on real tokens only."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = None if torch.compiler.is_compiling() else _context(self.encoder_patch)
+        if context is None or kwargs or len(args) != 1 or not _same_values(args[0], context.padded):
+            return self.original(*args, **kwargs)
+        packed, hidden = context.packed, context.hidden
+        assert packed is not None and hidden is not None and context.padded is not None
+        if packed.total_tokens == packed.batch * packed.length:
+            return self.original(*args)
+        outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
+        return _pad(packed, outputs.float().contiguous()).to(outputs.dtype)
+
+
+def _same_values(features: Any, padded: torch.Tensor | None) -> bool:
+    """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
+    return (
+        padded is not None
+        and isinstance(features, torch.Tensor)
+        and features.shape == padded.shape
+        and features.data_ptr() == padded.data_ptr()
+        and (features.is_inference() or features._version == 0)
+    )
+
+
+@torch.library.custom_op("xfast::encode", mutates_args=())
+def _encode(
+    handle: int,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    patch = ENCODERS.get(handle)
+    if patch is None:
+        raise ModelFreedError("the accelerated model behind this compiled graph has been freed")
+    call = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+    }
+    return patch.encode(call).to(dtype).clone()
+
+
+@_encode.register_fake
+def _(
+    handle: int,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return input_ids.new_empty((*input_ids.shape, hidden_size), dtype=dtype)

@@ -1,0 +1,29 @@
+"""How many threads the CPU kernels use."""
+
+from __future__ import annotations
+
+import torch
+
+from xfast import _C
+from xfast.errors import InvalidOptionError
+
+_threads: int | None = None
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Threads that xfast uses for one call; None (the default) follows ``torch.get_num_threads()``.
+
+    Raises:
+        InvalidOptionError: not a positive int (or None).
+    """
+    global _threads
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InvalidOptionError(f"threads: expected a positive int or None, got {threads!r}")
+    if threads is not None and threads > _C.max_threads:
+        raise InvalidOptionError(f"threads: {threads} is not accepted; accepted: 1 to {_C.max_threads}")
+    _threads = threads
+
+
+def get_num_threads() -> int:
+    """Threads that the next call will use."""
+    return min(_threads or torch.get_num_threads(), _C.max_threads)
