@@ -173,7 +173,9 @@ def main(
             worker.stop()
     _print(console, results)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine(names, threads), "model": model, "results": results}, indent=1))
+        json_file.write_text(
+            json.dumps({"machine": machine(names, threads), "model": model, "results": results}, indent=1)
+        )
 
 
 def _print(console: Console, results: list[dict[str, Any]]) -> None:

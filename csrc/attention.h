@@ -38,7 +38,8 @@ inline void pack_keys(const float* k, int64_t ld, int64_t n, int64_t head_dim, i
           transpose16(src, ld, dst + d * kPanel + j, kPanel);
           continue;
         }
-        for (int64_t i = 0; i < 16; ++i) store(block + 16 * i, i < count ? load_n(src + i * ld, head_dim - d) : set1(0));
+        for (int64_t i = 0; i < 16; ++i)
+          store(block + 16 * i, i < count ? load_n(src + i * ld, head_dim - d) : set1(0));
         transpose16(block, 16, dst + d * kPanel + j, kPanel);
       }
     }

@@ -1,8 +1,8 @@
 // Python <-> C++: checks every argument, releases the GIL, forwards. No arithmetic here.
 //
-// Arrays cross as NumPy arrays, i.e. pointer + shape + dtype of memory that torch owns. bf16, which NumPy lacks, crosses
-// as uint16. Errors here are ValueError: the Python layer gives users typed errors before it calls, so that these
-// checks only have to keep a wrong call from reading or writing outside its arrays.
+// Arrays cross as NumPy arrays, i.e. pointer + shape + dtype of memory that torch owns. bf16, which NumPy lacks,
+// crosses as uint16. Errors here are ValueError: the Python layer gives users typed errors before it calls, so that
+// these checks only have to keep a wrong call from reading or writing outside its arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -67,8 +67,8 @@ class PyEncoder {
   }
 
   void forward(const std::optional<I32>& ids, const std::optional<F32>& embeds, const I32& position_ids,
-               const std::optional<I32>& type_ids, const I32& cu_seqlens, const std::optional<I32>& rows, int64_t layers,
-               const py::array& out, const std::optional<py::array>& hidden_states, int threads) const {
+               const std::optional<I32>& type_ids, const I32& cu_seqlens, const std::optional<I32>& rows,
+               int64_t layers, const py::array& out, const std::optional<py::array>& hidden_states, int threads) const {
     const EncoderShape& s = encoder_.shape();
     require(encoder_.complete(), "encoder: weights are missing");
     require(layers >= 0 && layers <= s.layers, "layers: out of range");
@@ -110,8 +110,8 @@ class PyEncoder {
  private:
   static EncoderShape make_shape(const py::dict& d) {
     const auto size = [&](const char* key) { return d[key].cast<int64_t>(); };
-    const EncoderShape s{size("layers"), size("hidden"), size("heads"), size("head_dim"), size("intermediate"),
-                         size("vocab"), size("positions"), size("types"), d["eps"].cast<float>()};
+    const EncoderShape s{size("layers"), size("hidden"),    size("heads"), size("head_dim"),      size("intermediate"),
+                         size("vocab"),  size("positions"), size("types"), d["eps"].cast<float>()};
     for (const int64_t value : {s.hidden, s.heads, s.head_dim, s.intermediate, s.vocab, s.positions})
       require(value > 0 && value < (int64_t{1} << 31), "shape: sizes must be positive 32-bit numbers");
     require(s.layers >= 0 && s.types >= 0, "shape: sizes must not be negative");
@@ -143,7 +143,8 @@ class PyEncoder {
     require_array(cu_seqlens, "cu_seqlens", {-1});
     require(cu_seqlens.shape(0) >= 1 && cu_seqlens.at(0) == 0, "cu_seqlens: must start with 0");
     const int32_t* ends = cu_seqlens.data();
-    for (py::ssize_t i = 1; i < cu_seqlens.shape(0); ++i) require(ends[i] >= ends[i - 1], "cu_seqlens: must not decrease");
+    for (py::ssize_t i = 1; i < cu_seqlens.shape(0); ++i)
+      require(ends[i] >= ends[i - 1], "cu_seqlens: must not decrease");
     const int64_t total = ends[cu_seqlens.shape(0) - 1];
     require(total * std::max(3 * s.hidden, s.intermediate) < (int64_t{1} << 40), "cu_seqlens: too many tokens");
     return total;
@@ -276,7 +277,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpad", &py_unpad, py::arg("batch"), py::arg("length"), py::arg("ids").noconvert(), py::arg("mask"),
         py::arg("position_ids").noconvert(), py::arg("type_ids").noconvert(), py::arg("vocab"), py::arg("positions"),
         py::arg("types"), py::arg("padding_idx"));
-  m.def("pad", &py_pad, py::arg("packed").noconvert(), py::arg("indices").noconvert(), py::arg("out"), py::arg("threads"));
+  m.def("pad", &py_pad, py::arg("packed").noconvert(), py::arg("indices").noconvert(), py::arg("out"),
+        py::arg("threads"));
   bind_kernels(m);
   py::class_<PyProbe>(m, "Probe").def(py::init<const std::vector<py::array>&>()).def("changed", &PyProbe::changed);
   py::class_<PyEncoder>(m, "Encoder")
@@ -291,6 +293,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("position_ids").noconvert(), py::arg("type_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
            py::arg("rows").noconvert(), py::arg("layers"), py::arg("out"), py::arg("hidden_states"), py::arg("threads"))
       .def_property_readonly("isa", [](const PyEncoder& e) { return std::string(e.encoder().kernels().name); })
-      .def_property_readonly("bf16_note", [](const PyEncoder& e) { return std::string(e.encoder().kernels().bf16_note); })
+      .def_property_readonly("bf16_note",
+                             [](const PyEncoder& e) { return std::string(e.encoder().kernels().bf16_note); })
       .def_property_readonly("packed_bytes", [](const PyEncoder& e) { return e.encoder().packed_bytes(); });
 }

@@ -37,7 +37,8 @@ class PyLinear {
   }
 
   // epilogue(x . W^T + b): x [rows, in], residual [rows, out] for "residual" -> [rows, out]
-  F32 multiply(const std::string& isa, const F32& x, const std::string& epilogue, const std::optional<F32>& residual) const {
+  F32 multiply(const std::string& isa, const F32& x, const std::string& epilogue,
+               const std::optional<F32>& residual) const {
     const KernelTable& kernels = kernel_table(isa);
     require_array(x, "x", {-1, linear_.in_features()});
     const int64_t rows = x.shape(0), out = linear_.out_features();
@@ -50,8 +51,20 @@ class PyLinear {
     OwnedOperand a(precision_, rows, linear_.in_features());
     kernels.to_operand({precision_, x.data(), linear_.in_features(), 0, rows, linear_.in_features(), a.view});
     F32 y({rows, out});
-    kernels.gemm({precision_, a.view, rows, linear_.view(), 0, panels_for(out), kind, y.mutable_data(), out,
-                  residual ? residual->data() : nullptr, out, {}, nullptr, 0});
+    kernels.gemm({precision_,
+                  a.view,
+                  rows,
+                  linear_.view(),
+                  0,
+                  panels_for(out),
+                  kind,
+                  y.mutable_data(),
+                  out,
+                  residual ? residual->data() : nullptr,
+                  out,
+                  {},
+                  nullptr,
+                  0});
     return y;
   }
 
@@ -81,7 +94,8 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
   require_array(gamma, "gamma", {cols});
   require_array(beta, "beta", {cols});
   F32 y({rows, cols}, x.data());
-  kernel_table(isa).layer_norm({Precision::kFp32, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
+  kernel_table(isa).layer_norm(
+      {Precision::kFp32, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
   return y;
 }
 
@@ -102,8 +116,8 @@ F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, 
 }
 
 // word[ids] + type[type_ids] + position[position_ids] -> [tokens, hidden]
-F32 embed(const std::string& isa, const py::array& word, const py::array& position, const py::array& type, const I32& ids,
-          const I32& position_ids, const I32& type_ids) {
+F32 embed(const std::string& isa, const py::array& word, const py::array& position, const py::array& type,
+          const I32& ids, const I32& position_ids, const I32& type_ids) {
   const auto check = [](const I32& values, const char* name, int64_t count, int64_t size) {
     require_array(values, name, {count});
     for (int64_t i = 0; i < count; ++i)
@@ -117,8 +131,9 @@ F32 embed(const std::string& isa, const py::array& word, const py::array& positi
   check(position_ids, "position_ids", tokens, position.shape(0));
   check(type_ids, "type_ids", tokens, type.shape(0));
   F32 x({tokens, hidden});
-  kernel_table(isa).embed({table_view(word, "word"), table_view(position, "position"), table_view(type, "type"), ids.data(),
-                           nullptr, position_ids.data(), type_ids.data(), x.mutable_data(), hidden, 0, tokens, hidden});
+  kernel_table(isa).embed({table_view(word, "word"), table_view(position, "position"), table_view(type, "type"),
+                           ids.data(), nullptr, position_ids.data(), type_ids.data(), x.mutable_data(), hidden, 0,
+                           tokens, hidden});
   return x;
 }
 

@@ -18,7 +18,8 @@ class AlignedBuffer {
     constexpr int64_t kHuge = int64_t{1} << 21;
     const int64_t alignment = bytes >= kHuge ? kHuge : 64;
     void* memory = nullptr;
-    if (posix_memalign(&memory, alignment, (bytes + alignment - 1) / alignment * alignment) != 0) throw std::bad_alloc();
+    if (posix_memalign(&memory, alignment, (bytes + alignment - 1) / alignment * alignment) != 0)
+      throw std::bad_alloc();
     data_ = static_cast<uint8_t*>(memory);
 #ifdef MADV_HUGEPAGE
     if (bytes >= kHuge) madvise(data_, bytes, MADV_HUGEPAGE);  // a hint: fewer TLB misses on large weights

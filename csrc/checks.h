@@ -30,7 +30,8 @@ inline void require_array(const py::array& array, const char* name, const std::v
   std::string wanted, got;
   for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + (size < 0 ? "n" : std::to_string(size));
   for (py::ssize_t i = 0; i < array.ndim(); ++i) got += (i ? ", " : "") + std::to_string(array.shape(i));
-  throw py::value_error(std::string(name) + ": expected a contiguous array of shape (" + wanted + "), got (" + got + ")");
+  throw py::value_error(std::string(name) + ": expected a contiguous array of shape (" + wanted + "), got (" + got +
+                        ")");
 }
 
 inline TableView table_view(const py::array& array, const char* name) {

@@ -75,8 +75,8 @@ class Worker {
     const Norm& norm = encoder_.embedding_norm();
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
-      kernels_.embed({tables[0], tables[1], tables[2], args_.ids, args_.embeds, args_.position_ids, args_.type_ids, set.x,
-                      shape_.hidden, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
+      kernels_.embed({tables[0], tables[1], tables[2], args_.ids, args_.embeds, args_.position_ids, args_.type_ids,
+                      set.x, shape_.hidden, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
       normalize(set, block, rows, norm);
     });
     sync(set);
@@ -92,8 +92,20 @@ class Worker {
   void multiply(const Block& block, const Operand& a, const PackedLinear& linear, Range panels, Epilogue epilogue,
                 float* out, int64_t ldo, const PackedLinear* next, const Operand& out_operand = {}) const {
     if (panels.begin >= panels.end) return;
-    GemmArgs gemm{precision_, a, block.end - block.begin, linear.view(), panels.begin, panels.end, epilogue, out, ldo,
-                  out, ldo, out_operand, nullptr, 0};
+    GemmArgs gemm{precision_,
+                  a,
+                  block.end - block.begin,
+                  linear.view(),
+                  panels.begin,
+                  panels.end,
+                  epilogue,
+                  out,
+                  ldo,
+                  out,
+                  ldo,
+                  out_operand,
+                  nullptr,
+                  0};
     if (next != nullptr) {
       const LinearView view = next->view();
       gemm.next = view.data + first_panel(*next) * view.chunks * kPanelChunkBytes;
@@ -124,8 +136,9 @@ class Worker {
       const Range heads = share(0, shape_.heads);
       const int64_t per_head = shape_.head_dim / kPanel, section = shape_.hidden / kPanel;
       for (int64_t s = 0; s < 3; ++s)
-        multiply(block, block.operand, layer.qkv, {s * section + heads.begin * per_head, s * section + heads.end * per_head},
-                 Epilogue::kBias, dst, ld, s == 2 ? &layer.attention_out : nullptr);
+        multiply(block, block.operand, layer.qkv,
+                 {s * section + heads.begin * per_head, s * section + heads.end * per_head}, Epilogue::kBias, dst, ld,
+                 s == 2 ? &layer.attention_out : nullptr);
     });
     if (!set.by_columns || !head_panels_) sync();
   }
@@ -138,9 +151,8 @@ class Worker {
       heads = share(0, shape_.heads);
     } else {
       mine = {set.rows, 0};
-      for_blocks(set, [&](const Block& block) {
-        mine = {std::min(mine.begin, block.begin), std::max(mine.end, block.end)};
-      });
+      for_blocks(
+          set, [&](const Block& block) { mine = {std::min(mine.begin, block.begin), std::max(mine.end, block.end)}; });
     }
     for (const Segment& segment : set.segments) {
       const int64_t begin = std::max(segment.begin, mine.begin), end = std::min(segment.end, mine.end);
@@ -165,10 +177,11 @@ class Worker {
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
       float* x = set.x + block.begin * hidden;
-      kernels_.to_operand({precision_, set.ctx + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+      kernels_.to_operand(
+          {precision_, set.ctx + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
       sync(set);
-      multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual, x,
-               hidden, &layer.ffn_in);
+      multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual,
+               x, hidden, &layer.ffn_in);
       sync(set);
       normalize(set, block, rows, layer.attention_norm);
       sync(set);
@@ -202,7 +215,8 @@ class Worker {
       const Range rows = rows_of(set, block);
       for (int64_t i = block.begin + rows.begin; i < block.begin + rows.end; ++i)
         copy_row(set.x + i * hidden, all.x + args_.rows[i] * hidden);
-      kernels_.to_operand({precision_, set.x + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+      kernels_.to_operand(
+          {precision_, set.x + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
     });
     sync();
     query_rows(layer.qkv);
@@ -221,8 +235,20 @@ class Worker {
       const Range range = set.by_columns ? share(0, panels) : Range{0, panels};
       if (range.begin >= range.end) return;
       float* out = plan_.selected_q + block.begin * shape_.hidden;
-      kernels_.gemm({precision_, block.operand, block.end - block.begin, queries, range.begin, range.end, Epilogue::kBias,
-                     out, shape_.hidden, nullptr, 0, {}, nullptr, 0});
+      kernels_.gemm({precision_,
+                     block.operand,
+                     block.end - block.begin,
+                     queries,
+                     range.begin,
+                     range.end,
+                     Epilogue::kBias,
+                     out,
+                     shape_.hidden,
+                     nullptr,
+                     0,
+                     {},
+                     nullptr,
+                     0});
     });
   }
 
@@ -236,7 +262,8 @@ class Worker {
   void keep_hidden_state(int64_t index) const {
     if (args_.hidden_states == nullptr) return;
     float* out = args_.hidden_states + index * plan_.all.rows * shape_.hidden;
-    for_my_rows(plan_.all, [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * shape_.hidden); });
+    for_my_rows(plan_.all,
+                [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * shape_.hidden); });
   }
   void copy_out(const RowSet& set) const {
     for_my_rows(set, [&](int64_t row) { copy_row(args_.out + row * shape_.hidden, set.x + row * shape_.hidden); });

@@ -60,7 +60,8 @@ Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t 
 void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision precision) {
   set.x = carver.take<float>(set.rows * shape.hidden);
   set.ctx = carver.take<float>(set.rows * shape.hidden);
-  for (Block& block : set.blocks) block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
+  for (Block& block : set.blocks)
+    block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
 }
 
 void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precision precision) {
@@ -79,7 +80,8 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
   all.rows = args.cu_seqlens[args.sequences];
   all.segments.clear();
   for (int64_t s = 0; s < args.sequences; ++s)
-    if (args.cu_seqlens[s + 1] > args.cu_seqlens[s]) all.segments.push_back({args.cu_seqlens[s], args.cu_seqlens[s + 1], s});
+    if (args.cu_seqlens[s + 1] > args.cu_seqlens[s])
+      all.segments.push_back({args.cu_seqlens[s], args.cu_seqlens[s + 1], s});
   cut(all, args, shape, precision);
   lay_out(all, carver, shape, precision);
 

@@ -78,8 +78,8 @@ const KernelTable& kernel_table(const std::string& name) {
   for (const Target& target : kTargets) {
     if (name == target.name) {
       if (!target.supported())
-        throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU, which has: " +
-                                    join(available_targets()));
+        throw std::invalid_argument("instruction set '" + name +
+                                    "' is not supported by this CPU, which has: " + join(available_targets()));
       return target.table();
     }
     if (target.supported()) best = &target;

@@ -27,9 +27,7 @@ constexpr int64_t kPanelChunkBytes = kGroups * kPanel * 4;
 constexpr int kMaxTileRows = 14;       // tallest row tile of any target
 
 // Elements of `in` in one 64-byte chunk.
-constexpr int64_t chunk_elements(Precision p) {
-  return p == Precision::kFp32 ? 16 : p == Precision::kBf16 ? 32 : 64;
-}
+constexpr int64_t chunk_elements(Precision p) { return p == Precision::kFp32 ? 16 : p == Precision::kBf16 ? 32 : 64; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t chunks_for(Precision p, int64_t in_features) { return ceil_div(in_features, chunk_elements(p)); }
 constexpr int64_t panels_for(int64_t out_features) { return ceil_div(out_features, kPanel); }

@@ -54,7 +54,8 @@ UnpadResult unpad(const UnpadArgs& args, int32_t* ids, int32_t* position_ids, in
         position = args.padding_idx + (counts ? seen : 0);
       }
       if (args.position_ids.data != nullptr) position = args.position_ids.at(row, col, args.length);
-      if (!inside(position, args.positions)) return fail(UnpadError::kPosition, row, col, static_cast<double>(position));
+      if (!inside(position, args.positions))
+        return fail(UnpadError::kPosition, row, col, static_cast<double>(position));
       if (keep == 0) {
         result.first_masked += col == 0 ? 1 : 0;
         continue;
@@ -71,7 +72,8 @@ UnpadResult unpad(const UnpadArgs& args, int32_t* ids, int32_t* position_ids, in
   return result;
 }
 
-void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slots, int64_t cols, float* out, int threads) {
+void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slots, int64_t cols, float* out,
+         int threads) {
   const size_t row_bytes = cols * sizeof(float);
   run_parallel(threads, [&](const Member& member) {
     const int64_t begin = slots * member.id / member.count, end = slots * (member.id + 1) / member.count;

@@ -43,6 +43,7 @@ UnpadResult unpad(const UnpadArgs& args, int32_t* ids, int32_t* position_ids, in
                   int32_t* cu_seqlens);
 
 // out [slots, cols] = zeros, then out[indices[t]] = packed[t]. indices ascend and are below slots.
-void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slots, int64_t cols, float* out, int threads);
+void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slots, int64_t cols, float* out,
+         int threads);
 
 }  // namespace xfast

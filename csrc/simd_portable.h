@@ -28,9 +28,7 @@ inline V16 load_n(const float* p, int64_t n) {
   XFAST_LANES r.v[i] = i < n ? p[i] : 0.0f;
   return r;
 }
-inline void store_n(float* p, V16 a, int64_t n) {
-  XFAST_LANES if (i < n) p[i] = a.v[i];
-}
+inline void store_n(float* p, V16 a, int64_t n) { XFAST_LANES if (i < n) p[i] = a.v[i]; }
 inline V16 set1(float x) {
   V16 r;
   XFAST_LANES r.v[i] = x;

@@ -53,11 +53,11 @@ def accelerate(
         )
     patches = [EncoderPatch(module, options, module.__dict__.get("forward")) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
-        if patch.plan.current_engine() is None:
+        if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
     heads = _head_patches(root, encoders)
-    for patch in [*patches, *heads]:
-        patch.install()
+    for installed in (*patches, *heads):
+        installed.install()
     if not keep_weights:
         for patch in patches:
             patch.plan.free_weights(patch.module)

@@ -183,7 +183,7 @@ def _refuse(module: nn.Module, family: Family) -> None:
     if config.hidden_size % config.num_attention_heads:
         reasons.append("hidden_size is not a multiple of num_attention_heads")
     base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
-    if type(module).forward is not base.forward:
+    if getattr(type(module), "forward", None) is not getattr(base, "forward", None):
         reasons.append(f"{type(module).__name__} overrides forward")
     if reasons:
         raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {'; '.join(reasons)}")
@@ -200,7 +200,7 @@ def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
     leaf = module.get_submodule(path)
     expected = _LEAF_TYPES[role]
     # A subclass may compute something else (LoRA, quantised linears): only the plain module is known to match.
-    if type(leaf).forward is not expected.forward:  # type: ignore[comparison-overlap]
+    if type(leaf).forward is not expected.forward:
         raise UnsupportedModelError(
             f"{path} is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain torch.nn.{expected.__name__}; "
             "merge adapters (e.g. merge_and_unload()) or undo quantisation first"
@@ -211,4 +211,4 @@ def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
 def parameter_dtype(weights: EncoderWeights) -> torch.dtype:
     """The dtype of the first layer's linear weights (of the word embeddings when there are no layers)."""
     key = (0, "query") if weights.spec.num_layers else (-1, "word")
-    return weights.modules[key].weight.dtype  # type: ignore[union-attr,return-value]
+    return weights.modules[key].weight.dtype

@@ -54,7 +54,7 @@ def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]
 
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:
     plan = patch.plan
-    engine = plan.current_engine()
+    engine = plan.current_engine(patch.module)
     return EncoderExplanation(
         name=type(patch.module).__name__,
         family=plan.weights.spec.family,

@@ -35,8 +35,9 @@ def rule_for(model: nn.Module) -> HeadRule | None:
     for cls in type(model).__mro__:
         if not cls.__module__.startswith("transformers.models."):
             continue
+        overridden = getattr(type(model), "forward", None) is not getattr(cls, "forward", None)
         for rule in HEAD_RULES:
-            if cls.__name__.endswith(rule.ending) and type(model).forward is cls.forward:
+            if cls.__name__.endswith(rule.ending) and not overridden:
                 return rule
     return None
 

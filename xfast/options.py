@@ -21,7 +21,7 @@ class Options:
         precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` by name;
             ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
-        keep_weights: ``False`` frees the original linear weights after packing (no ``restore``, no ``save_pretrained``).
+        keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
 

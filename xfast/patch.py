@@ -201,7 +201,7 @@ class EncoderPatch(Patch):
         return None
 
     def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
-        engine = self.plan.current_engine()
+        engine = self.plan.current_engine(module)
         if engine is None:
             return None
         packed = unpad(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))

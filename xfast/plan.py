@@ -12,7 +12,13 @@ from torch import nn
 from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
 from xfast.backends.base import Engine, choose
 from xfast.backends.native import NativeBackend
-from xfast.errors import BackendUnavailableError, InvalidOptionError, InvalidWeightsError, WeightsFreedError
+from xfast.errors import (
+    BackendUnavailableError,
+    InvalidOptionError,
+    InvalidWeightsError,
+    UnsupportedModelError,
+    WeightsFreedError,
+)
 from xfast.options import Options
 from xfast.packing import unpad
 from xfast.watch import WeightWatch
@@ -29,6 +35,7 @@ class Plan:
 
     def __init__(self, module: nn.Module, family: Family, options: Options) -> None:
         self.options = options
+        self._family = family
         self.weights: EncoderWeights = describe(module, family)
         self.engine: Engine | None = None
         self.backend_name = "none"
@@ -47,19 +54,20 @@ class Plan:
         """Number of encoder layers that run."""
         return self.weights.spec.num_layers if self.options.layers is None else self.options.layers
 
-    def current_engine(self) -> Engine | None:
+    def current_engine(self, module: nn.Module) -> Engine | None:
         """The engine for the weights as they are now, repacked if they changed; None when no backend supports them.
 
         Raises:
             InvalidWeightsError: the weights changed to something unusable.
             WeightsFreedError: the weights changed but their originals are gone.
         """
-        if self._watch is not None and not self._watch.changed():
+        watch = self._watch
+        if watch is not None and not watch.changed():
             return self.engine
         with self._lock:
             if self._watch is None or self._watch.changed():
-                self._compile()
-        return self.engine
+                self._compile(module)
+            return self.engine
 
     def free_weights(self, module: nn.Module) -> None:
         """Gives up the original linear weights (they become ``meta`` tensors); the packed ones remain."""
@@ -69,24 +77,35 @@ class Plan:
             if layer >= 0 and isinstance(leaf, nn.Linear):
                 leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
         self.freed = True
-        self._watch = WeightWatch(self.weights)
+        self._watch = WeightWatch(module, self.weights)
         module.register_state_dict_pre_hook(_refuse_state_dict)
 
-    def _compile(self) -> None:
+    def _compile(self, module: nn.Module) -> None:
         if self.freed:
             raise WeightsFreedError(
                 "the weights were changed or moved, but keep_weights=False gave up the originals; load the model again"
             )
-        weights, options = self.weights, self.options
-        watch = WeightWatch(weights)  # before packing: a change during packing is then seen at the next call
-        device = _common_device(weights)
-        self.notes = []
-        precision = options.precision
-        if precision == "auto":
-            self.backend_name, self.engine = self._choose_precision(device)
-        else:
-            self.backend_name, self.engine = self._build(device, self._resolve(precision, device))
-        self._watch = watch
+        first = self._watch is None
+        self.engine, self.backend_name, self.notes = None, "none", []
+        try:
+            self.weights = describe(module, self._family)
+        except UnsupportedModelError as error:  # changed by the user after accelerate: their code must still run
+            if first:
+                raise
+            self.notes.append(f"the original code runs: {error}")
+            self._watch = WeightWatch(module, self.weights)
+            return
+        self._watch = WeightWatch(module, self.weights)  # before packing: a change during it is seen at the next call
+        device = _common_device(self.weights)
+        precision = self.options.precision
+        try:
+            if precision == "auto":
+                self.backend_name, self.engine = self._choose_precision(device)
+            else:
+                self.backend_name, self.engine = self._build(device, self._resolve(precision, device))
+        except Exception:
+            self._watch = None  # ask again at the next call
+            raise
 
     def _resolve(self, precision: str, device: torch.device) -> str:
         if precision != "model":

@@ -1,8 +1,9 @@
 """Notices weights that changed after packing, cheaply enough to ask before every call.
 
-Three signs: the parameter object or its memory was replaced (``.to()``, ``module.weight = ...``), its version counter
-moved (``load_state_dict``, an optimizer step), or sampled values differ (``p.data += delta``, as LoRA merges do,
-moves no counter). A sparse edit through ``.data`` that misses every sample is the one change that goes unseen.
+Four signs: a submodule was replaced (LoRA, pruned layers); a parameter object or its memory was replaced (``.to()``,
+``module.weight = ...``); its version counter moved (``load_state_dict``, an optimizer step); sampled values differ
+(``p.data += delta``, as LoRA merges do, moves no counter). A sparse edit through ``.data`` that misses every sample is
+the one change that goes unseen.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from xfast.architecture import EncoderWeights
 
 
 class WeightWatch:
-    """A snapshot of an encoder's parameters."""
+    """A snapshot of an encoder's submodules and parameters."""
 
-    def __init__(self, weights: EncoderWeights) -> None:
+    def __init__(self, encoder: nn.Module, weights: EncoderWeights) -> None:
+        self._children = [(m._modules, tuple(m._modules.values())) for m in encoder.modules() if m._modules]
         self._entries = []
         arrays = []
         for _, module, name in weights.parameters():
@@ -29,7 +31,10 @@ class WeightWatch:
         self._probe = _C.Probe(arrays)
 
     def changed(self) -> bool:
-        """True when any parameter differs from the snapshot."""
+        """True when any submodule or parameter differs from the snapshot."""
+        for modules, children in self._children:
+            if tuple(modules.values()) != children:
+                return True
         for parameters, name, parameter, version, pointer in self._entries:
             if parameters.get(name) is not parameter or parameter.data_ptr() != pointer:
                 return True

@@ -66,7 +66,7 @@ def choose(
     Raises:
         BackendUnavailableError: a backend asked for by name does not support the case.
     """
-    reasons = []
+    reasons: list[str] = []
     for backend in backends:
         if name not in ("auto", backend.name):
             continue

@@ -6,7 +6,6 @@ import os
 
 import numpy as np
 import torch
-from torch import nn
 
 from xfast import _C
 from xfast.architecture import EncoderSpec, EncoderWeights
@@ -131,28 +130,19 @@ class _Packer:
             for role in ("attention_norm", "ffn_norm"):
                 self._norm(layer, role)
 
-    def _array(self, layer: int, role: str, parameter: str) -> np.ndarray | None:
-        module: nn.Module = self._weights.modules[layer, role]
-        tensor = getattr(module, parameter)
-        if tensor is None:
-            return None
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is on the meta device: it has no values")
-        tensor = tensor.detach().contiguous()
+    def _array(self, layer: int, role: str) -> np.ndarray:
+        tensor = self._weights.modules[layer, role].weight.detach().contiguous()
         # NumPy has no bf16: its bits cross as uint16
         return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
-    def _name(self, layer: int, role: str, parameter: str) -> str:
-        return f"{self._weights.names[layer, role]}.{parameter}"
-
     def _bad(self, layer: int, role: str, parameter: str) -> InvalidWeightsError:
-        return InvalidWeightsError(f"{self._name(layer, role, parameter)} holds NaN or infinity")
+        return InvalidWeightsError(f"{self._weights.names[layer, role]}.{parameter} holds NaN or infinity")
 
     def _tables(self) -> None:
         tables = []
         for role in ("word", "position", "type"):
-            table = self._array(-1, role, "weight")
-            if table is not None and not _C.all_finite(table, get_num_threads()):
+            table = self._array(-1, role)
+            if not _C.all_finite(table, get_num_threads()):
                 raise self._bad(-1, role, "weight")
             tables.append(table)
         self._encoder.set_tables(*tables)
@@ -162,7 +152,7 @@ class _Packer:
         for parameter in ("weight", "bias"):
             array = self._vector(layer, role, parameter)
             if array is None:
-                raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is missing")
+                raise InvalidWeightsError(f"{self._weights.names[layer, role]}.{parameter} is missing")
             arrays.append(array)
         self._encoder.set_norm(layer, role, *arrays)
 
@@ -170,15 +160,13 @@ class _Packer:
         tensor = getattr(self._weights.modules[layer, role], parameter)
         if tensor is None:
             return None
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{self._name(layer, role, parameter)} is on the meta device: it has no values")
         values: np.ndarray = tensor.detach().to(torch.float32).contiguous().numpy()
         if not np.isfinite(values).all():
             raise self._bad(layer, role, parameter)
         return values
 
     def _linear(self, layer: int, role: str, name: str, first: int) -> None:
-        weight = self._array(layer, role, "weight")
+        weight = self._array(layer, role)
         bias = self._vector(layer, role, "bias")
         if not self._encoder.set_linear(layer, name, first, weight, bias, get_num_threads()):
             raise self._bad(layer, role, "weight")

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xfast import _C
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction-set target that this CPU can run, one after another."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with the real data (xtreme/, tokenizer/, ...)."""
+    folder = Path(os.environ.get("XFAST_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder / "xtreme").is_dir():
+        pytest.skip("no real data: set XFAST_TEST_DATA to a folder that holds xtreme/ and tokenizer/")
+    return folder
+
+
+def _seed_of(request: pytest.FixtureRequest) -> int:
+    # By name, so that a test sees the same numbers whichever tests run before it; the same on every ISA.
+    name = request.node.originalname or request.node.name
+    return zlib.crc32(name.encode())
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(_seed_of(request))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """NumPy's generator, seeded by the test's name."""
+    return np.random.default_rng(_seed_of(request))
