@@ -1,0 +1,55 @@
+"""The generated code of the matrix-product tiles: accumulators must stay in registers.
+
+GCC has been seen to spill them around dot-product intrinsics, which halves the speed without failing any other test.
+Compiles the widest target to assembly, so targets that this machine cannot run are checked as well.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-S", "-o", "-"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+TARGETS = {
+    "avx2": (AVX2, {"vfmadd": 12, "vpmaddwd": 8}),
+    "avx512_bf16": ([*AVX512, "-mavx512vnni", "-mavx512bf16"], {"vfmadd": 28, "vdpbf16ps": 28, "vpdpbusd": 28}),
+}
+
+
+def tile_bodies(assembly: str) -> dict[str, str]:
+    """Text of each tile<Dot, R, PrefetchLines> instance by mangled name."""
+    return {
+        match[1]: match[2]
+        for match in re.finditer(r"^(_ZN\S*4tileI\S*):\n(.*?)^\s*\.size\s+\1,", assembly, re.MULTILINE | re.DOTALL)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_keep_their_accumulators_in_registers(target: str) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    if (
+        not (ROOT / "csrc").is_dir()
+        or "x86_64" not in subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    ):
+        pytest.skip("needs the sources and an x86-64 compiler")
+    flags, multiplies = TARGETS[target]
+    source = ROOT / "csrc" / "targets" / f"{target}.cpp"
+    command = [compiler, *FLAGS, *flags, "-DXFAST_X86", str(source)]
+    bodies = tile_bodies(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert len(bodies) >= 30
+    for name, body in bodies.items():
+        spills = [line for line in body.splitlines() if re.search(r"%[yz]mm", line) and re.search(r"%r[sb]p\)", line)]
+        assert not spills, f"{name} spills vector registers:\n" + "\n".join(spills[:5])
+    # The tallest tile of each precision really consists of the instruction it was written for.
+    for instruction, count in multiplies.items():
+        assert max(len(re.findall(rf"^\s*{instruction}", body, re.MULTILINE)) for body in bodies.values()) >= count

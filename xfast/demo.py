@@ -1,0 +1,488 @@
+"""``xfast demo``: the stock model and xfast side by side on batches with the lengths of real multilingual data.
+
+Nothing is downloaded: XLM-R base gets its real size and seeded random weights (unless a real model is named), and the
+batches follow the shipped length profiles. Random weights and ids take as long as trained ones; only the errors of a
+trained model differ, which is why ``--model`` exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import xfast
+from xfast.architecture import family_of, supported_families
+from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
+from xfast.study.profiles import GROUPS, LengthProfile, group_of, load_profiles, sample_lengths
+
+REFERENCE = "transformers-fp32"
+ENGINES = (REFERENCE, "xfast-fp32", "xfast-bf16", "xfast-int8")
+
+TASKS = ("tatoeba", "panx", "xnli")
+"""The mix behind every group: short sentences, entity-tagged sentences and sentence pairs, a third each."""
+
+LATENCY = "latency"
+LATENCY_LENGTH = 32
+"""Tokens of the single sequence in each call of the ``latency`` workload."""
+
+LATENCY_CALLS = 10
+ROUNDS = 2
+DEFAULT_SENTENCES = 64
+PLAN_SECONDS = 60.0
+"""When a run that chooses its own number of sentences should end, from its start; imports come on top."""
+
+LIMIT_SECONDS = 68.0
+"""When such a run starts nothing of the second round any more, because the machine became busy."""
+
+_MAX_BATCH_SIZE = 4096
+_MAX_SENTENCES = 100_000
+_MAX_SEED = 2**32 - 1
+# Long enough for idle OpenMP threads to stop spinning before the next engine needs the cores.
+_SETTLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What ``xfast demo`` runs.
+
+    Attributes:
+        model: local directory or Hub id, or None for XLM-R base at its real size with random weights.
+        batch_size: sentences per batch.
+        sentences: sentences per language group; None takes up to ``DEFAULT_SENTENCES``, fewer on a slow machine.
+        seed: seed of weights, lengths and token ids.
+
+    Raises:
+        InvalidOptionError: a value is not accepted.
+    """
+
+    model: str | None = None
+    batch_size: int = 16
+    sentences: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _in_range("batch-size", self.batch_size, 1, _MAX_BATCH_SIZE)
+        if self.sentences is not None:
+            _in_range("sentences", self.sentences, 1, _MAX_SENTENCES)
+        _in_range("seed", self.seed, 0, _MAX_SEED)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Padded batches in arrival order, each (input_ids, attention_mask), int64 [batch, length]."""
+
+    name: str
+    batches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def samples(self) -> int:
+        """Sequences."""
+        return sum(ids.shape[0] for ids, _ in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, special ones included."""
+        return sum(int(mask.sum()) for _, mask in self.batches)
+
+    @property
+    def slots(self) -> int:
+        """Real tokens and padding."""
+        return sum(ids.numel() for ids, _ in self.batches)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding among all slots, 0 to 1."""
+        return 1.0 - self.tokens / self.slots
+
+
+@dataclass
+class Tally:
+    """What was measured of one engine on one workload: ``seconds[round][batch]``, and the distance to the reference.
+
+    ``error`` is max |y - y_ref| / max |y_ref| over the real tokens' hidden states, ``cosine`` the mean over tokens.
+    """
+
+    seconds: list[list[float]] = field(default_factory=list)
+    error: float = 0.0
+    cosine: float = 1.0
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """``results``: one row per workload and engine; ``run``: the settings behind them; ``notes``: remarks."""
+
+    results: list[dict[str, Any]]
+    run: dict[str, Any]
+    notes: list[str]
+
+
+@contextmanager
+def num_threads(threads: int | None) -> Iterator[None]:
+    """Stock model and xfast both use ``threads`` threads inside the block; None leaves PyTorch's default.
+
+    Raises:
+        InvalidOptionError: not accepted.
+    """
+    if threads is None:
+        yield
+        return
+    xfast.set_num_threads(threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        xfast.set_num_threads(None)
+
+
+def run(options: DemoOptions, console: Console) -> DemoReport:
+    """Builds, measures and returns the figures; ``console`` shows the progress.
+
+    Raises:
+        InvalidInputError, UnsupportedModelError: the model cannot be loaded, or is not of a supported family.
+    """
+    start = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task("building the model", total=None)
+        model = random_model(options.seed) if options.model is None else load_model(options.model)
+        progress.update(task, description="packing xfast fp32, bf16, int8")
+        engines = build_engines(model)
+        progress.update(task, description="warming up")
+        samples = DEFAULT_SENTENCES if options.sentences is None else options.sentences
+        lengths = {group: group_lengths(group, samples, options.seed) for group in GROUPS}
+        workloads = make_workloads(model, lengths, options)
+        rates = _probe(engines, workloads)
+        if options.sentences is None:
+            left = max(start + PLAN_SECONDS - time.perf_counter(), 10.0)
+            samples = _affordable(left, lengths, workloads[-1], rates, options.batch_size)
+            workloads = make_workloads(model, {group: drawn[:samples] for group, drawn in lengths.items()}, options)
+        deadline = start + LIMIT_SECONDS if options.sentences is None else math.inf
+        tallies = _measure(engines, workloads, rates, partial(progress.update, task), deadline)
+    rounds = [len(tallies[REFERENCE, workload.name].seconds) for workload in workloads]
+    facts = {
+        "model": options.model or "XLM-R base at its real size, seeded random weights",
+        "random_weights": options.model is None,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "sentences": samples,
+        "rounds": min(rounds),
+        "wall_s": time.perf_counter() - start,
+    }
+    notes = _notes(engines)
+    if options.sentences is None and samples < min(options.batch_size, DEFAULT_SENTENCES):
+        notes.append(f"the machine is slow or busy: {samples} sentences per group, less than a batch; expect noise")
+    if min(rounds) < ROUNDS:
+        notes.append(f"the machine became busy: {rounds.count(1)} workloads were measured once only, so expect noise")
+    return DemoReport(_rows(workloads, tallies), facts, notes)
+
+
+def random_model(seed: int) -> nn.Module:
+    """XLM-R base at its real size, without pooler, with random weights that depend on ``seed`` alone."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    config = XLMRobertaConfig(
+        vocab_size=250002,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    with _NoRandomInit():
+        model = XLMRobertaModel(config, add_pooling_layer=False).eval()
+    _fill(model, seed, config.initializer_range)
+    return model
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Skips random initialisation: drawing 278 million numbers twice on one thread would take several seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _fill(model: nn.Module, seed: int, std: float) -> None:
+    """Matrices normal with ``std``, biases 0, gains 1. Drawn in chunks, one seed each, so on any number of threads."""
+    chunks: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            chunks += parameter.detach().view(-1).split(1 << 22)
+        else:
+            parameter.detach().fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def draw(index: int) -> None:
+        chunks[index].normal_(0.0, std, generator=torch.Generator().manual_seed(seed * 1000 + index))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(len(chunks))))
+
+
+def load_model(name: str) -> nn.Module:
+    """Loads the encoder of a local checkpoint or of one on the Hub, in fp32, in evaluation mode.
+
+    Raises:
+        InvalidOptionError: ``name`` is a path that does not lead to a directory.
+        InvalidInputError: the checkpoint cannot be loaded or lacks weights of the encoder.
+        UnsupportedModelError: it is not an encoder of a supported family.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    source = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):  # which class this is, before gigabytes of weights are read
+            kind = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers, the Hub client and readers of bad files raise whatever they like
+        raise InvalidInputError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    if family_of(kind) is None:
+        raise UnsupportedModelError(
+            f"--model {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}"
+        )
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise InvalidInputError(f"--model {name}: cannot load its weights: {_first_line(error)}") from error
+    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise InvalidInputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
+    return model.eval()
+
+
+def _source(name: str) -> str:
+    """The directory that ``name`` leads to, or ``name`` itself when it reads like a Hub id."""
+    try:
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long for the file system, ~nobody
+        raise InvalidOptionError(f"model: {name!r}: {error}; accepted: a model directory or a Hub id") from None
+    if is_folder and name.strip():
+        return str(path)
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
+    if exists or looks_like_path or not name.strip():
+        raise InvalidOptionError(f"model: {name!r} is no directory; accepted: a model directory or a Hub id")
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def build_engines(model: nn.Module) -> dict[str, nn.Module]:
+    """The model itself, and one accelerated twin per precision that shares its parameters."""
+    engines = {REFERENCE: model}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for name in ENGINES[1:]:
+        twin = copy.deepcopy(model, dict(shared))  # modules are copied, tensors are not
+        engines[name] = xfast.accelerate(twin, precision=name.split("-")[1])
+    return engines
+
+
+def group_lengths(group: str, count: int, seed: int) -> list[int]:
+    """Token lengths of ``count`` sentences in arrival order: the tasks take turns, and a task's languages within it.
+
+    Every group uses the same random numbers, so that groups differ by their languages and not by luck.
+    """
+    members = [profile for profile in load_profiles() if group_of(profile) == group]
+    tasks: list[list[LengthProfile]] = [[p for p in members if p.task == task] for task in TASKS]
+    lengths = []
+    for index in range(count):
+        profiles = tasks[index % len(tasks)]
+        profile = profiles[index // len(tasks) % len(profiles)]
+        lengths.append(int(sample_lengths(profile, 1, seed * _MAX_SENTENCES + index)[0]))
+    return lengths
+
+
+def make_workloads(model: nn.Module, lengths: dict[str, list[int]], options: DemoOptions) -> list[Workload]:
+    """One workload per group, and the single-sequence ``latency`` workload last."""
+    pad = model.config.pad_token_id or 0
+    vocab = model.config.vocab_size
+    # RoBERTa's positions begin behind the padding index; the others lose a position or so, which does not matter here.
+    limit = model.config.max_position_embeddings - pad - 1
+    if limit < 2 or vocab < 2:
+        raise UnsupportedModelError(f"the model has {limit} usable positions and {vocab} token ids: too few for a demo")
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def padded(chunk: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chunk = [min(length, limit) for length in chunk]
+        ids = torch.randint(0, vocab - 1, (len(chunk), max(chunk)), generator=generator)
+        ids += ids >= pad  # every id but the padding one
+        mask = (torch.arange(max(chunk)) < torch.tensor(chunk).unsqueeze(1)).long()
+        return torch.where(mask.bool(), ids, pad), mask
+
+    size = options.batch_size
+    workloads = [
+        Workload(group, tuple(padded(drawn[start : start + size]) for start in range(0, len(drawn), size)))
+        for group, drawn in lengths.items()
+    ]
+    workloads.append(Workload(LATENCY, tuple(padded([LATENCY_LENGTH]) for _ in range(LATENCY_CALLS))))
+    return workloads
+
+
+def _probe(engines: dict[str, nn.Module], workloads: list[Workload]) -> dict[str, float]:
+    """Seconds per unit of work (see ``_work``) of each engine, from one batch after a warm-up call."""
+    warm = Workload("warm-up", workloads[-1].batches[:1])
+    first = Workload("probe", workloads[0].batches[:1])
+    rates = {}
+    for name, engine in engines.items():
+        _pass(engine, warm)
+        seconds, _ = _pass(engine, first)
+        rates[name] = sum(seconds) / _work(name, *first.batches[0])
+    return rates
+
+
+def _work(engine: str, ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """What an engine's time is proportional to: slots for the stock model, real tokens for xfast."""
+    return ids.numel() if engine == REFERENCE else int(mask.sum())
+
+
+def _affordable(
+    seconds: float, lengths: dict[str, list[int]], latency: Workload, rates: dict[str, float], batch_size: int
+) -> int:
+    """The most sentences per group, whole batches if possible, that can be measured in ``seconds``."""
+    fixed = sum(rate * _work(name, *batch) for name, rate in rates.items() for batch in latency.batches)
+
+    def predicted(count: int) -> float:
+        total = fixed
+        for drawn in lengths.values():
+            for start in range(0, count, batch_size):
+                chunk = drawn[start : min(start + batch_size, count)]
+                for name, rate in rates.items():
+                    total += rate * (max(chunk) * len(chunk) if name == REFERENCE else sum(chunk))
+        return ROUNDS * total
+
+    counts = [DEFAULT_SENTENCES, *range(DEFAULT_SENTENCES // batch_size * batch_size, 0, -batch_size)]
+    while counts[-1] > 1:
+        counts.append(counts[-1] // 2)
+    return next((count for count in counts if predicted(count) <= seconds), 1)
+
+
+def _measure(
+    engines: dict[str, nn.Module],
+    workloads: list[Workload],
+    rates: dict[str, float],
+    show: Callable[..., None],
+    deadline: float,
+) -> dict[tuple[str, str], Tally]:
+    """Runs every engine on every workload, in turns, in alternating order. Returns tallies by (engine, workload).
+
+    ``show`` updates the progress bar, which moves by predicted seconds so that slow and fast engines advance it evenly.
+    Past ``deadline`` (on the clock of ``time.perf_counter``) no workload is measured a second time.
+    """
+    predicted = sum(rates[n] * _work(n, *batch) for n in engines for w in workloads for batch in w.batches)
+    show(total=ROUNDS * predicted, completed=0)
+    tallies = {(name, workload.name): Tally() for workload in workloads for name in engines}
+    for turn, workload in itertools.product(range(ROUNDS), workloads):
+        if turn and time.perf_counter() > deadline:
+            break
+        reference: list[torch.Tensor] = []
+        for name in list(engines) if turn % 2 == 0 else reversed(engines):
+            show(description=f"round {turn + 1}/{ROUNDS}  {workload.name:<13}  {name:<17}")
+            time.sleep(_SETTLE_SECONDS)
+            seconds, outputs = _pass(engines[name], workload, partial(_advance, show, rates[name], name))
+            tally = tallies[name, workload.name]
+            tally.seconds.append(seconds)
+            if turn == 0 and name == REFERENCE:
+                reference = outputs
+            elif turn == 0:
+                tally.error, tally.cosine = _distance(outputs, reference)
+    return tallies
+
+
+def _advance(show: Callable[..., None], rate: float, engine: str, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    show(advance=rate * _work(engine, ids, mask))
+
+
+def _pass(
+    model: nn.Module, workload: Workload, done: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Seconds of each batch, and the real tokens' hidden states [tokens, hidden_size] of each batch."""
+    seconds, outputs = [], []
+    with torch.inference_mode():
+        for ids, mask in workload.batches:
+            start = time.perf_counter()
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            seconds.append(time.perf_counter() - start)
+            outputs.append(hidden)
+            if done is not None:
+                done(ids, mask)
+        packed = [hidden[mask.bool()] for hidden, (_, mask) in zip(outputs, workload.batches, strict=True)]
+    return seconds, packed
+
+
+def _distance(outputs: list[torch.Tensor], reference: list[torch.Tensor]) -> tuple[float, float]:
+    """(max |y - y_ref| / max |y_ref|, mean cosine over tokens)."""
+    got, want = torch.cat(outputs), torch.cat(reference)
+    scale = float(want.abs().max()) or 1.0
+    cosine = torch.nn.functional.cosine_similarity(got, want, dim=1).mean()
+    return float((got - want).abs().max()) / scale, float(cosine)
+
+
+def _rows(workloads: list[Workload], tallies: dict[tuple[str, str], Tally]) -> list[dict[str, Any]]:
+    """The ``results`` of the JSON document: rates from the median round, latencies from every batch of every round."""
+    rows = []
+    for workload in workloads:
+        totals = {n: statistics.median(sum(r) for r in tallies[n, workload.name].seconds) for n in ENGINES}
+        for name in ENGINES:
+            tally = tallies[name, workload.name]
+            batch_ms = [1e3 * seconds for one in tally.seconds for seconds in one]
+            rows.append(
+                {
+                    "engine": name,
+                    "workload": workload.name,
+                    "samples_per_s": workload.samples / totals[name],
+                    "tokens_per_s": workload.tokens / totals[name],
+                    "p50_ms": float(np.percentile(batch_ms, 50)),
+                    "p95_ms": float(np.percentile(batch_ms, 95)),
+                    "padding": workload.padding,
+                    "speedup": totals[REFERENCE] / totals[name],
+                    "error": tally.error,
+                    "cosine": tally.cosine,
+                    "samples": workload.samples,
+                    "tokens": workload.tokens,
+                }
+            )
+    return rows
+
+
+def _notes(engines: dict[str, nn.Module]) -> list[str]:
+    """Remarks that belong under the tables: how bf16 is computed, and calls that did not run accelerated code."""
+    notes = []
+    for name in ENGINES[1:]:
+        for encoder in xfast.explain(engines[name]).encoders:
+            notes += [f"{name}: {text.removeprefix('bf16: ')}" for text in encoder.details if text.startswith("bf16: ")]
+            notes += [f"{name}: {count} calls ran the original code: {why}" for why, count in encoder.fallbacks.items()]
+    return notes
+
+
+def _in_range(option: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidOptionError(f"{option}: {value!r} is not accepted; accepted: {low} to {high}")
