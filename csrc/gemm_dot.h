@@ -36,6 +36,7 @@ inline IntReg shift_left_16(IntReg a) { return _mm512_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
 inline IntReg even_bytes_signed(IntReg a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
 inline IntReg odd_bytes_signed(IntReg a) { return _mm512_srai_epi16(a, 8); }
+inline IntReg even_bytes_unsigned(IntReg a) { return _mm512_srli_epi16(_mm512_slli_epi16(a, 8), 8); }
 inline IntReg odd_bytes_unsigned(IntReg a) { return _mm512_srli_epi16(a, 8); }
 inline IntReg madd_add(IntReg acc, IntReg a, IntReg b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
 constexpr int kRowsF32 = 14, kRowsBf16Widened = 10, kRowsInt8Widened = 10;
@@ -64,6 +65,7 @@ inline IntReg shift_left_16(IntReg a) { return _mm256_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
 inline IntReg even_bytes_signed(IntReg a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
 inline IntReg odd_bytes_signed(IntReg a) { return _mm256_srai_epi16(a, 8); }
+inline IntReg even_bytes_unsigned(IntReg a) { return _mm256_srli_epi16(_mm256_slli_epi16(a, 8), 8); }
 inline IntReg odd_bytes_unsigned(IntReg a) { return _mm256_srli_epi16(a, 8); }
 inline IntReg madd_add(IntReg acc, IntReg a, IntReg b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 constexpr int kRowsF32 = 6, kRowsBf16Widened = 4, kRowsInt8Widened = 4;
@@ -115,7 +117,7 @@ struct DotInt8Widened {
   }
   static A load_a(const uint8_t* p) {
     const IntReg bytes = broadcast_group(p);
-    return {and_mask(bytes, 0x00FF00FF), odd_bytes_unsigned(bytes)};
+    return {even_bytes_unsigned(bytes), odd_bytes_unsigned(bytes)};  // shifts: a mask would cost a register
   }
   static void step(Acc& acc, const A& a, const B& b) { acc = madd_add(madd_add(acc, a.even, b.even), a.odd, b.odd); }
 };

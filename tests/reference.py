@@ -186,12 +186,16 @@ def assert_within(
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray, what: str = "") -> None:
     """Same shape, dtype and bytes; names the first difference."""
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{what}: {got.dtype}{got.shape} {want.dtype}{want.shape}"
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{what}: {got.dtype} {got.shape}, not {want.dtype} {want.shape}"
+    )
     raw = np.uint8 if got.dtype.itemsize == 1 else np.dtype(f"u{got.dtype.itemsize}")
     different = np.argwhere(np.ascontiguousarray(got).view(raw) != np.ascontiguousarray(want).view(raw))
     if len(different):
         at = tuple(int(i) for i in different[0])
-        raise AssertionError(f"{what}: {len(different)} of {got.size} differ, first at {at}: {got[at]!r} != {want[at]!r}")
+        raise AssertionError(
+            f"{what}: {len(different)} of {got.size} differ, first at {at}: {got[at]!r} != {want[at]!r}"
+        )
 
 
 def bf16_bits(x: torch.Tensor) -> np.ndarray:

@@ -160,7 +160,21 @@ def describe(module: nn.Module, family: Family) -> EncoderWeights:
     for layer, prefix, role, path in places:
         key = (layer, role)
         modules[key], names[key] = _leaf(module, prefix + path, role), prefix + path
-    return EncoderWeights(spec, modules, names)
+    weights = EncoderWeights(spec, modules, names)
+    _check_shapes(weights)
+    return weights
+
+
+def _check_shapes(weights: EncoderWeights) -> None:
+    """Refuses layers that no longer have the sizes of the spec (pruned heads, swapped modules)."""
+    spec = weights.spec
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    shapes = {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
+    for (layer, role), module in weights.modules.items():
+        expected = shapes.get(role, (hidden, hidden) if role in LINEAR_ROLES else None)
+        if expected is not None and tuple(module.weight.shape) != expected:
+            name = weights.names[layer, role]
+            raise UnsupportedModelError(f"{name}.weight has shape {tuple(module.weight.shape)}, expected {expected}")
 
 
 def _padding_idx(module: nn.Module, family: Family) -> int:

@@ -222,7 +222,16 @@ class EncoderPatch(Patch):
             pooler_output=None if pooler is None else pooler(last),
             hidden_states=None if states is None else (*(_pad(packed, s).to(dtype) for s in states[:-1]), last),
         )
-        return output if _flag(module, call, "return_dict", True) else output.to_tuple()
+        return self._as_asked(module, call, output)
+
+    def _as_asked(self, module: nn.Module, call: dict[str, Any], output: Any) -> Any:
+        if _flag(module, call, "return_dict", True):
+            return output
+        if "return_dict" not in self._names:
+            return output.to_tuple()
+        # transformers 4: the encoder builds the tuple itself and keeps an empty pooler's place
+        states = () if output.hidden_states is None else (output.hidden_states,)
+        return (output.last_hidden_state, output.pooler_output, *states)
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile: one custom operator for the encoder, so that tracing never sees the native call."""
@@ -236,7 +245,7 @@ class EncoderPatch(Patch):
             or call.get("inputs_embeds") is not None
             or (mask is not None and mask.dim() > 2)
             or torch.is_grad_enabled()
-            or torch.compiler.is_exporting()
+            or getattr(torch.compiler, "is_exporting", bool)()  # newer than torch 2.6
             or _flag(module, call, "output_hidden_states")
         ):
             return self.original(*args, **kwargs)
@@ -252,7 +261,7 @@ class EncoderPatch(Patch):
         )
         pooled = module.pooler(hidden) if getattr(module, "pooler", None) is not None else None
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
-        return output if _flag(module, call, "return_dict", True) else output.to_tuple()
+        return self._as_asked(module, call, output)
 
 
 _GRADIENTS = "gradients are enabled"
