@@ -50,7 +50,8 @@ class PyEncoder {
     PackedLinear& linear = find_linear(layer, name);
     require_array(weight, "weight", {-1, linear.in_features()});
     const int64_t rows = weight.shape(0);
-    require(first >= 0 && first + rows <= linear.out_features(), "first: rows exceed the layer's outputs");
+    require(first >= 0 && rows <= linear.out_features() && first <= linear.out_features() - rows,
+            "first: rows exceed the layer's outputs");
     if (bias) require_array(*bias, "bias", {rows});
     const MatrixView view{table_view(weight, "weight"), rows, weight.shape(1)};
     const float* bias_data = bias ? bias->data() : nullptr;
@@ -109,12 +110,19 @@ class PyEncoder {
 
  private:
   static EncoderShape make_shape(const py::dict& d) {
-    const auto size = [&](const char* key) { return d[key].cast<int64_t>(); };
-    const EncoderShape s{size("layers"), size("hidden"),    size("heads"), size("head_dim"),      size("intermediate"),
-                         size("vocab"),  size("positions"), size("types"), d["eps"].cast<float>()};
+    const auto item = [&](const char* key) {
+      require(d.contains(key), std::string("shape: ") + key + " is missing");
+      return d[key];
+    };
+    const auto size = [&](const char* key) { return item(key).cast<int64_t>(); };
+    const EncoderShape s{size("layers"),    size("hidden"),       size("heads"),
+                         size("head_dim"),  size("intermediate"), size("vocab"),
+                         size("positions"), size("types"),        item("eps").cast<float>()};
     for (const int64_t value : {s.hidden, s.heads, s.head_dim, s.intermediate, s.vocab, s.positions})
       require(value > 0 && value < (int64_t{1} << 31), "shape: sizes must be positive 32-bit numbers");
     require(s.layers >= 0 && s.types >= 0, "shape: sizes must not be negative");
+    constexpr int64_t kLargest = int64_t{1} << 16;  // 32-bit sums of products of bytes stay exact
+    require(s.hidden <= kLargest && s.intermediate <= kLargest && s.layers <= (1 << 16), "shape: too large");
     require(s.heads * s.head_dim == s.hidden, "shape: hidden must be heads * head_dim");
     return s;
   }
@@ -192,7 +200,8 @@ IdView id_view(const std::optional<I64>& ids, const char* name, int64_t batch, i
 
 MaskType mask_type(const std::optional<py::array>& mask) {
   if (!mask) return MaskType::kNone;
-  const char kind = mask->dtype().kind();
+  const char order = mask->dtype().byteorder();
+  const char kind = order == '=' || order == '|' ? mask->dtype().kind() : '>';
   const auto size = mask->dtype().itemsize();
   if (kind == 'i' && size == 8) return MaskType::kI64;
   if (kind == 'i' && size == 4) return MaskType::kI32;
@@ -207,6 +216,7 @@ py::dict py_unpad(int64_t batch, int64_t length, const std::optional<I64>& ids, 
                   const std::optional<I64>& position_ids, const std::optional<I64>& type_ids, int64_t vocab,
                   int64_t positions, int64_t types, int64_t padding_idx) {
   require(batch >= 0 && length >= 0, "batch and length must not be negative");
+  require(batch < (int64_t{1} << 31), "batch must be below 2^31");
   require(batch == 0 || length < (int64_t{1} << 31) / batch, "batch * length must be below 2^31");
   const int64_t slots = batch * length;
   if (mask) require_array(*mask, "mask", {batch, length});

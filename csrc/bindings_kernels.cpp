@@ -102,11 +102,13 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
 // Attention of one sequence: q [queries, heads, head_dim], k and v [keys, heads, head_dim] -> like q
 F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, float scale) {
   require_array(q, "q", {-1, -1, -1});
+  require_array(k, "k", {-1, -1, -1});
   const int64_t queries = q.shape(0), heads = q.shape(1), head_dim = q.shape(2), keys = k.shape(0);
   require(heads > 0 && head_dim > 0 && heads * head_dim < (int64_t{1} << 24), "q: heads and head_dim must be positive");
   require_array(k, "k", {keys, heads, head_dim});
   require_array(v, "v", {keys, heads, head_dim});
   const int64_t ld = heads * head_dim;
+  require(keys > 0, "k: must not be empty");
   F32 out({queries, heads, head_dim});
   AlignedBuffer scratch(attention_scratch_floats(head_dim, queries) * static_cast<int64_t>(sizeof(float)));
   kernel_table(isa).attention({q.data(), ld, queries, k.data(), v.data(), ld, keys, 0, static_cast<int>(heads),

@@ -35,7 +35,8 @@ inline void require_array(const py::array& array, const char* name, const std::v
 }
 
 inline TableView table_view(const py::array& array, const char* name) {
-  const char kind = array.dtype().kind();
+  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
+  const char kind = native ? array.dtype().kind() : '>';
   const auto size = array.dtype().itemsize();
   if (kind == 'f' && size == 4) return {array.data(), TableType::kF32};
   if (kind == 'f' && size == 2) return {array.data(), TableType::kF16};

@@ -90,9 +90,9 @@ inline I16 round_to_int(V16 a) {
   I16 r;
   XFAST_LANES {
     const float shifted = a.v[i] + 12582912.0f;
-    int32_t bits;
+    uint32_t bits;
     std::memcpy(&bits, &shifted, 4);
-    r.v[i] = bits - 0x4B400000;
+    r.v[i] = static_cast<int32_t>(bits - 0x4B400000u);
   }
   return r;
 }
@@ -109,7 +109,7 @@ inline I16 load_i32(const int32_t* p) {
 // a * 2^n for normal results
 inline V16 scale_by_power(V16 a, I16 n) {
   XFAST_LANES {
-    const int32_t bits = (n.v[i] + 127) * (1 << 23);
+    const uint32_t bits = (static_cast<uint32_t>(n.v[i]) + 127u) << 23;
     float factor;
     std::memcpy(&factor, &bits, 4);
     a.v[i] *= factor;

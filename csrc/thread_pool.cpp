@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,6 +28,19 @@ void relax(int spin) {
   }
 }
 
+// Results must not depend on the floating-point mode that the caller happens to have set (torch.set_flush_denormal):
+// every member computes in the default mode.
+class DefaultFloatMode {
+#if defined(__x86_64__)
+ public:
+  DefaultFloatMode() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~DefaultFloatMode() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 class Pool {
  public:
   bool try_acquire() { return !busy_.exchange(true, std::memory_order_acquire); }
@@ -33,60 +49,63 @@ class Pool {
   // Makes sure of `wanted` workers; fewer when the system refuses more threads. Returns how many there are to use.
   int start_workers(int wanted) {
     try {
-      for (; workers_ < wanted; ++workers_) {
-        const int id = workers_ + 1;
+      while (static_cast<int>(workers_.size()) < wanted) {
+        auto worker = std::make_unique<Worker>();
+        Worker* raw = worker.get();
+        const int id = static_cast<int>(workers_.size()) + 1;
         // Detached: workers live as long as the process, and joining at exit could hang an embedding program.
-        std::thread([this, id] { work(id); }).detach();
+        std::thread([this, raw, id] { work(*raw, id); }).detach();
+        workers_.push_back(std::move(worker));
       }
     } catch (const std::system_error&) {
     }
-    return std::min(workers_, wanted);
+    return std::min(static_cast<int>(workers_.size()), wanted);
   }
 
   void run(int threads, const std::function<void(const Member&)>& body) {
     Barrier barrier(threads);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      body_ = &body;
-      barrier_ = &barrier;
-      threads_ = threads;
-      left_.store(threads - 1, std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
+    body_ = &body;
+    barrier_ = &barrier;
+    threads_ = threads;
+    left_.store(threads - 1, std::memory_order_relaxed);
+    for (int id = 1; id < threads; ++id) {
+      Worker& worker = *workers_[id - 1];
+      {
+        std::lock_guard<std::mutex> lock(worker.mutex);
+        worker.generation.fetch_add(1, std::memory_order_release);
+      }
+      worker.wake.notify_one();
     }
-    wake_.notify_all();
     body(Member{0, threads, &barrier});
     for (int spin = 0; left_.load(std::memory_order_acquire) != 0; ++spin) relax(spin);
   }
 
  private:
-  void work(int id) {
-    int seen = 0;
-    while (true) {
+  // Each worker has its own doorbell, so that a call wakes only the threads that it uses.
+  struct Worker {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<unsigned> generation{0};
+  };
+
+  void work(Worker& self, int id) {
+    [[maybe_unused]] const DefaultFloatMode mode;
+    for (unsigned seen = 0;; ++seen) {
       // Stay hot for a moment between back-to-back calls, then sleep so that nobody else is slowed down.
-      for (int spin = 0; spin < 2000 && generation_.load(std::memory_order_acquire) == seen; ++spin) relax(0);
-      const std::function<void(const Member&)>* body;
-      Barrier* barrier;
-      int threads;
+      for (int spin = 0; spin < 2000 && self.generation.load(std::memory_order_acquire) == seen; ++spin) relax(0);
       {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
-        seen = generation_.load(std::memory_order_relaxed);
-        body = body_;
-        barrier = barrier_;
-        threads = threads_;
+        std::unique_lock<std::mutex> lock(self.mutex);
+        self.wake.wait(lock, [&] { return self.generation.load(std::memory_order_relaxed) != seen; });
       }
-      if (id >= threads) continue;
-      (*body)(Member{id, threads, barrier});
+      (*body_)(Member{id, threads_, barrier_});
       left_.fetch_sub(1, std::memory_order_release);
     }
   }
 
   std::atomic<bool> busy_{false};
-  int workers_ = 0;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::atomic<int> generation_{0};
+  std::vector<std::unique_ptr<Worker>> workers_;
   std::atomic<int> left_{0};
+  // The job at hand: written before the doorbells ring, read after.
   const std::function<void(const Member&)>* body_ = nullptr;
   Barrier* barrier_ = nullptr;
   int threads_ = 0;
@@ -130,6 +149,7 @@ Team::~Team() {
 }
 
 void Team::run(const std::function<void(const Member&)>& body) const {
+  [[maybe_unused]] const DefaultFloatMode mode;
   if (pool_ != nullptr && size_ > 1) return static_cast<Pool*>(pool_)->run(size_, body);
   Barrier alone(1);
   body(Member{0, 1, &alone});

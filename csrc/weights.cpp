@@ -57,6 +57,7 @@ PackedLinear::PackedLinear(Precision precision, int64_t out_features, int64_t in
       data_(panels_for(out_features) * chunks_ * kPanelChunkBytes) {
   std::memset(data_.data(), 0, data_.bytes());
   const int64_t padded = panels_for(out_features) * kPanel;
+  set_.assign(out_features, 0);
   bias_.assign(padded, 0.0f);
   if (precision == Precision::kInt8) {
     scale_.assign(padded, 0.0f);
@@ -79,7 +80,7 @@ bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bia
     for (int64_t n = std::max(begin, first); n < std::min(end, first + w.rows) && good; ++n)
       if (!set_row(n, w, n - first, values.data())) good = false;
   });
-  if (good) filled_ += w.rows;
+  std::fill_n(set_.begin() + first, w.rows, good ? 1 : 0);
   return good;
 }
 

@@ -2,6 +2,7 @@
 // weights are the same bytes whatever CPU packs or runs them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -29,16 +30,19 @@ class PackedLinear {
   int64_t out_features() const { return out_features_; }
   int64_t in_features() const { return in_features_; }
   int64_t bytes() const;
-  bool complete() const { return filled_ == out_features_; }
+  bool complete() const {
+    return std::all_of(set_.begin(), set_.end(), [](uint8_t set) { return set != 0; });
+  }
 
  private:
   bool set_row(int64_t n, const MatrixView& w, int64_t row, float* values);
 
   Precision precision_ = Precision::kFp32;
-  int64_t out_features_ = 0, in_features_ = 0, chunks_ = 0, filled_ = 0;
+  int64_t out_features_ = 0, in_features_ = 0, chunks_ = 0;
   AlignedBuffer data_;
   std::vector<float> scale_, bias_;
   std::vector<int32_t> compensation_;
+  std::vector<uint8_t> set_;  // per output: packed and usable
 };
 
 // Values [begin, begin + count) of row-major table memory as fp32.

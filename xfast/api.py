@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from xfast.architecture import find_encoders, supported_families
-from xfast.errors import UnsupportedModelError, WeightsFreedError
+from xfast.errors import InvalidOptionError, UnsupportedModelError, WeightsFreedError
 from xfast.explain import Explanation, explain_patches
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
@@ -45,17 +45,19 @@ def accelerate(
     """
     options = Options(backend, precision, layers, keep_weights, calibration, tolerance)
     root = _module_of(model)
-    restore(model)
+    before = _patches(root)
+    _refuse_freed("accelerate", before)
     encoders = [module for _, module, _ in find_encoders(root)]
     if not encoders:
         raise UnsupportedModelError(
             f"{type(model).__name__} holds no encoder that xfast accelerates; supported: {supported_families()}"
         )
-    patches = [EncoderPatch(module, options, module.__dict__.get("forward")) for module in encoders]
+    patches = [EncoderPatch(module, options, _unpatched(module)) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
     heads = _head_patches(root, encoders)
+    _uninstall(before)
     for installed in (*patches, *heads):
         installed.install()
     if not keep_weights:
@@ -71,21 +73,30 @@ def restore(model: T) -> T:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
     """
     patches = _patches(_module_of(model))
-    if any(isinstance(patch, EncoderPatch) and patch.plan.freed for patch in patches):
-        raise WeightsFreedError("restore: the original weights were given up with keep_weights=False")
-    for patch in patches:
-        patch.undo()
+    _refuse_freed("restore", patches)
+    _uninstall(patches)
     return model
 
 
 @contextmanager
 def accelerated(model: T, **options: Any) -> Iterator[T]:
-    """``with xfast.accelerated(model, precision="int8"): ...`` accelerates inside the block only."""
+    """``with xfast.accelerated(model, precision="int8"): ...`` accelerates inside the block only.
+
+    A model that was accelerated before gets that acceleration back after the block.
+
+    Raises:
+        InvalidOptionError: ``keep_weights=False``, which could not be undone.
+    """
+    if not options.get("keep_weights", True):
+        raise InvalidOptionError("keep_weights: False cannot be undone at the end of a block; use xfast.accelerate")
+    before = _patches(_module_of(model))
     accelerate(model, **options)
     try:
         yield model
     finally:
         restore(model)
+        for patch in before:
+            patch.install()
 
 
 def explain(model: Any) -> Explanation:
@@ -94,6 +105,22 @@ def explain(model: Any) -> Explanation:
     encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)]
     heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
     return explain_patches(encoders, heads)
+
+
+def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:
+    if any(isinstance(patch, EncoderPatch) and patch.plan.freed for patch in patches):
+        raise WeightsFreedError(f"{call}: the original weights were given up with keep_weights=False")
+
+
+def _uninstall(patches: Sequence[Patch]) -> None:
+    for patch in patches:
+        patch.undo()
+
+
+def _unpatched(module: nn.Module) -> Any:
+    """The instance-level ``forward`` that is not xfast's, or None."""
+    forward = module.__dict__.get("forward")
+    return forward.previous if isinstance(forward, Patch) else forward
 
 
 def _module_of(model: Any) -> nn.Module:
@@ -125,8 +152,8 @@ def _head_patches(root: nn.Module, encoders: list[nn.Module]) -> list[HeadPatch]
         encoder = getattr(module, "base_model", None)
         if rule is None or not any(encoder is candidate for candidate in encoders):
             continue
-        patches.append(HeadPatch(module, encoder, rule, module.__dict__.get("forward")))
-        token_head = head_module(module, rule)
+        patches.append(HeadPatch(module, encoder, rule, _unpatched(module)))
+        token_head = head_module(module, rule) if rule.rows == "all" else None
         if token_head is not None:
-            patches.append(TokenHeadPatch(token_head, encoder, rule, token_head.__dict__.get("forward")))
+            patches.append(TokenHeadPatch(token_head, encoder, rule, _unpatched(token_head)))
     return patches

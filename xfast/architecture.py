@@ -196,11 +196,41 @@ def _refuse(module: nn.Module, family: Family) -> None:
         reasons.append(f"its positions are {position_type!r}; supported: 'absolute'")
     if config.hidden_size % config.num_attention_heads:
         reasons.append("hidden_size is not a multiple of num_attention_heads")
+    reasons += _changed_modules(module)
     base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
     if getattr(type(module), "forward", None) is not getattr(base, "forward", None):
         reasons.append(f"{type(module).__name__} overrides forward")
     if reasons:
         raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {'; '.join(reasons)}")
+
+
+def _changed_modules(encoder: nn.Module) -> list[str]:
+    """What a user changed inside the encoder: replaced classes or forwards, activation, epsilon, attention scale."""
+    config = encoder.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    found = []
+    for name, module in encoder.named_modules():
+        if not name.startswith(("embeddings", "encoder")):
+            continue
+        if "forward" in module.__dict__:
+            found.append(f"{name} has a forward of its own")
+        if not type(module).__module__.startswith(("transformers.", "torch.nn.modules.")):
+            found.append(f"{name} is a {type(module).__module__}.{type(module).__name__}; merge adapters first")
+        if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_eps:
+            found.append(f"{name}.eps is {module.eps}, not the config's {config.layer_norm_eps}")
+        if getattr(module, "scaling", head_dim**-0.5) != head_dim**-0.5:
+            found.append(f"{name}.scaling is {module.scaling}")
+        activation = getattr(module, "intermediate_act_fn", None)
+        if activation is not None and not _is_exact_gelu(activation):
+            found.append(f"{name}.intermediate_act_fn is {activation}")
+    return found
+
+
+def _is_exact_gelu(activation: object) -> bool:
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    inner = getattr(activation, "act", activation)  # transformers' GELUActivation holds the function it applies
+    return inner is nn.functional.gelu
 
 
 _LEAF_TYPES: dict[str, type[nn.Module]] = {

@@ -49,7 +49,9 @@ class Explanation:
 
 def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]) -> Explanation:
     """Builds the explanation of one model from its patches."""
-    return Explanation(tuple(_encoder(patch) for patch in encoders), tuple(_head(patch) for patch in heads))
+    return Explanation(
+        tuple(_encoder(patch) for patch in encoders), tuple(_head(patch) for patch in heads if type(patch) is HeadPatch)
+    )
 
 
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:

@@ -1,7 +1,10 @@
 """What each task head reads from the encoder, as data, and how a token head runs on packed rows.
 
 ``first`` heads read column 0 only: the encoder may return ``(batch, 1, hidden_size)``, so the head needs no rewrite.
-``all`` heads read every real token: their ``module`` runs on ``(1, total_tokens, hidden_size)`` and is padded after.
+``all`` heads read every real token: their module runs on ``(1, total_tokens, hidden_size)`` and is padded after.
+
+Both hold only for the head's own modules. One that was replaced (mean pooling, an LSTM or CRF tagger) or hooked gets
+every row of the padded batch, as it would from the original encoder.
 """
 
 from __future__ import annotations
@@ -13,17 +16,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class HeadRule:
-    """One row: class-name ending, rows read, and the module that maps hidden states to outputs (``all`` heads)."""
+    """One row: class-name ending, rows read, and the names of the modules that read hidden states."""
 
     ending: str
     rows: str
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...]
 
 
 HEAD_RULES = (
-    HeadRule("ForSequenceClassification", "first"),
-    HeadRule("ForMultipleChoice", "first"),
-    HeadRule("ForNextSentencePrediction", "first"),
+    HeadRule("ForSequenceClassification", "first", ("classifier",)),
+    HeadRule("ForMultipleChoice", "first", ("classifier",)),
+    HeadRule("ForNextSentencePrediction", "first", ("cls",)),
     HeadRule("ForTokenClassification", "all", ("classifier",)),
     HeadRule("ForQuestionAnswering", "all", ("qa_outputs",)),
     HeadRule("ForMaskedLM", "all", ("lm_head", "cls")),
@@ -43,9 +46,28 @@ def rule_for(model: nn.Module) -> HeadRule | None:
 
 
 def head_module(model: nn.Module, rule: HeadRule) -> nn.Module | None:
-    """The module of an ``all`` head that runs on packed rows, or None."""
+    """The module that reads hidden states, or None."""
     for name in rule.modules:
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):
             return module
     return None
+
+
+# Modules that treat every row of their input alone
+_ROWWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Tanh, nn.GELU, nn.ReLU)
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether a head's module (or pooler) is transformers' own, so that it reads what its rule says; no hooks on it."""
+    if module is None:
+        return True
+    for part in module.modules():
+        if type(part) not in _ROWWISE and not type(part).__module__.startswith("transformers."):
+            return False
+        if part._forward_hooks or part._forward_pre_hooks:
+            return False
+        forward = part.__dict__.get("forward")
+        if forward is not None and not getattr(forward, "is_xfast", False):
+            return False
+    return True

@@ -50,11 +50,14 @@ class Options:
             if self.calibration is not None or self.tolerance is not None:
                 raise InvalidOptionError('calibration and tolerance are only used with precision="auto"')
             return
+        if self.calibration is not None and not isinstance(self.calibration, Sequence):
+            raise InvalidOptionError(f"calibration: expected a sequence of batches, got {self.calibration!r}")
         if not self.calibration:
             raise InvalidOptionError('precision="auto" needs calibration=[batch, ...] to measure errors on')
         if not all(isinstance(batch, dict) or hasattr(batch, "keys") for batch in self.calibration):
             raise InvalidOptionError("calibration: every batch must be a mapping such as a tokenizer returns")
-        if self.tolerance is None or not self.tolerance > 0:
+        real = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not real or not self.tolerance > 0:  # type: ignore[operator]
             raise InvalidOptionError(f'precision="auto" needs tolerance > 0, got {self.tolerance!r}')
 
 

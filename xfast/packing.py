@@ -114,7 +114,7 @@ def pad(packed: Packed, hidden: torch.Tensor, threads: int) -> torch.Tensor:
     cols = hidden.shape[1]
     if packed.total_tokens == packed.batch * packed.length:
         return hidden.view(packed.batch, packed.length, cols)
-    out = torch.empty(packed.batch * packed.length, cols)
+    out = torch.empty(packed.batch * packed.length, cols, dtype=torch.float32, device="cpu")
     _C.pad(hidden.numpy(), packed.indices, out.numpy(), threads)
     return out.view(packed.batch, packed.length, cols)
 
@@ -127,12 +127,13 @@ def first_rows(packed: Packed) -> np.ndarray:
 def _batch_shape(
     spec: EncoderSpec, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[int, int]:
-    if inputs_embeds is None:
-        if input_ids is None:
-            raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
         if input_ids.dim() != 2:
             raise InvalidInputError(f"input_ids: expected shape (batch, length), got {tuple(input_ids.shape)}")
         return input_ids.shape[0], input_ids.shape[1]
+    assert inputs_embeds is not None
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != spec.hidden_size or not inputs_embeds.is_floating_point():
         raise InvalidInputError(
             f"inputs_embeds: expected floating values of shape (batch, length, {spec.hidden_size}), "
@@ -159,8 +160,17 @@ def _mask(mask: torch.Tensor | None, batch: int, length: int) -> np.ndarray | No
     if tuple(mask.shape) != (batch, length):
         raise InvalidInputError(f"attention_mask: expected shape ({batch}, {length}), got {tuple(mask.shape)}")
     if mask.dtype not in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32):
-        mask = mask.to(torch.float32)
+        # Other dtypes: compared as they are, since a conversion could round a wrong value to 0 or 1
+        wrong = (mask != 0) & (mask != 1)
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0].tolist()
+            raise InvalidInputError(_mask_message(at, mask[tuple(at)].item()))
+        mask = mask != 0
     return mask.detach().contiguous().numpy()
+
+
+def _mask_message(at: list[int], value: object) -> str:
+    return f"attention_mask{at} is {value}; accepted: 0 (padding) and 1 (token)"
 
 
 def _raise(spec: EncoderSpec, result: dict[str, object]) -> None:
@@ -171,5 +181,5 @@ def _raise(spec: EncoderSpec, result: dict[str, object]) -> None:
     if kind == "type":
         raise TokenIdError(f"token_type_ids{list(at)} is {value:.0f}; accepted: 0 to {spec.type_vocab_size - 1}")  # type: ignore[call-overload]
     if kind == "mask":
-        raise InvalidInputError(f"attention_mask{list(at)} is {value}; accepted: 0 (padding) and 1 (token)")  # type: ignore[call-overload]
+        raise InvalidInputError(_mask_message(list(at), value))  # type: ignore[call-overload]
     raise PositionOverflowError(f"position {value} at {at}; the model has {spec.max_positions} positions")

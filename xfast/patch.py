@@ -14,6 +14,9 @@ import threading
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -21,28 +24,34 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from xfast.architecture import family_of
+from xfast.backends.base import Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
-from xfast.heads import HeadRule
+from xfast.heads import HeadRule, head_module, is_plain
 from xfast.options import Options
 from xfast.packing import Packed, PositionOverflowError, first_rows, pad, unpad
 from xfast.plan import Plan
 from xfast.threads import get_num_threads
-from xfast.watch import HookWatch
 
 _ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache"})
+# Arguments that change no result of the encoder (num_items_in_batch: Trainer hands it to every model)
+_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 _contexts = threading.local()  # .by_encoder: id of an encoder's patch -> HeadContext of the call in progress
 
 
 class Patch:
     """Base: a replacement for one instance's ``forward``.
 
+    is_xfast marks it for code below that must not import this module.
+
     Making one reads nothing from the module, which may still be under construction (``deepcopy``, ``pickle``).
     """
 
+    is_xfast = True
+
     def __init__(self, module: nn.Module, previous: Any = None) -> None:
         self._module = weakref.ref(module)
-        self._previous = previous  # an instance-level forward found in place (accelerate's hooks); None = the class's
+        self.previous = previous  # an instance-level forward found in place (accelerate's hooks); None = the class's
+        self._names = _argument_names(type(module), previous)
 
     @property
     def module(self) -> nn.Module:
@@ -54,41 +63,55 @@ class Patch:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Runs what this patch replaced."""
-        if self._previous is not None:
-            return self._previous(*args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
         module = self.module
         return type(module).forward(module, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        if self._previous is not None:
-            return inspect.signature(self._previous)
+        if self.previous is not None:
+            return inspect.signature(self.previous)
         return inspect.signature(functools.partial(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self).__call__.__code__  # torch.export reads it off every forward
 
     def install(self) -> None:
         """Puts this patch in place."""
         self.module.__dict__["forward"] = self
 
     def _copied_previous(self, memo: dict[int, Any]) -> Any:
-        return None if self._previous is None else copy.deepcopy(self._previous, memo)
+        return None if self.previous is None else copy.deepcopy(self.previous, memo)
 
     def undo(self) -> None:
         """Puts back exactly what was there."""
         state = self.module.__dict__
-        if self._previous is None:
+        if self.previous is None:
             state.pop("forward", None)
         else:
-            state["forward"] = self._previous
+            state["forward"] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
+def _argument_names(cls: type[nn.Module], previous: Any) -> tuple[str, ...]:
+    """Names of the arguments that may be given by position."""
+    forward = cls.forward if previous is None else previous
+    parameters = list(inspect.signature(forward).parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters[0 if previous is not None else 1 :] if p.kind in kinds)
+
+
 class HeadContext:
     """What a head tells its encoder for one call, and what the encoder leaves for the head's packed module."""
 
-    def __init__(self, rows: str) -> None:
+    def __init__(self, rows: str, original: str | None = None) -> None:
         self.rows = rows
+        self.original = original  # why the encoder must run its original code, or None
+        self.needs_first = False  # column 0 must have its original value even where it is masked
         self.padded: torch.Tensor | None = None
         self.packed: Packed | None = None
         self.hidden: torch.Tensor | None = None
@@ -96,6 +119,22 @@ class HeadContext:
 
 def _context(patch: EncoderPatch | None) -> HeadContext | None:
     return getattr(_contexts, "by_encoder", {}).get(id(patch))
+
+
+@contextmanager
+def _context_of(patch: EncoderPatch, context: HeadContext) -> Iterator[None]:
+    """Makes ``context`` the one that ``patch`` sees on this thread."""
+    if not hasattr(_contexts, "by_encoder"):
+        _contexts.by_encoder = {}
+    outer = _contexts.by_encoder.get(id(patch))
+    _contexts.by_encoder[id(patch)] = context
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _contexts.by_encoder[id(patch)]
+        else:
+            _contexts.by_encoder[id(patch)] = outer
 
 
 class EncoderPatch(Patch):
@@ -115,20 +154,12 @@ class EncoderPatch(Patch):
     @functools.cached_property
     def plan(self) -> Plan:
         """How this encoder runs; made on first use."""
-        if self._freed_plan is not None:
-            return self._freed_plan
         family = family_of(self.module)
         assert family is not None
-        return Plan(self.module, family, self.options)
-
-    @functools.cached_property
-    def _names(self) -> tuple[str, ...]:
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return tuple(p.name for p in self.__signature__.parameters.values() if p.kind in kinds)
-
-    @functools.cached_property
-    def _hooks(self) -> HookWatch:
-        return HookWatch(self.module)
+        plan = Plan(self.module, family, self.options)
+        if self._freed_plan is not None:
+            plan.adopt(self._freed_plan, self.module)
+        return plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
         # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
@@ -138,27 +169,28 @@ class EncoderPatch(Patch):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.plan.freed:
             raise WeightsFreedError("pickle: the original weights were given up with keep_weights=False")
-        return EncoderPatch, (self.module, self.options, self._previous)
+        return EncoderPatch, (self.module, self.options, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
         module = self.module
+        if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
+            return self.original(*args, **kwargs)  # which raises TypeError
         call = dict(zip(self._names, args, strict=False), **kwargs)
-        reason = self._refusal(module, call)
-        if reason is None:
-            try:
-                output = self._run(module, call)
-            except PositionOverflowError:
-                output = None  # the original raises its own error
-            if output is not None:
-                return output
-            reason = "column 0 is masked in a row whose first token is read, or a sequence is too long"
+        try:
+            return self._run(module, call)
+        except _RunsOriginal as refusal:
+            reason = str(refusal)
+        except PositionOverflowError:
+            reason = "a position lies outside the position table"  # the original raises its own error
         return self._fall_back(reason, args, kwargs)
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
-        with torch.no_grad():
+        context = HeadContext("all")
+        context.needs_first = True  # which head reads the result is unknown here
+        with torch.no_grad(), _context_of(self, context):
             return self(**call, return_dict=True).last_hidden_state
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,7 +203,33 @@ class EncoderPatch(Patch):
                 "xfast: gradients are enabled, so the original code runs; use torch.inference_mode() or no_grad()",
                 stacklevel=4,
             )
-        return self.original(*args, **kwargs)
+        return self._original_layers(args, kwargs)
+
+    def _original_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original code, cut to the ``layers`` that were asked for."""
+        layers, module = self.options.layers, self.module
+        if layers is None or layers == len(module.encoder.layer):
+            return self.original(*args, **kwargs)
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        full = self.original(**{**call, "output_hidden_states": True, "return_dict": True})
+        last, pooler = full.hidden_states[layers], getattr(module, "pooler", None)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=None if pooler is None else pooler(last),
+            hidden_states=full.hidden_states[: layers + 1] if _flag(module, call, "output_hidden_states") else None,
+            attentions=None if full.attentions is None else full.attentions[:layers],
+        )
+        return self._as_asked(module, call, output)
+
+    def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
+        if (reason := self._refusal(module, call)) is not None:
+            raise _RunsOriginal(reason)
+        engine = self.plan.current_engine(module)
+        if engine is None:
+            raise _RunsOriginal("no backend runs this model")
+        if (reason := self.plan.inner.refusal()) is not None:
+            raise _RunsOriginal(reason)
+        return engine
 
     def _refusal(self, module: nn.Module, call: dict[str, Any]) -> str | None:
         """Why this call must run the original code, or None."""
@@ -192,25 +250,26 @@ class EncoderPatch(Patch):
             return _GRADIENTS
         if torch.jit.is_tracing():
             return "torch.jit tracing"
+        context = _context(self)
+        if context is not None and context.original is not None:
+            return context.original
         if torch.is_autocast_enabled("cpu") and self.options.precision == "model":
             return "autocast is on and no precision was asked for"
-        if self._hooks.found():
-            return "a forward hook is registered inside the encoder"
         if any(t.device.type != "cpu" for t in tensors):
             return "an input is not on the CPU"
         return None
 
     def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
-        engine = self.plan.current_engine(module)
-        if engine is None:
-            return None
+        engine = self._engine_for(module, call)
         packed = unpad(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         context = _context(self)
         want_states = bool(_flag(module, call, "output_hidden_states"))
         pooler = getattr(module, "pooler", None)
-        first = context is not None and context.rows == "first"
-        if packed.first_masked and (first or pooler is not None):
-            return None
+        first = context is not None and context.rows == "first" and is_plain(pooler)
+        if packed.first_masked and (first or pooler is not None or (context is not None and context.needs_first)):
+            raise _RunsOriginal("column 0 is masked in a row whose first token is read")
+        if packed.length == 0:
+            raise _RunsOriginal("the batch has no columns")
         dtype = self.plan.weights.modules[-1, "embedding_norm"].weight.dtype
         rows = first_rows(packed) if first and not want_states else None
         hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
@@ -241,6 +300,7 @@ class EncoderPatch(Patch):
         mask = call.get("attention_mask")
         if (
             _static_refusal(module, call) is not None
+            or any(inner.training for inner in module.modules())
             or ids is None
             or call.get("inputs_embeds") is not None
             or (mask is not None and mask.dim() > 2)
@@ -248,7 +308,7 @@ class EncoderPatch(Patch):
             or getattr(torch.compiler, "is_exporting", bool)()  # newer than torch 2.6
             or _flag(module, call, "output_hidden_states")
         ):
-            return self.original(*args, **kwargs)
+            return self._original_layers(args, kwargs)
         dtype = module.embeddings.LayerNorm.weight.dtype
         hidden = torch.ops.xfast.encode(
             self.handle,
@@ -256,12 +316,16 @@ class EncoderPatch(Patch):
             mask,
             call.get("token_type_ids"),
             call.get("position_ids"),
-            self.plan.weights.spec.hidden_size,
+            module.embeddings.word_embeddings.embedding_dim,
             dtype,
         )
         pooled = module.pooler(hidden) if getattr(module, "pooler", None) is not None else None
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
         return self._as_asked(module, call, output)
+
+
+class _RunsOriginal(Exception):
+    """Found while running: this call needs the original code. The message says why."""
 
 
 _GRADIENTS = "gradients are enabled"
@@ -315,23 +379,29 @@ class HeadPatch(Patch):
         return type(self)(memo[id(self.module)], encoder, self.rule, self._copied_previous(memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.module, self._encoder(), self.rule, self._previous)
+        return type(self), (self.module, self._encoder(), self.rule, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         patch = None if torch.compiler.is_compiling() else self.encoder_patch
         if patch is None:
             return self.original(*args, **kwargs)
-        if not hasattr(_contexts, "by_encoder"):
-            _contexts.by_encoder = {}
-        outer = _contexts.by_encoder.get(id(patch))
-        _contexts.by_encoder[id(patch)] = HeadContext(self.rule.rows)
-        try:
+        if not is_plain(head_module(self.module, self.rule)):
             return self.original(*args, **kwargs)
-        finally:
-            if outer is None:
-                del _contexts.by_encoder[id(patch)]
-            else:
-                _contexts.by_encoder[id(patch)] = outer
+        with _context_of(patch, HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs))):
+            return self.original(*args, **kwargs)
+
+    def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """A loss that reads outputs at padded positions needs the original's values there."""
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        mask, labels, starts = (call.get(name) for name in ("attention_mask", "labels", "start_positions"))
+        if self.rule.rows != "all" or (labels is None and starts is None) or not isinstance(mask, torch.Tensor):
+            return None
+        padded = mask == 0
+        if starts is not None and bool(padded.any()):  # its softmax runs over all positions
+            return "a question-answering loss over a padded batch is asked for"
+        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape and bool((labels[padded] != -100).any()):
+            return "labels at padded positions are not -100"
+        return None
 
 
 class TokenHeadPatch(HeadPatch):
@@ -339,7 +409,13 @@ class TokenHeadPatch(HeadPatch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         context = None if torch.compiler.is_compiling() else _context(self.encoder_patch)
-        if context is None or kwargs or len(args) != 1 or not _same_values(args[0], context.padded):
+        if (
+            context is None
+            or kwargs
+            or len(args) != 1
+            or not is_plain(self.module)
+            or not _same_values(args[0], context.padded)
+        ):
             return self.original(*args, **kwargs)
         packed, hidden = context.packed, context.hidden
         assert packed is not None and hidden is not None and context.padded is not None

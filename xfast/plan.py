@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from xfast.backends.base import Engine, choose
 from xfast.backends.native import NativeBackend
 from xfast.errors import (
     BackendUnavailableError,
+    InvalidInputError,
     InvalidOptionError,
     InvalidWeightsError,
     UnsupportedModelError,
     WeightsFreedError,
 )
 from xfast.options import Options
-from xfast.packing import unpad
-from xfast.watch import WeightWatch
+from xfast.packing import Packed, PositionOverflowError, unpad
+from xfast.watch import InnerWatch, WeightWatch
 
 BACKENDS = (NativeBackend(),)
 
@@ -43,6 +43,7 @@ class Plan:
         self.freed = False
         self._lock = threading.Lock()
         self._watch: WeightWatch | None = None
+        self.inner = InnerWatch(module)
         layers = options.layers
         if layers is not None and not 0 <= layers <= self.weights.spec.num_layers:
             raise InvalidOptionError(
@@ -76,68 +77,78 @@ class Plan:
         for (layer, _), leaf in self.weights.modules.items():
             if layer >= 0 and isinstance(leaf, nn.Linear):
                 leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
+                leaf.register_state_dict_pre_hook(_refuse_state_dict)
         self.freed = True
         self._watch = WeightWatch(module, self.weights)
-        module.register_state_dict_pre_hook(_refuse_state_dict)
+
+    def adopt(self, other: Plan, module: nn.Module) -> None:
+        """Takes over the engine of ``other``, whose weights exist only there, for a deep copy of its module."""
+        self.engine, self.backend_name, self.notes, self.freed = other.engine, other.backend_name, other.notes, True
+        self._watch = WeightWatch(module, self.weights)
 
     def _compile(self, module: nn.Module) -> None:
+        """Packs anew. Everything is published at the end, the watch last: other threads wait or see it whole."""
         if self.freed:
             raise WeightsFreedError(
                 "the weights were changed or moved, but keep_weights=False gave up the originals; load the model again"
             )
         first = self._watch is None
-        self.engine, self.backend_name, self.notes = None, "none", []
+        weights, watch = self.weights, WeightWatch(module, self.weights)
+        self.notes = []
+        backend_name, engine = "none", None
         try:
-            self.weights = describe(module, self._family)
-        except UnsupportedModelError as error:  # changed by the user after accelerate: their code must still run
+            weights = describe(module, self._family)
+            watch = WeightWatch(module, weights)  # before packing: a change during it is seen at the next call
+            backend_name, engine = self._build(module, weights)
+        except (UnsupportedModelError, BackendUnavailableError) as error:
             if first:
                 raise
+            # changed by the user after accelerate: their code must still run
             self.notes.append(f"the original code runs: {error}")
-            self._watch = WeightWatch(module, self.weights)
-            return
-        self._watch = WeightWatch(module, self.weights)  # before packing: a change during it is seen at the next call
-        device = _common_device(self.weights)
-        precision = self.options.precision
-        try:
-            if precision == "auto":
-                self.backend_name, self.engine = self._choose_precision(device)
-            else:
-                self.backend_name, self.engine = self._build(device, self._resolve(precision, device))
-        except Exception:
-            self._watch = None  # ask again at the next call
-            raise
+        self.weights, self.backend_name, self.engine = weights, backend_name, engine
+        self.inner = InnerWatch(module)
+        self._watch = watch
 
-    def _resolve(self, precision: str, device: torch.device) -> str:
-        if precision != "model":
-            return precision
-        dtype = parameter_dtype(self.weights)
-        resolved = _DTYPE_PRECISION.get(dtype, str(dtype))
+    def _build(self, module: nn.Module, weights: EncoderWeights) -> tuple[str, Engine | None]:
+        device = _common_device(weights)
+        wrong = {str(t.dtype) for t in _tensors(weights)} - {str(dtype) for dtype in _DTYPE_PRECISION}
+        asked = self.options.precision
+        if wrong:
+            reasons = [f"weights are {', '.join(sorted(wrong))}; supported: float32, bfloat16, float16"]
+        elif asked == "auto":
+            return self._choose_precision(module, weights, device)
+        else:
+            precision = self._resolve(weights, device)
+            backend, reasons = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
+            if backend is not None:
+                return backend.name, backend.compile(weights, precision)
+        if asked != "model":
+            raise BackendUnavailableError(f"precision={asked!r}: " + "; ".join(reasons))
+        self.notes += [f"the original code runs: {reason}" for reason in reasons]
+        return "none", None
+
+    def _resolve(self, weights: EncoderWeights, device: torch.device) -> str:
+        if self.options.precision != "model":
+            return self.options.precision
+        resolved = _DTYPE_PRECISION[parameter_dtype(weights)]
         if resolved == "fp16" and device.type == "cpu":
             self.notes.append("fp16 weights are computed in fp32: CPUs have no fast fp16 products")
             return "fp32"
         return resolved
 
-    def _build(self, device: torch.device, precision: str) -> tuple[str, Engine | None]:
-        spec = self.weights.spec
-        backend, reasons = choose(BACKENDS, self.options.backend, spec, device, precision)
-        if backend is not None:
-            return backend.name, backend.compile(self.weights, precision)
-        if self.options.precision not in ("model", "auto"):
-            raise BackendUnavailableError(f"precision={precision!r}: " + "; ".join(reasons))
-        self.notes += [f"the original code runs: {reason}" for reason in reasons]
-        return "none", None
-
-    def _choose_precision(self, device: torch.device) -> tuple[str, Engine | None]:
-        batches, tolerance = self.options.calibration or (), self.options.tolerance or 0.0
-        reference = None
+    def _choose_precision(
+        self, module: nn.Module, weights: EncoderWeights, device: torch.device
+    ) -> tuple[str, Engine | None]:
+        batches = [_encoder_arguments(batch) for batch in self.options.calibration or ()]
+        tolerance = self.options.tolerance or 0.0
+        packed = [_unpad_calibration(weights, index, batch) for index, batch in enumerate(batches)]
+        reference = [_original_output(module, batch, p, self.layers) for batch, p in zip(batches, packed, strict=True)]
         for precision in _AUTO_ORDER:
-            backend, _ = choose(BACKENDS, self.options.backend, self.weights.spec, device, precision)
+            backend, _ = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
             if backend is None:
                 continue
-            if reference is None:
-                reference = _outputs(backend.compile(self.weights, "fp32"), self.weights, batches, self.layers)
-            engine = backend.compile(self.weights, precision)
-            error = _relative_error(_outputs(engine, self.weights, batches, self.layers), reference)
+            engine = backend.compile(weights, precision)
+            error = _relative_error([engine.run(p, layers=self.layers)[0] for p in packed], reference)
             verdict = "chosen" if error <= tolerance else "refused"
             self.notes.append(f"auto: {precision} error {error:.2e}, tolerance {tolerance:.2e}: {verdict}")
             if error <= tolerance:
@@ -149,6 +160,10 @@ class Plan:
 
 def _refuse_state_dict(*_: Any) -> None:
     raise WeightsFreedError("state_dict: the original weights were given up with keep_weights=False")
+
+
+def _tensors(weights: EncoderWeights) -> list[torch.Tensor]:
+    return [getattr(module, parameter) for _, module, parameter in weights.parameters()]
 
 
 def _common_device(weights: EncoderWeights) -> torch.device:
@@ -163,16 +178,35 @@ def _common_device(weights: EncoderWeights) -> torch.device:
     return next(iter(devices))
 
 
-def _outputs(
-    engine: Engine, weights: EncoderWeights, batches: Sequence[dict[str, Any]], layers: int
-) -> list[torch.Tensor]:
-    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-    results = []
-    for batch in batches:
-        given = {name: batch[name] for name in names if name in batch}
-        packed = unpad(weights.spec, given.pop("input_ids", None), **given)
-        results.append(engine.run(packed, layers=layers)[0])
-    return results
+def _encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
+    """The encoder's share of a model's batch; multiple choice's (batch, choices, length) is flattened."""
+    given = {}
+    for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"):
+        value = batch.get(name) if hasattr(batch, "get") else None
+        if isinstance(value, torch.Tensor):
+            given[name] = value.flatten(0, 1) if value.dim() == (4 if name == "inputs_embeds" else 3) else value
+    return given
+
+
+def _unpad_calibration(weights: EncoderWeights, index: int, batch: dict[str, torch.Tensor]) -> Packed:
+    try:
+        return unpad(weights.spec, batch.get("input_ids"), **{k: v for k, v in batch.items() if k != "input_ids"})
+    except PositionOverflowError as error:
+        raise InvalidInputError(f"calibration[{index}] is too long: {error}") from None
+
+
+def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], packed: Packed, layers: int) -> torch.Tensor:
+    """The original code's hidden states of the real tokens, [tokens, hidden_size]."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            forward: Any = type(module).forward
+            states = forward(module, **batch, output_hidden_states=True, return_dict=True).hidden_states
+    finally:
+        module.train(training)
+    flat: torch.Tensor = states[layers].float().reshape(packed.batch * packed.length, -1)
+    return flat[torch.from_numpy(packed.indices).long()]
 
 
 def _relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:

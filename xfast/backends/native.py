@@ -60,8 +60,9 @@ class NativeEngine:
         """See :class:`xfast.backends.base.Engine`."""
         layers = self.spec.num_layers if layers is None else layers
         hidden = self.spec.hidden_size
-        out = torch.empty(packed.total_tokens if rows is None else len(rows), hidden)
-        states = torch.empty(layers + 1, packed.total_tokens, hidden) if hidden_states else None
+        plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+        out = torch.empty(packed.total_tokens if rows is None else len(rows), hidden, **plain)
+        states = torch.empty(layers + 1, packed.total_tokens, hidden, **plain) if hidden_states else None
         self._encoder.forward(
             packed.ids,
             packed.embeds,

@@ -1,0 +1,212 @@
+"""Tiny models of every family and head, with explicit configurations and non-trivial weights, and ragged batches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import xfast
+
+PREFIXES = {"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
+ENDINGS = {
+    "base": "Model",
+    "base-no-pooler": "Model",
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+    "multiple-choice": "ForMultipleChoice",
+    "masked-lm": "ForMaskedLM",
+}
+FAMILIES = tuple(PREFIXES)
+HEADS = tuple(ENDINGS)
+TASK_HEADS = HEADS[2:]
+TOKEN_HEADS = ("token-classification", "question-answering", "masked-lm")
+FIRST_HEADS = ("sequence-classification", "multiple-choice")
+
+VOCAB, LABELS, CHOICES = 101, 3, 2
+BOS, PAD, EOS = 0, 1, 2  # as in XLM-R; BERT's own pad id is 0
+LENGTHS = (9, 1, 17, 13)  # of the default ragged batch
+
+
+def quick_settings() -> Iterator[None]:
+    """For ``pytest.fixture(autouse=True)(quick_settings)``: no gradients, xfast on two threads, torch on one.
+
+    Torch's OpenMP barriers make tiny models some 50 times slower when another process keeps a core busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    xfast.set_num_threads(2)
+    with torch.no_grad():
+        yield
+    xfast.set_num_threads(None)
+    torch.set_num_threads(threads)
+
+
+def make_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
+    """A tiny configuration with every size explicit: the classes' defaults are no real checkpoint's values."""
+    bert = family == "bert"
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 100,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 2 if bert else 1,
+        "layer_norm_eps": 1e-12 if bert else 1e-5,
+        "pad_token_id": 0 if bert else PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "num_labels": LABELS,
+    }
+    return getattr(transformers, PREFIXES[family] + "Config")(**{**values, **changes})
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Gives every parameter a value that matters: biases are not 0, gains not 1, attention not uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 2:
+            scale = 0.7 if "embeddings" in name else parameter.shape[1] ** -0.5
+            value = noise * scale
+        elif name.endswith("weight"):  # a LayerNorm's gain
+            value = 1 + 0.3 * noise
+        else:
+            value = 0.3 * noise
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def build(
+    family: str = "xlm-roberta", head: str = "base", *, seed: int = 0, attention: str = "sdpa", **changes: Any
+) -> Any:
+    """A seeded model in eval mode. ``changes`` override the configuration."""
+    if head == "question-answering":
+        changes.setdefault("num_labels", 2)
+    config = make_config(family, **changes)
+    config._attn_implementation = attention
+    cls = getattr(transformers, PREFIXES[family] + ENDINGS[head])
+    model = cls(config, add_pooling_layer=head == "base") if ENDINGS[head] == "Model" else cls(config)
+    randomise(model, seed)
+    return model.eval()
+
+
+def fallbacks(model: Any) -> dict[str, int]:
+    """Calls that ran the original code, by reason, over all encoders inside ``model``."""
+    counts: dict[str, int] = {}
+    for encoder in xfast.explain(model).encoders:
+        for reason, count in encoder.fallbacks.items():
+            counts[reason] = counts.get(reason, 0) + count
+    return counts
+
+
+def encoder_of(model: nn.Module) -> Any:
+    """The encoder inside a model with or without a head."""
+    return model.base_model
+
+
+def ragged(
+    family: str = "xlm-roberta", lengths: Sequence[int] = LENGTHS, *, seed: int = 0, vocab: int = VOCAB
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` of sequences padded on the right; real ids differ from the pad id."""
+    generator = torch.Generator().manual_seed(seed)
+    pad = 0 if family == "bert" else PAD
+    rows, width = len(lengths), max(lengths, default=0)
+    ids = torch.randint(3, vocab, (rows, width), generator=generator)
+    mask = torch.arange(width).expand(rows, width) < torch.tensor(lengths, dtype=torch.long).view(rows, 1)
+    ids[~mask] = pad
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def left_padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same sequences with their padding on the left."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rolled = {}
+    for name, values in batch.items():
+        width = values.shape[1]
+        rows = [row.roll(width - length) for row, length in zip(values, lengths, strict=True)]
+        rolled[name] = torch.stack(rows)
+    return rolled
+
+
+def arguments(family: str, head: str, lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A ragged batch in the shape that the head takes: multiple choice has a dimension of choices."""
+    batch = ragged(family, lengths, seed=seed)
+    if head == "multiple-choice":
+        return {name: values.view(-1, CHOICES, values.shape[-1]) for name, values in batch.items()}
+    return batch
+
+
+def labels(head: str, batch: dict[str, torch.Tensor], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Labels for the head's loss; padding is labelled -100, as data collators do."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = batch["attention_mask"]
+    rows = mask.shape[0]
+    if head in FIRST_HEADS:
+        count = CHOICES if head == "multiple-choice" else LABELS
+        return {"labels": torch.randint(0, count, (rows,), generator=generator)}
+    if head == "question-answering":
+        spans = torch.randint(0, int(mask.sum(1).min()), (2, rows), generator=generator)
+        return {"start_positions": spans[0], "end_positions": spans[1]}
+    count = VOCAB if head == "masked-lm" else LABELS
+    return {"labels": torch.randint(0, count, mask.shape, generator=generator).masked_fill(mask == 0, -100)}
+
+
+def outputs_of(output: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers output by name, tuples flattened to ``name.index``."""
+    tensors = {}
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is not None:
+            tensors.update({f"{name}.{i}": item for i, item in enumerate(value) if item is not None})
+    return tensors
+
+
+def at_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values at real tokens when ``values`` has one per token, else all of them."""
+    return values[mask.bool()] if values.shape[: mask.dim()] == mask.shape else values
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference relative to the scale (largest value) of ``want``."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return 0.0
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-12))
+
+
+def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``||got - want|| / ||want||``."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+class _SimulatedLinear(nn.Linear):
+    """Plain W8A8: weights per output channel, activations per token, both symmetric in [-127, 127]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(_quantised(x), _quantised(self.weight), self.bias)
+
+
+def _quantised(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+def simulated_int8(model: nn.Module) -> Any:
+    """A copy whose encoder layers compute int8 products in plain PyTorch: what xfast's int8 is measured against."""
+    clone = copy.deepcopy(model)
+    for module in encoder_of(clone).encoder.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _SimulatedLinear
+    return clone

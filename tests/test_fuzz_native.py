@@ -1,0 +1,453 @@
+"""The native boundary under fuzzing: whatever it is given, it answers rightly or raises; it never crashes.
+
+Calls start from valid arguments, of which up to two are replaced by something strange. An answer is compared with
+plain NumPy or torch wherever that is possible.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xfast import _C
+
+REFUSED = (ValueError, TypeError, RuntimeError)
+FUZZ = settings(deadline=None, max_examples=200, derandomize=True)
+
+# No dtype strings with letters beyond ASCII and no st.text(): hypothesis would write a table of Unicode to disk.
+DTYPES = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "?", "S3", "O", "M8[s]", "i4,f4"]
+DTYPES += [">f4", ">f2", ">u2", ">i4", ">i8"]
+# Sizes that are valid but large would only test the machine's memory; those between are in test_extreme_sizes.
+INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 2**31, 2**32, 2**40, 2**62, 2**64, -(2**70)]
+NAMES = ["", "auto", "int8", "fp32", "bf16", "bias", "gelu", "qkv", "ffn_in", "ffn_norm", "embedding_norm", "portable"]
+LAYOUTS = ["plain"] * 4 + ["fortran", "strided", "reversed", "broadcast", "read-only", "unaligned"]
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Any shape, dtype, values, memory layout and flags."""
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8]), max_size=4)))
+    array = np.zeros(shape, draw(st.sampled_from(DTYPES)))
+    if array.dtype.kind in "iuf":
+        limits = np.iinfo(array.dtype) if array.dtype.kind in "iu" else np.finfo(array.dtype)
+        values = [0, 1, 2, 3, limits.min, limits.max]
+        values += [np.nan, np.inf, -np.inf] if array.dtype.kind == "f" else []
+        array[...] = draw(st.sampled_from(values))
+        if array.size:
+            array.flat[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from(values))
+    return rearrange(array, draw(st.sampled_from(LAYOUTS)))
+
+
+def rearrange(array: np.ndarray, layout: str) -> np.ndarray:
+    """The same values in another memory layout."""
+    if layout == "fortran":
+        return np.asfortranarray(array)
+    if layout == "strided" and array.ndim:
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if layout == "reversed" and array.ndim:
+        return array[::-1]
+    if layout == "broadcast" and array.ndim:
+        return np.broadcast_to(array[:1], array.shape) if array.shape[0] else array
+    if layout == "unaligned" and array.dtype.kind in "iuf":
+        raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+        raw[...] = array
+        return raw
+    if layout == "read-only":
+        array.flags.writeable = False
+    return array
+
+
+STRANGE = st.one_of(
+    arrays(),
+    arrays(),
+    st.none(),
+    st.sampled_from(INTEGERS),
+    st.sampled_from([float("nan"), 1.5, True, b"x", (), [[1.0, 2.0]], {"a": 1}, object()]),
+    st.sampled_from(NAMES),
+)
+
+
+@st.composite
+def disturbed(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with up to two of them replaced."""
+    names = draw(st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True))
+    return {**arguments, **{name: draw(STRANGE) for name in names}}
+
+
+def threads_of(value: Any) -> Any:
+    # Starting hundreds of threads is allowed and works, but slows down every later test of this process.
+    return 3 if isinstance(value, int) and value > 8 else value
+
+
+def attempt(call: Any, *args: Any) -> Any:
+    """The call's answer, or None when it refused; any other exception fails the test."""
+    try:
+        return call(*args)
+    except REFUSED:
+        return None
+
+
+@FUZZ
+@given(data=st.data())
+def test_all_finite(data: st.DataObject) -> None:
+    values = data.draw(STRANGE)
+    threads = threads_of(data.draw(st.sampled_from(INTEGERS)))
+    answer = attempt(_C.all_finite, values, threads)
+    if answer is None:
+        return
+    values = values.view(np.uint16) if values.dtype.kind == "u" else values
+    wide = torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy() if values.dtype.kind == "u" else values
+    assert answer == bool(np.isfinite(wide).all())
+
+
+@st.composite
+def unpad_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    batch, length = draw(st.integers(0, 4)), draw(st.integers(0, 5))
+    cells = batch * length
+
+    def table(low: int, high: int, rows: int = batch) -> np.ndarray:
+        flat = draw(st.lists(st.integers(low, high), min_size=rows * length, max_size=rows * length))
+        return np.array(flat, np.int64).reshape(rows, length)
+
+    mask = np.array(draw(st.lists(st.sampled_from([0, 1]), min_size=cells, max_size=cells))).reshape(batch, length)
+    return {
+        "batch": batch,
+        "length": length,
+        "ids": table(0, 5) if draw(st.booleans()) else None,
+        "mask": mask.astype(draw(st.sampled_from(["i8", "i4", "u1", "?", "f4"]))) if draw(st.booleans()) else None,
+        "position_ids": table(0, 9, draw(st.sampled_from([1, batch]))) if draw(st.booleans()) else None,
+        "type_ids": table(-1, 2) if draw(st.booleans()) else None,
+        "vocab": draw(st.sampled_from([5, 6])),
+        "positions": draw(st.sampled_from([4, 10])),
+        "types": draw(st.sampled_from([2, 3])),
+        "padding_idx": draw(st.sampled_from([-1, 0, 1])),
+    }
+
+
+def expected_unpad(a: dict[str, Any]) -> reference.Unpadded | None:
+    """The right answer to accepted arguments, or None when one of the values is outside its range."""
+    shape, padding_idx = (int(a["batch"]), int(a["length"])), int(a["padding_idx"])
+    pad_id = padding_idx if padding_idx >= 0 else None
+    ids, positions, types = (
+        None if a[name] is None else torch.from_numpy(a[name].copy()).expand(shape)
+        for name in ("ids", "position_ids", "type_ids")
+    )
+    mask = None if a["mask"] is None else torch.from_numpy(a["mask"].astype(np.float64))
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    if positions is None:
+        positions = reference.position_rule(shape, ids, pad_id)
+    for values, size in ((ids, a["vocab"]), (types, a["types"]), (positions, a["positions"])):
+        if values is not None and values.numel() and not 0 <= int(values.min()) <= int(values.max()) < int(size):
+            return None
+    return reference.unpad(shape, ids, mask, positions, types, pad_id)
+
+
+@FUZZ
+@given(data=st.data())
+def test_unpad(data: st.DataObject) -> None:
+    arguments = data.draw(unpad_arguments().flatmap(disturbed))
+    answer = attempt(_C.unpad, *arguments.values())
+    if answer is None:
+        return
+    wanted = expected_unpad(arguments)
+    if wanted is None:
+        row, column = answer["at"]
+        assert answer["error"] and 0 <= row < int(arguments["batch"]) and 0 <= column < int(arguments["length"])
+        return
+    assert answer["error"] == ""
+    for name in ("ids", "position_ids", "type_ids", "indices", "cu_seqlens"):
+        if getattr(wanted, name) is not None:
+            assert answer[name].tolist() == getattr(wanted, name).tolist(), name
+
+
+@FUZZ
+@given(data=st.data())
+def test_pad(data: st.DataObject) -> None:
+    total, cols, slots = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5)), data.draw(st.integers(0, 8))
+    indices = sorted(data.draw(st.lists(st.integers(0, 8), min_size=total, max_size=total)))
+    arguments = {
+        "packed": np.arange(total * cols, dtype=np.float32).reshape(total, cols),
+        "indices": np.array(indices, np.int32),
+        "out": np.full((slots, cols), np.nan, np.float32),
+        "threads": data.draw(st.sampled_from([1, 2, 3])),
+    }
+    arguments = data.draw(disturbed(arguments))
+    packed, indices, out = (arguments[name] for name in ("packed", "indices", "out"))
+    before = packed.copy() if isinstance(packed, np.ndarray) else None
+    if attempt(lambda: _C.pad(packed, indices, out, threads_of(arguments["threads"])) or True):
+        want = np.zeros(out.shape, np.float32)
+        want[indices] = before
+        np.testing.assert_array_equal(out, want)
+
+
+@FUZZ
+@given(data=st.data())
+def test_probe(data: st.DataObject) -> None:
+    watched = data.draw(st.one_of(STRANGE, st.lists(STRANGE, max_size=4), st.lists(arrays(), max_size=4)))
+    probe = attempt(_C.Probe, watched)
+    if probe is None:
+        return
+    assert probe.changed() is False
+    numbers = [a for a in watched if isinstance(a, np.ndarray) and a.dtype.kind in "iuf"]
+    big = [a for a in numbers if a.nbytes >= 8 and a.flags.writeable]
+    if big:
+        big[0].reshape(-1).view(np.uint8)[0] ^= 0xFF
+        assert probe.changed() is True
+
+
+def as_f32(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(value, dtype=np.float32))
+
+
+@FUZZ
+@given(data=st.data())
+def test_linear(data: st.DataObject) -> None:
+    rows, n_in, n_out = (data.draw(st.integers(0, 4)) for _ in range(3))
+    epilogue = data.draw(st.sampled_from(["bias", "gelu", "residual"]))
+    given_ = {
+        "precision": data.draw(st.sampled_from(["fp32", "bf16", "int8"])),
+        "weight": np.ones((n_out, n_in), np.float32),
+        "bias": np.ones(n_out, np.float32) if data.draw(st.booleans()) else None,
+        "isa": data.draw(st.sampled_from(_C.available_isas())),
+        "x": np.full((rows, n_in), 2, np.float32),
+        "epilogue": epilogue,
+        "residual": np.ones((rows, n_out), np.float32) if epilogue == "residual" else None,
+    }
+    a = data.draw(disturbed(given_))
+    linear = attempt(_C.kernels.Linear, a["precision"], a["weight"], a["bias"])
+    if linear is None:
+        return
+    answer = attempt(linear.multiply, a["isa"], a["x"], a["epilogue"], a["residual"])
+    if answer is None:
+        return
+    x = as_f32(a["x"])
+    assert answer.shape == (x.shape[0], a["weight"].shape[0])
+    plain = _C.kernels.Linear(a["precision"], a["weight"].copy(), a["bias"])
+    residual = None if a["residual"] is None else as_f32(a["residual"])
+    np.testing.assert_array_equal(answer, plain.multiply(a["isa"], x, a["epilogue"], residual))
+
+
+@FUZZ
+@given(data=st.data())
+def test_quantize_and_norm(data: st.DataObject) -> None:
+    rows, cols = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 20))
+    x, vector = np.full((rows, cols), 3, np.float32), np.ones(cols, np.float32)
+    a = data.draw(disturbed({"isa": "auto", "x": x, "gamma": vector, "beta": vector, "eps": 1e-5}))
+    answer = attempt(_C.kernels.quantize, a["isa"], a["x"])
+    if answer is not None:
+        q, scale = reference.quantize_rows(torch.from_numpy(as_f32(a["x"]).copy()).nan_to_num(0, 3e38, -3e38))
+        assert answer[0].shape == q.shape and answer[1].shape == scale.shape
+        if np.isfinite(as_f32(a["x"])).all():
+            np.testing.assert_array_equal(answer[0], q.numpy())
+    answer = attempt(_C.kernels.layer_norm, *a.values())
+    if answer is not None:
+        plain = [as_f32(a[name]) for name in ("x", "gamma", "beta")]
+        np.testing.assert_array_equal(answer, _C.kernels.layer_norm("portable", *plain, a["eps"]))
+
+
+@FUZZ
+@given(data=st.data())
+def test_attention(data: st.DataObject) -> None:
+    queries, keys, heads, head_dim = (data.draw(st.integers(0, 3)) for _ in range(4))
+    q, k = np.ones((queries, heads, head_dim), np.float32), np.ones((keys, heads, head_dim), np.float32)
+    a = data.draw(disturbed({"isa": "auto", "q": q, "k": k, "v": k * 5, "scale": 0.5}))
+    answer = attempt(_C.kernels.attention, *a.values())
+    if answer is None:
+        return
+    plain = [as_f32(a[name]) for name in ("q", "k", "v")]
+    assert answer.shape == plain[0].shape
+    small = all(np.isfinite(p).all() and (np.abs(p) < 100).all() for p in plain) and abs(a["scale"]) < 100
+    if small:  # no keys: the mean of nothing is taken as zeros
+        want = reference.attention(*map(torch.from_numpy, plain), a["scale"]).nan_to_num(0).numpy()
+        np.testing.assert_allclose(answer, want if len(plain[1]) else np.zeros(answer.shape), rtol=1e-5, atol=1e-5)
+
+
+@FUZZ
+@given(data=st.data())
+def test_embed(data: st.DataObject) -> None:
+    cols, tokens = data.draw(st.integers(0, 20)), data.draw(st.integers(0, 4))
+    table = np.arange(3 * cols, dtype=np.float32).reshape(3, cols)
+    ids = np.array(data.draw(st.lists(st.integers(-1, 3), min_size=tokens, max_size=tokens)), np.int32)
+    fine = np.clip(ids, 0, 2)
+    given_ = {"isa": "auto", "word": table, "position": table, "type": table, "ids": ids, "position_ids": fine}
+    a = data.draw(disturbed({**given_, "type_ids": fine}))
+    answer = attempt(_C.kernels.embed, *a.values())
+    if answer is None:
+        return
+    tables = [
+        torch.from_numpy(t.copy()).view(torch.bfloat16) if t.dtype.kind == "u" else torch.from_numpy(as_f32(t))
+        for t in (a[name] for name in ("word", "position", "type"))
+    ]
+    indices = [torch.from_numpy(np.asarray(a[name]).astype(np.int64)) for name in ("ids", "position_ids", "type_ids")]
+    np.testing.assert_array_equal(answer, reference.embed(*tables, *indices).numpy())
+
+
+SHAPE = {"layers": 1, "hidden": 8, "heads": 2, "head_dim": 4, "intermediate": 6, "vocab": 4, "positions": 6, "types": 2}
+SHAPE["eps"] = 1
+LINEARS = {"qkv": (24, 8), "attention_out": (8, 8), "ffn_in": (6, 8), "ffn_out": (8, 6)}
+NORMS = ("embedding_norm", "attention_norm", "ffn_norm")
+
+
+@FUZZ
+@given(data=st.data())
+def test_encoder_shape(data: st.DataObject) -> None:
+    keys = data.draw(st.lists(st.sampled_from(sorted(SHAPE)), max_size=2, unique=True))
+    small = st.one_of(STRANGE, st.integers(-1, 9)).filter(lambda v: not (isinstance(v, int) and 10 < v < 2**31))
+    shape = {**SHAPE, **{key: data.draw(small) for key in keys}}
+    if isinstance(shape["layers"], int) and shape["layers"] > 9:
+        shape["layers"] = 9  # any number of layers is fine as long as there is memory: see test_extreme_sizes
+    for key in data.draw(st.lists(st.sampled_from(sorted(SHAPE)), max_size=1)):
+        del shape[key]
+    a = data.draw(disturbed({"shape": shape, "precision": "int8", "isa": "auto"}))
+    encoder = attempt(_C.Encoder, *a.values())
+    if encoder is not None:
+        assert encoder.isa in _C.available_isas() and encoder.packed_bytes >= 0
+
+
+def fresh_encoder() -> _C.Encoder:
+    return _C.Encoder(SHAPE, "int8", "auto")
+
+
+@FUZZ
+@given(data=st.data())
+def test_encoder_weights(data: st.DataObject) -> None:
+    encoder, chosen = fresh_encoder(), data.draw(st.sampled_from([None, *LINEARS]))
+    for name, (rows, cols) in LINEARS.items():
+        a = {"layer": 0, "name": name, "first": 0, "weight": np.ones((rows, cols), np.float32)}
+        a |= {"bias": np.ones(rows, np.float32), "threads": 2}
+        if name == chosen:
+            a = data.draw(disturbed({**a, "first": data.draw(st.integers(-1, rows + 1))}))
+            a["threads"] = threads_of(a["threads"])
+        answer = attempt(encoder.set_linear, *a.values())
+        if answer is not None:
+            weight, bias, (outputs, inputs) = a["weight"], a["bias"], LINEARS[a["name"]]
+            assert weight.shape[1] == inputs and 0 <= int(a["first"]) <= outputs - len(weight)
+            assert answer == (_C.all_finite(weight, 1) and (bias is None or _C.all_finite(bias, 1)))
+    vector = np.ones(8, np.float32)
+    a = data.draw(disturbed({"layer": 0, "name": data.draw(st.sampled_from(NORMS)), "gamma": vector, "beta": vector}))
+    attempt(encoder.set_norm, *a.values())
+    tables = {name: np.ones((n, 8), np.float32) for name, n in (("word", 4), ("position", 6), ("type", 2))}
+    a = data.draw(disturbed(tables))
+    attempt(encoder.set_tables, *a.values())
+    # However much of it was accepted, the encoder knows whether it is complete.
+    out, zero = np.full((1, 8), np.nan, np.float32), np.zeros(1, np.int32)
+    args = (zero, None, zero, None, np.array([0, 1], np.int32), None, 1, out, None, 1)
+    if attempt(lambda: encoder.forward(*args) or True) is None:
+        assert np.isnan(out).all()
+
+
+def complete_encoder() -> _C.Encoder:
+    encoder, rng = fresh_encoder(), np.random.default_rng(0)
+    encoder.set_tables(*(rng.standard_normal((n, 8)).astype(np.float32) for n in (4, 6, 2)))
+    for name, dims in LINEARS.items():
+        encoder.set_linear(0, name, 0, rng.standard_normal(dims).astype(np.float32), None, 1)
+    for name in NORMS:
+        encoder.set_norm(0, name, np.ones(8, np.float32), np.zeros(8, np.float32))
+    return encoder
+
+
+ENCODER = complete_encoder()
+IDS, TYPES, ENDS = (np.array(v, np.int32) for v in ([3, 1, 0, 2, 2], [0, 1, 1, 0, 0], [0, 3, 3, 5]))
+
+
+@FUZZ
+@given(data=st.data())
+def test_forward(data: st.DataObject) -> None:
+    rows = data.draw(st.sampled_from([None, np.array([0, 4], np.int32), np.array([], np.int32)]))
+    layers = data.draw(st.sampled_from([0, 1]))
+    count = 5 if rows is None else len(rows)
+    arguments = {
+        "ids": IDS,
+        "embeds": None,
+        "position_ids": IDS,
+        "type_ids": data.draw(st.sampled_from([TYPES, None])),
+        "cu_seqlens": ENDS,
+        "rows": rows,
+        "layers": layers,
+        "out": np.full((count, 8), np.nan, np.float32),
+        "hidden_states": np.full((layers + 1, 5, 8), np.nan, np.float32) if rows is None else None,
+        "threads": data.draw(st.sampled_from([1, 2, 3])),
+    }
+    a = data.draw(disturbed(arguments))
+    a["threads"] = threads_of(a["threads"])
+    if not attempt(lambda: ENCODER.forward(*a.values()) or True):
+        return
+    plain = np.full((len(a["position_ids"]), 8), np.nan, np.float32)
+    words = [a["ids"], a["embeds"], a["position_ids"], a["type_ids"], a["cu_seqlens"]]
+    ENCODER.forward(*words, None, a["layers"], plain, None, 1)
+    np.testing.assert_array_equal(a["out"], plain if a["rows"] is None else plain[a["rows"]])
+    if a["hidden_states"] is not None:
+        np.testing.assert_array_equal(a["hidden_states"][-1], plain)
+
+
+# Each in a process of its own with little memory, so that a crash fails one test and not the whole run.
+EXTREME = {
+    "rows beyond 2^63": "e = encoder(); e.set_linear(0, 'qkv', 2**63 - 1, f32(1, 8), f32(1), 1)",
+    "rows end at 2^63": "e = encoder(); e.set_linear(0, 'qkv', 2**63 - 24, f32(24, 8), f32(24), 1)",
+    "weights beyond 2^63 bytes": "encoder(hidden=2**30, heads=2**30, head_dim=1)",
+    "weights beyond 2^64 bytes": "encoder(hidden=2**31 - 1, heads=2**31 - 1, head_dim=1)",
+    "weights beyond the memory": "encoder(hidden=2**20, heads=2**20, head_dim=1)",
+    "wide feed-forward": "encoder(intermediate=2**31 - 1)",
+    "layers beyond the memory": "encoder(layers=2**62)",
+    "no keys": "a = kernels.attention('auto', f32(2, 1, 3), f32(0, 1, 3), f32(0, 1, 3), 1.0); assert not a.any(), a",
+    "keys 0-D": "kernels.attention('auto', f32(1, 1, 1), f32(), f32(1, 1, 1), 1.0)",
+    "batch beyond the memory": "unpad(2**31, 0, None, None, None, None, 1, 1, 1, -1)",
+    "one long row": "unpad(1, 2**31 - 1, None, None, None, None, 1, 8, 1, -1)",
+    "many threads": "assert all_finite(f32(1 << 20), 2**31 - 1)",
+}
+CHILD = """
+import importlib.util, resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+shape = dict(layers=1, hidden=8, heads=2, head_dim=4, intermediate=6, vocab=4, positions=6, types=2, eps=1.0)
+f32 = lambda *sizes: np.ones(sizes, np.float32)
+names = {"encoder": lambda **sizes: module.Encoder({**shape, **sizes}, "fp32", "auto"), "f32": f32}
+try:
+    exec(sys.argv[2], {**vars(module), **names})
+except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+    print("refused:", error)
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_extreme_sizes(case: str) -> None:
+    command = [sys.executable, "-c", CHILD, _C.__file__, EXTREME[case]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "survived" in done.stdout, f"{done.returncode}: {done.stdout}{done.stderr}"
+    must_refuse = "beyond" in case or "2^63" in case or "0-D" in case
+    assert not must_refuse or "refused" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", ">u2"])
+def test_values_in_foreign_byte_order_are_refused(dtype: str) -> None:
+    table, ids = np.ones((4, 8), dtype), np.zeros(2, np.int32)
+    native = np.ones((4, 8), np.float32)
+    calls = {
+        "all_finite": lambda: _C.all_finite(table, 1),
+        "Linear": lambda: _C.kernels.Linear("fp32", table, None),
+        "embed": lambda: _C.kernels.embed("auto", table, native, native, ids, ids, ids),
+        "set_linear": lambda: fresh_encoder().set_linear(0, "qkv", 0, table, None, 1),
+        "set_tables": lambda: fresh_encoder().set_tables(table, np.ones((6, 8), dtype), native[:2]),
+    }
+    accepted = [name for name, call in calls.items() if attempt(lambda call=call: (call(), 1)) is not None]
+    assert not accepted, f"{accepted} read {dtype} as if it were native"
+
+
+@pytest.mark.parametrize("dtype", [">i8", ">i4", ">f4"])
+def test_a_mask_in_foreign_byte_order_is_refused_or_right(dtype: str) -> None:
+    mask = np.array([[1, 0, 1]], dtype)
+    answer = attempt(_C.unpad, 1, 3, None, mask, None, None, 1, 8, 1, -1)
+    assert answer is None or (answer["error"] == "" and answer["indices"].tolist() == [0, 2])

@@ -1,0 +1,187 @@
+"""Heads: computing only the rows they read changes no bit of them, and heads that read something else stay right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    LABELS,
+    TOKEN_HEADS,
+    arguments,
+    at_tokens,
+    build,
+    error,
+    fallbacks,
+    outputs_of,
+    quick_settings,
+    ragged,
+)
+from torch import nn
+
+import xfast
+
+_settings = pytest.fixture(autouse=True)(quick_settings)
+
+PRECISIONS = ("fp32", "bf16", "int8")
+HIDDEN = 64
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classification_computes_one_row_and_the_same_bits(family: str, precision: str) -> None:
+    model, batch = build(family, "sequence-classification"), ragged(family)
+    encoder = xfast.accelerate(model, precision=precision).base_model
+    seen = []
+    handle = encoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    logits = model(**batch).logits
+    full = model(**batch, output_hidden_states=True)
+    handle.remove()
+    assert [tuple(hidden.shape) for hidden in seen] == [(4, 1, HIDDEN), (4, 17, HIDDEN)]
+    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+    assert torch.equal(logits, full.logits)
+    assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_multiple_choice_equals_the_full_run(precision: str) -> None:
+    model, batch = build(head="multiple-choice"), arguments("xlm-roberta", "multiple-choice")
+    xfast.accelerate(model, precision=precision)
+    flat = {name: values.flatten(0, 1) for name, values in batch.items()}
+    want = model.classifier(model.base_model(**flat).pooler_output).view(2, 2)
+    assert torch.equal(model(**batch).logits, want)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", ["xlm-roberta", "bert"])
+@pytest.mark.parametrize("head", TOKEN_HEADS)
+def test_token_heads_run_on_real_tokens_only(
+    family: str, head: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build(family, head), ragged(family)
+    xfast.accelerate(model, precision=precision)
+    padding = batch["attention_mask"] == 0
+    rows, linear = [], nn.functional.linear
+
+    def spy(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        rows.append(x.shape[:-1].numel())
+        return linear(x, *weights)
+
+    monkeypatch.setattr(nn.functional, "linear", spy)
+    got = outputs_of(model(**batch))
+    assert rows and set(rows) == {int(batch["attention_mask"].sum())}
+    for values in got.values():
+        assert not values[padding].any() and values[~padding].any()
+
+
+def test_heads_may_be_called_while_their_encoder_is_used_alone() -> None:
+    model, batch = build(head="sequence-classification"), ragged()
+    want = model.base_model(**batch).last_hidden_state
+    xfast.accelerate(model)
+    model(**batch)
+    got = model.base_model(**batch).last_hidden_state
+    assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= 1e-5
+
+
+class _Mean(nn.Module):
+    """Reads the first five tokens, as a head with its own pooling does."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(HIDDEN, outputs)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.dense(hidden[:, :5].mean(1))
+
+
+class _Recurrent(nn.Module):
+    """Mixes the tokens of a row, as an LSTM or CRF tagger on top of an encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(HIDDEN, LABELS, batch_first=True)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lstm(hidden)[0]
+
+
+def _mean_classifier() -> tuple[Any, Callable[[Any], None]]:
+    return build(head="sequence-classification"), lambda model: setattr(model, "classifier", _Mean(LABELS))
+
+
+def _mean_pooler() -> tuple[Any, Callable[[Any], None]]:
+    return build("bert", "sequence-classification"), lambda model: setattr(model.bert, "pooler", _Mean(HIDDEN))
+
+
+def _recurrent_classifier() -> tuple[Any, Callable[[Any], None]]:
+    return build(head="token-classification"), lambda model: setattr(model, "classifier", _Recurrent())
+
+
+def _recurrent_decoder() -> tuple[Any, Callable[[Any], None]]:
+    return build(head="masked-lm"), lambda model: setattr(model, "lm_head", _Recurrent())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("make", [_mean_classifier, _mean_pooler, _recurrent_classifier, _recurrent_decoder])
+def test_replaced_heads_get_what_they_read(make: Callable[[], tuple[Any, Callable[[Any], None]]], when: str) -> None:
+    model, replace = make()
+    batch = ragged(lengths=(9, 6, 5))
+    if when == "before":
+        replace(model)
+    xfast.accelerate(model)
+    if when == "after":
+        replace(model)
+    model.eval()
+    got = model(**batch).logits
+    want = xfast.restore(model)(**batch).logits
+    tokens = batch["attention_mask"]
+    assert error(at_tokens(got, tokens), at_tokens(want, tokens)) <= 1e-5
+
+
+def test_subclass_that_overrides_the_head_sees_every_row() -> None:
+    base = build(head="sequence-classification")
+
+    class AverageHead(type(base)):  # type: ignore[misc]
+        def forward(self, **inputs: Any) -> torch.Tensor:
+            hidden = self.base_model(**inputs).last_hidden_state
+            return hidden[inputs["attention_mask"].bool()].mean(0)
+
+    base.__class__ = AverageHead
+    want = base(**ragged())
+    got = xfast.accelerate(base)(**ragged())
+    assert error(got, want) <= 1e-5
+    assert fallbacks(base) == {}
+
+
+def test_classifier_changed_in_place_is_used_at_once() -> None:
+    model, batch = build(head="token-classification"), ragged()
+    xfast.accelerate(model)
+    before = model(**batch).logits
+    model.classifier.weight.mul_(2)
+    after = model(**batch).logits
+    assert not torch.equal(before, after)
+    want = xfast.restore(model)(**batch).logits
+    assert error(at_tokens(after, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= 1e-5
+
+
+def test_encoder_inside_any_module_is_found() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = build("bert", seed=1)
+            self.right = build("xlm-roberta", "token-classification", seed=2)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            mask = batch["attention_mask"].bool()
+            return self.left(**batch)[0][mask].sum(0) + self.right(**batch).logits[mask].sum()
+
+    model = Siamese().eval()
+    want = model(ragged())
+    assert xfast.accelerate(model) is model
+    assert [encoder.family for encoder in xfast.explain(model).encoders] == ["bert", "xlm-roberta"]
+    assert error(model(ragged()), want) <= 1e-5
+    assert fallbacks(model) == {}
+    assert xfast.restore(model).right.base_model.__dict__.get("forward") is None
