@@ -50,9 +50,8 @@ class WeightWatch:
         if any(type(module) is not cls for module, cls in self._types):
             return True
         for parameters, name, parameter, version, pointer in self._entries:
-            if parameters.get(name) is not parameter or parameter.data_ptr() != pointer:
-                return True
-            if _version(parameter) != version:
+            current: object = parameters.get(name)
+            if current is not parameter or parameter.data_ptr() != pointer or _version(parameter) != version:
                 return True
         return bool(self._probe.changed())
 
