@@ -50,8 +50,9 @@ class WeightWatch:
         if any(type(module) is not cls for module, cls in self._types):
             return True
         for parameters, name, parameter, version, pointer in self._entries:
-            current: object = parameters.get(name)
-            if current is not parameter or parameter.data_ptr() != pointer or _version(parameter) != version:
+            if id(parameters.get(name)) != id(parameter):
+                return True
+            if parameter.data_ptr() != pointer or _version(parameter) != version:
                 return True
         return bool(self._probe.changed())
 
