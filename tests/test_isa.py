@@ -109,12 +109,14 @@ def test_the_bf16_note_tells_whether_the_instruction_is_there(isa: str) -> None:
     assert ("widened to fp32" in note) == (isa != "avx512_bf16")
 
 
-def test_a_fresh_process_obeys_the_environment() -> None:
+def test_a_fresh_process_obeys_the_environment(tmp_path: Path) -> None:
     # One process is enough (it imports torch): every other name is forced in this process above.
     code = "from xfast.backends.native import requested_isa; print(requested_isa())"
     environment = {**os.environ, "XFAST_ISA": "portable"}
+    # From outside the checkout, whose xfast/ has no compiled extension.
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "portable"), done.stderr
 
