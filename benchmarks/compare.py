@@ -159,6 +159,7 @@ def main(
         else:
             console.print(f"{name} skipped: pip install {package}")
     wanted = workloads.split(",")
+    measured_on = machine(names, threads)  # first: what is missing shows before the long part
     results: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("building engines", total=len(names) * (1 + rounds * len(wanted)))
@@ -173,9 +174,7 @@ def main(
             worker.stop()
     _print(console, results)
     if json_file is not None:
-        json_file.write_text(
-            json.dumps({"machine": machine(names, threads), "model": model, "results": results}, indent=1)
-        )
+        json_file.write_text(json.dumps({"machine": measured_on, "model": model, "results": results}, indent=1))
 
 
 def _print(console: Console, results: list[dict[str, Any]]) -> None:
