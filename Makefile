@@ -31,6 +31,7 @@ bench:
 
 # AddressSanitizer + UndefinedBehaviorSanitizer over the native tests: slow, meant for a nightly run.
 # --capture=sys lets the sanitizers' reports, which end the process, through to the terminal.
+# (test_extreme_sizes limits the address space, in which AddressSanitizer's own shadow does not fit.)
 sanitize:
 	CXX=g++ XFAST_SANITIZE=1 $(PYTHON) setup.py -q build --build-base $(SANITIZE_DIR) --build-lib $(SANITIZE_DIR)/lib
 	PYTHONPATH="$(CURDIR)/$(SANITIZE_DIR)/lib" LD_PRELOAD="$(SANITIZE_PRELOAD)" \
