@@ -36,4 +36,4 @@ sanitize:
 	CXX=g++ XFAST_SANITIZE=1 $(PYTHON) setup.py -q build --build-base $(SANITIZE_DIR) --build-lib $(SANITIZE_DIR)/lib
 	PYTHONPATH="$(CURDIR)/$(SANITIZE_DIR)/lib" LD_PRELOAD="$(SANITIZE_PRELOAD)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  pytest -q -p no:cacheprovider --capture=sys $(NATIVE_TESTS)
+	  pytest -q -p no:cacheprovider --capture=sys -k "not extreme_sizes" $(NATIVE_TESTS)
