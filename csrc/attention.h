@@ -60,7 +60,7 @@ inline void score_tile(const AttentionArgs& args, const AttentionScratch& s, int
   const TileFn multiply = tile_for<DotF32Exact>(static_cast<int>(rows), 0);
   for (int64_t panel = 0; panel < ceil_div(n, kPanel); ++panel) {
     multiply(reinterpret_cast<const uint8_t*>(s.query), kQueryChunkStride,
-             reinterpret_cast<const uint8_t*>(s.keys + panel * d16 * kPanel), d16 / 16, nullptr, s.tile, nullptr);
+             reinterpret_cast<const uint8_t*>(s.keys + panel * d16 * kPanel), d16 / 16, nullptr, 0, s.tile, nullptr);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < kPanel; j += 16)
         store(s.scores + r * kKeyBlock + panel * kPanel + j, mul(load(s.tile + r * kPanel + j), scale));
@@ -101,7 +101,7 @@ inline void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s
   const TileFn multiply = tile_for<DotF32Exact>(static_cast<int>(rows), 0);
   for (int64_t d = 0; d < args.head_dim; d += kPanel) {
     multiply(reinterpret_cast<const uint8_t*>(s.probs), kQueryChunkStride,
-             reinterpret_cast<const uint8_t*>(s.values + d * kKeyBlock), ceil_div(n, 16), nullptr, s.tile, nullptr);
+             reinterpret_cast<const uint8_t*>(s.values + d * kKeyBlock), ceil_div(n, 16), nullptr, 0, s.tile, nullptr);
     for (int64_t r = 0; r < rows; ++r) {
       const V16 inverse = set1(1.0f / row_sum[r]);
       for (int64_t j = 0; j < kPanel && d + j < args.head_dim; j += 16) {

@@ -15,6 +15,7 @@
 #include "checks.h"
 #include "encoder.h"
 #include "isa.h"
+#include "measure.h"
 #include "packing.h"
 #include "probe.h"
 #include "thread_pool.h"
@@ -277,6 +278,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_targets);
   m.def("built_isas", &built_targets);
   m.def("check_isa", [](const std::string& name) { return std::string(kernel_table(name).name); });
+  m.def(
+      "ceiling",
+      [](const std::string& kind, const std::string& isa, int threads, double seconds) {
+        const KernelTable& kernels = kernel_table(isa);
+        require(threads >= 1 && threads <= kMaxThreads, "threads: out of range");
+        require(seconds > 0.0 && seconds <= 60.0, "seconds: expected 0 to 60");
+        const Precision precision = kind == "read" ? Precision::kFp32 : precision_of(kind);
+        py::gil_scoped_release release;
+        return kind == "read" ? measure_read(kernels, threads, seconds)
+                              : measure_arithmetic(kernels, precision, threads, seconds);
+      },
+      py::arg("kind"), py::arg("isa"), py::arg("threads"), py::arg("seconds"));
   m.def("all_finite", [](const py::array& values, int threads) {
     require((values.flags() & py::array::c_style) != 0, "values: must be contiguous");
     const TableView view = table_view(values, "values");

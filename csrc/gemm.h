@@ -4,13 +4,16 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
-// One tile: R rows of the operand times one panel of 32 outputs, accumulated over all of `in` in registers.
+// One tile: R rows of the operand times one panel of 32 outputs, accumulated over `chunks` chunks in registers.
 //   a: [chunk][R rows][64 bytes]   b: [chunk][16 groups][32 outputs][4 bytes]   out: [R][32] accumulators
-// Each output is one chain of multiply-accumulates in the order of `in`: its bits depend neither on R nor on threads.
-// PrefetchLines: cache lines of the next panel requested per group (the weights are the only stream that misses).
+// `start` holds the first values of the accumulators, one row for all (stride 0) or [R][32]; null is zero.
+// Each output is one chain of multiply-accumulates in the order of `in`: its bits depend neither on R nor on how
+// `in` is cut into calls nor on threads.
+// Two streams are prefetched: PrefetchLines cache lines a group of the weights that come next (they are in no cache
+// yet), and the operand's next chunk (it lies a whole stride further, where no hardware prefetcher looks for it).
 template <class Dot, int R, int PrefetchLines>
-void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chunks, const int32_t* start, void* out,
-          const uint8_t* prefetch) {
+void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chunks, const void* start,
+          int64_t start_stride, void* out, const uint8_t* prefetch) {
   using Acc = typename Dot::Acc;
   constexpr int V = kVectorsPerHalf;
   for (int half = 0; half < kHalves; ++half) {
@@ -18,12 +21,11 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        if constexpr (sizeof(Acc) == sizeof(IntReg) && __is_same(Acc, IntReg))
-          acc[r][v] = load_acc(start + (half * V + v) * (kRegBytes / 4));
-        else
-          acc[r][v] = zero_acc(Acc{});
-      }
+      for (int v = 0; v < V; ++v)
+        acc[r][v] =
+            start == nullptr
+                ? zero_acc(Acc{})
+                : load_acc(static_cast<const uint8_t*>(start) + r * start_stride + (half * V + v) * kRegBytes, Acc{});
     const uint8_t* a_chunk = a;
     const uint8_t* b_group = b + half * V * kRegBytes;
     for (int64_t c = 0; c < chunks; ++c, a_chunk += chunk_stride) {
@@ -34,6 +36,7 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
           for (int line = 0; line < PrefetchLines; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
           prefetch += PrefetchLines * 64;
         }
+        if constexpr (kHalves == 1 && R >= 8) __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
         typename Dot::B bv[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) bv[v] = Dot::load_b(b_group + v * kRegBytes);
@@ -53,7 +56,7 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
   }
 }
 
-using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const int32_t*, void*, const uint8_t*);
+using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const void*, int64_t, void*, const uint8_t*);
 
 // The tile function for `rows` rows (1 .. Dot::kMaxRows) and 0, 1 or 2 prefetched lines a group.
 template <class Dot, int R = Dot::kMaxRows>
@@ -72,77 +75,118 @@ struct RowTiles {
   int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
 };
 
-// Accumulators of one row -> two vectors of real values.
-inline void dequantize_row(const GemmArgs& args, const uint8_t* acc, int64_t row, int64_t col, V16 y[2]) {
-  for (int v = 0; v < 2; ++v) {
-    const V16 bias = load(args.w.bias + col + 16 * v);
-    if (args.precision == Precision::kInt8) {
-      const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(acc) + 16 * v));
-      y[v] = fma(sum, mul(load(args.w.scale + col + 16 * v), set1(args.a.scale[row])), bias);
-    } else {
-      y[v] = add(load(reinterpret_cast<const float*>(acc) + 16 * v), bias);
-    }
-  }
-}
-
-// Epilogue of one tile: acc [rows][32] -> args.out or args.out_operand.
-inline void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t rows, int64_t panel) {
+// Epilogue of one tile: acc [rows][32] -> args.out or args.out_operand. Everything that is the same for all rows is a
+// template argument or stays in registers.
+template <Precision P, Epilogue E, bool Direct>
+void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t rows, int64_t panel) {
   const int64_t col = panel * kPanel, valid = args.w.out_features - col;
-  for (int64_t r = 0; r < rows; ++r) {
+  V16 bias[2], scale[2];
+  for (int v = 0; v < 2; ++v) {
+    bias[v] = load(args.w.bias + col + 16 * v);
+    scale[v] = P == Precision::kInt8 ? load(args.w.scale + col + 16 * v) : set1(1.0f);
+  }
+  for (int64_t r = 0; r < rows; ++r, acc += kPanel * 4) {
     const int64_t row = row0 + r;
     V16 y[2];
-    dequantize_row(args, acc + r * kPanel * 4, row, col, y);
+#pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const int64_t n = valid - 16 * v;
-      if (args.epilogue == Epilogue::kBiasGelu) y[v] = gelu(y[v]);
-      if (args.epilogue == Epilogue::kBiasResidual)
-        y[v] = add(y[v], load_n(args.residual + row * args.ldr + col + 16 * v, n));
-      if (args.out_operand.data == nullptr) store_n(args.out + row * args.ldo + col + 16 * v, y[v], n);
+      if constexpr (P == Precision::kInt8) {
+        const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(acc) + 16 * v));
+        y[v] = fma(sum, mul(scale[v], set1(args.a.scale[row])), bias[v]);
+      } else {
+        y[v] = add(load(reinterpret_cast<const float*>(acc) + 16 * v), bias[v]);
+      }
+      if constexpr (E == Epilogue::kBiasGelu) y[v] = P == Precision::kFp32 ? gelu(y[v]) : gelu_rounded(y[v]);
+      if constexpr (E == Epilogue::kBiasResidual)
+        y[v] = add(y[v], load_n(args.residual + row * args.ldr + col + 16 * v, valid - 16 * v));
+      if constexpr (!Direct) store_n(args.out + row * args.ldo + col + 16 * v, y[v], valid - 16 * v);
     }
-    if (args.out_operand.data == nullptr) continue;
     // A panel of 32 outputs is two fp32 chunks or one bf16 chunk; padded outputs are zero (weights and bias are).
-    uint8_t* dst = args.out_operand.data + row * kChunkBytes;
-    if (args.precision == Precision::kFp32) {
-      store(reinterpret_cast<float*>(dst + 2 * panel * args.out_operand.chunk_stride), y[0]);
-      if (valid > 16) store(reinterpret_cast<float*>(dst + (2 * panel + 1) * args.out_operand.chunk_stride), y[1]);
-    } else {
-      uint16_t* bf16 = reinterpret_cast<uint16_t*>(dst + panel * args.out_operand.chunk_stride);
-      store_bf16(bf16, y[0]);
-      store_bf16(bf16 + 16, y[1]);
+    if constexpr (Direct && P == Precision::kFp32) {
+      uint8_t* dst = args.out_operand.data + row * kChunkBytes + 2 * panel * args.out_operand.chunk_stride;
+      store(reinterpret_cast<float*>(dst), y[0]);
+      if (valid > 16) store(reinterpret_cast<float*>(dst + args.out_operand.chunk_stride), y[1]);
+    } else if constexpr (Direct) {
+      uint16_t* dst = reinterpret_cast<uint16_t*>(args.out_operand.data + row * kChunkBytes +
+                                                  panel * args.out_operand.chunk_stride);
+      store_bf16(dst, y[0]);
+      store_bf16(dst + 16, y[1]);
     }
   }
 }
 
+using FinishFn = void (*)(const GemmArgs&, const uint8_t*, int64_t, int64_t, int64_t);
+
+template <Precision P>
+FinishFn finish_for(const GemmArgs& args) {
+  constexpr bool kCanBeDirect = P != Precision::kInt8;  // an int8 row's scale is known only at its end
+  const bool direct = kCanBeDirect && args.out_operand.data != nullptr;
+  switch (args.epilogue) {
+    case Epilogue::kBias:
+      return direct ? finish_tile<P, Epilogue::kBias, kCanBeDirect> : finish_tile<P, Epilogue::kBias, false>;
+    case Epilogue::kBiasResidual: return finish_tile<P, Epilogue::kBiasResidual, false>;
+    case Epilogue::kBiasGelu:
+      return direct ? finish_tile<P, Epilogue::kBiasGelu, kCanBeDirect> : finish_tile<P, Epilogue::kBiasGelu, false>;
+  }
+  return nullptr;
+}
+
+// Chunks of `in` that one pass over the rows takes: 48 KiB of weights, so that they and the operand's part stay in L2
+// however long `in` is.
+constexpr int64_t kPassChunks = 24;
+constexpr int64_t kPassRows = 112;  // rows whose accumulators wait between passes
+
+// Rows [row_begin, row_end) of one panel. `next` is where the weights continue after this panel, or null.
 template <class Dot>
-void gemm_with(const GemmArgs& args) {
-  const RowTiles tiles(args.rows, Dot::kMaxRows);
-  const int64_t panel_bytes = args.w.chunks * kPanelChunkBytes;
-  alignas(64) uint8_t acc[kMaxTileRows * kPanel * 4];
-  for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
-    const uint8_t* weights = args.w.data + panel * panel_bytes;
-    const bool last = panel + 1 == args.panel_end;
-    const uint8_t* next = last ? args.next : weights + panel_bytes;
-    if (last && args.next_bytes < panel_bytes) next = nullptr;
-    const int32_t* start = args.precision == Precision::kInt8 ? args.w.compensation + panel * kPanel : nullptr;
-    int64_t row = 0;
+void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end, int64_t panel,
+                    const uint8_t* next) {
+  alignas(64) uint8_t acc[kPassRows * kPanel * 4];
+  const RowTiles tiles(row_end - row_begin, Dot::kMaxRows);
+  const uint8_t* weights = args.w.data + panel * args.w.chunks * kPanelChunkBytes;
+  const void* start = args.precision == Precision::kInt8 ? args.w.compensation + panel * kPanel : nullptr;
+  int64_t start_stride = 0;
+  for (int64_t chunk = 0; chunk < args.w.chunks; chunk += kPassChunks) {
+    const bool last = chunk + kPassChunks >= args.w.chunks;
+    const int64_t chunks = last ? args.w.chunks - chunk : kPassChunks, bytes = chunks * kPanelChunkBytes;
+    const uint8_t* pass_weights = weights + chunk * kPanelChunkBytes;
+    const uint8_t* ahead = last ? next : pass_weights + bytes;
+    int64_t row = row_begin;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t);
-      // The first one or two tiles fetch the whole next panel; portable code has no use for it.
-      const int lines = next == nullptr || t > 1 || kHalves > 1 ? 0 : tiles.count == 1 ? 2 : 1;
-      const uint8_t* prefetch = lines == 0 ? nullptr : next + (t == 1 ? panel_bytes / 2 : 0);
-      tile_for<Dot>(static_cast<int>(rows), lines)(args.a.data + row * kChunkBytes, args.a.chunk_stride, weights,
-                                                   args.w.chunks, start, acc, prefetch);
-      finish_tile(args, acc, row, rows, panel);
+      uint8_t* tile_acc = acc + (row - row_begin) * kPanel * 4;
+      // The first one or two tiles fetch as much as this pass reads; portable code has no use for it.
+      const int lines = ahead == nullptr || t > 1 || kHalves > 1 ? 0 : tiles.count == 1 ? 2 : 1;
+      const uint8_t* prefetch = lines == 0 ? nullptr : ahead + (t == 1 ? bytes / 2 : 0);
+      tile_for<Dot>(static_cast<int>(rows), lines)(
+          args.a.data + chunk * args.a.chunk_stride + row * kChunkBytes, args.a.chunk_stride, pass_weights, chunks,
+          start_stride == 0 ? start : tile_acc, start_stride, tile_acc, prefetch);
+      if (last) finish(args, tile_acc, row, rows, panel);
       row += rows;
+    }
+    start_stride = kPanel * 4;
+  }
+}
+
+template <class Dot, Precision P>
+void gemm_with(const GemmArgs& args) {
+  const int64_t panel_bytes = args.w.chunks * kPanelChunkBytes;
+  const FinishFn finish = finish_for<P>(args);
+  for (int64_t begin = 0; begin < args.rows; begin += kPassRows) {
+    const int64_t end = args.rows - begin < kPassRows ? args.rows : begin + kPassRows;
+    for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
+      const bool last = panel + 1 == args.panel_end;
+      const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * panel_bytes;
+      if (last && args.next_bytes < panel_bytes) next = nullptr;
+      multiply_panel<Dot>(args, finish, begin, end, panel, next);
     }
   }
 }
 
 inline void gemm(const GemmArgs& args) {
   switch (args.precision) {
-    case Precision::kFp32: return gemm_with<DotF32>(args);
-    case Precision::kBf16: return gemm_with<DotBf16>(args);
-    case Precision::kInt8: return gemm_with<DotInt8>(args);
+    case Precision::kFp32: return gemm_with<DotF32, Precision::kFp32>(args);
+    case Precision::kBf16: return gemm_with<DotBf16, Precision::kBf16>(args);
+    case Precision::kInt8: return gemm_with<DotInt8, Precision::kInt8>(args);
   }
 }
 

@@ -21,7 +21,8 @@ using IntReg = __m512i;
 using FloatReg = __m512;
 inline IntReg zero_acc(IntReg) { return _mm512_setzero_si512(); }
 inline FloatReg zero_acc(FloatReg) { return _mm512_setzero_ps(); }
-inline IntReg load_acc(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline IntReg load_acc(const void* p, IntReg) { return _mm512_loadu_si512(p); }
+inline FloatReg load_acc(const void* p, FloatReg) { return _mm512_loadu_ps(p); }
 inline void store_acc(void* p, IntReg a) { _mm512_storeu_si512(p, a); }
 inline void store_acc(void* p, FloatReg a) { _mm512_storeu_ps(p, a); }
 inline IntReg load_group(const void* p) { return _mm512_loadu_si512(p); }
@@ -50,7 +51,8 @@ using IntReg = __m256i;
 using FloatReg = __m256;
 inline IntReg zero_acc(IntReg) { return _mm256_setzero_si256(); }
 inline FloatReg zero_acc(FloatReg) { return _mm256_setzero_ps(); }
-inline IntReg load_acc(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline IntReg load_acc(const void* p, IntReg) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline FloatReg load_acc(const void* p, FloatReg) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
 inline void store_acc(void* p, IntReg a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 inline void store_acc(void* p, FloatReg a) { _mm256_storeu_ps(static_cast<float*>(p), a); }
 inline IntReg load_group(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -164,8 +166,9 @@ struct FloatReg {
 };
 inline IntReg zero_acc(IntReg) { return IntReg{}; }
 inline FloatReg zero_acc(FloatReg) { return FloatReg{}; }
-inline IntReg load_acc(const int32_t* p) {
-  IntReg r;
+template <class Reg>
+Reg load_acc(const void* p, Reg) {
+  Reg r;
   __builtin_memcpy(&r, p, sizeof r);
   return r;
 }
@@ -204,7 +207,7 @@ struct DotBf16 {
   };
   using B = IntReg;
   static constexpr int kMaxRows = 4;
-  static B load_b(const uint8_t* p) { return load_acc(reinterpret_cast<const int32_t*>(p)); }
+  static B load_b(const uint8_t* p) { return load_acc(p, IntReg{}); }
   static A load_a(const uint8_t* p) {
     uint32_t pair;
     __builtin_memcpy(&pair, p, 4);

@@ -122,6 +122,8 @@ struct KernelTable {
   void (*layer_norm)(const NormArgs&);
   void (*embed)(const EmbeddingArgs&);
   void (*attention)(const AttentionArgs&);
+  int64_t (*spin)(Precision, int64_t iterations);        // ceiling.h
+  float (*read_all)(const float* data, int64_t count);
 };
 
 }  // namespace xfast

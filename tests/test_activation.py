@@ -86,3 +86,33 @@ def test_not_a_number_and_infinity(isa: str) -> None:
 def test_has_the_same_bits_on_every_target(isa: str) -> None:
     x = np.concatenate([GRID, EXTREMES])
     assert_same_bits(activate(isa, x), activate("portable", x))
+
+
+ROUNDED_IDENTITY = _C.kernels.Linear("bf16", np.ones((1, 1), np.float32), None)
+BF16_GRID = torch.from_numpy(np.concatenate([GRID, EXTREMES])).bfloat16().float()
+BF16_GRID = BF16_GRID[BF16_GRID.isfinite()].numpy()
+
+
+def activate_rounded(isa: str, x: np.ndarray) -> np.ndarray:
+    """The GELU of the bf16 and int8 paths, of x [N] that bf16 can hold."""
+    return ROUNDED_IDENTITY.multiply(isa, np.ascontiguousarray(x[:, None]), "gelu", None)[:, 0]
+
+
+def test_rounded_error(isa: str) -> None:
+    truth = gelu(torch.from_numpy(BF16_GRID)).numpy()
+    error = np.abs(activate_rounded(isa, BF16_GRID).astype(np.float64) - truth)
+    bound = 5.1e-5 * np.maximum(1, np.abs(BF16_GRID) / 8)
+    assert (error <= bound).all(), f"gelu({BF16_GRID[(error / bound).argmax()]}) is off by {error.max():.2e}"
+    small = (np.abs(BF16_GRID) < 0.05) & (BF16_GRID != 0)
+    assert (error[small] <= 1e-3 * np.abs(truth[small])).all(), "the error vanishes with x"
+
+
+def test_rounded_ends(isa: str) -> None:
+    y = activate_rounded(isa, np.array([np.nan, np.inf, 0.0, -0.0, 3e38, -3e38, -np.inf], np.float32))
+    assert np.isnan(y[0]) and y[1] == np.inf and y[2] == 0 and y[3] == 0
+    np.testing.assert_allclose(y[4], np.float32(3e38), rtol=1e-2)
+    assert abs(y[5]) <= 1e-6 * 3e38
+
+
+def test_rounded_has_the_same_bits_on_every_target(isa: str) -> None:
+    assert_same_bits(activate_rounded(isa, BF16_GRID), activate_rounded("portable", BF16_GRID))

@@ -12,6 +12,8 @@ from xfast import _C
 
 PRECISIONS = ("fp32", "bf16", "int8")
 EPILOGUES = ("bias", "gelu", "residual")
+ROUNDED_GELU = 5.1e-5
+"""Error of the GELU whose result is rounded to bf16 or int8 next (csrc/activation.h)."""
 # Around every tile height (4, 6, 10, 14 rows) and its multiples; around chunks (16, 32, 64) and panels (32).
 ROWS = (1, 2, 3, 7, 13, 14, 15, 28, 29, 56, 57, 97)
 FEATURES = (1, 2, 5, 16, 31, 32, 33, 64, 65, 127, 130, 768)
@@ -76,7 +78,9 @@ def test_bf16_rounds_its_inputs_and_nothing_else(
     # Tighter than stock bf16: with the inputs rounded, only fp32 accumulation error may remain.
     tx, tw = tx.bfloat16(), tw.bfloat16()
     truth, same = (finish(linear(tx, tw, tb, dtype), epilogue, tr) for dtype in (torch.float64, torch.float32))
-    assert_within(y, truth, same, floor=chain_floor(shape[1]), what=f"{shape}, rounded inputs")
+    gelu_floor = ROUNDED_GELU * max(1.0, float(truth.abs().max()) / 8) if epilogue == "gelu" and truth.numel() else 0.0
+    what = f"{shape}, rounded inputs"
+    assert_within(y, truth, same, floor=chain_floor(shape[1]), absolute_floor=gelu_floor, what=what)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -93,7 +97,7 @@ def test_int8_equals_the_integer_simulation(isa: str, shape: tuple[int, int, int
     np.testing.assert_array_equal(product(isa, with_bias, x, "residual", residual), got + residual)
     activated = gelu(torch.from_numpy(got)).numpy()
     error = np.abs(product(isa, with_bias, x, "gelu") - activated)
-    assert np.all(error <= 5e-7 * np.maximum(1, np.abs(got))), f"{shape}: GELU error {error.max():.2e}"
+    assert np.all(error <= ROUNDED_GELU * np.maximum(1, np.abs(got) / 8)), f"{shape}: GELU error {error.max():.2e}"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
