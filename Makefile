@@ -10,7 +10,7 @@ SANITIZE_DIR = build/sanitize
 SANITIZE_PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) \
                    $(shell gcc -print-file-name=libstdc++.so.6)
 
-.PHONY: check format test bench sanitize
+.PHONY: check format test bench bench-kernels bench-peers sanitize
 
 check:
 	ruff check .
@@ -26,8 +26,21 @@ format:
 test:
 	pytest -q
 
+# About three minutes: every stem on its most telling shapes.
 bench:
-	pytest -q benchmarks --benchmark-only
+	pytest -q benchmarks --benchmark-only -m quick --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds
+
+# Every stem on every shape: about twenty minutes.
+bench-kernels:
+	pytest -q benchmarks --benchmark-only --benchmark-json=kernels.json
+
+# The comparison behind docs/performance.md: every peer that is installed, about an hour for each model.
+BENCH_WORKLOADS = mixed,sorted,1x8,1x32,1x128,full
+bench-peers:
+	for model in base large; do \
+	  xfast bench --model $$model --workload $(BENCH_WORKLOADS) --rounds 7 \
+	    --json benchmarks/results/$$model.json --plot benchmarks/results/$$model.png || exit 1; \
+	done
 
 # AddressSanitizer + UndefinedBehaviorSanitizer over the native tests: slow, meant for a nightly run.
 # --capture=sys lets the sanitizers' reports, which end the process, through to the terminal.

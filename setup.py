@@ -16,7 +16,7 @@ from pathlib import Path
 import cmake
 import ninja
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
@@ -96,4 +96,9 @@ class CMakeBuild(build_ext):
             raise CompileError(message) from error
 
 
-setup(ext_modules=[CMakeExtension("xfast._C")], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["xfast", "xfast.*"]), "xfast.benchmarks"],
+    package_dir={"xfast.benchmarks": "benchmarks"},  # `xfast bench` runs from an installed wheel, too
+    ext_modules=[CMakeExtension("xfast._C")],
+    cmdclass={"build_ext": CMakeBuild},
+)

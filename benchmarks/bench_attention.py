@@ -9,9 +9,11 @@ import torch
 from xfast import _C
 
 HEADS, HEAD_DIM = 12, 64
+LENGTHS = (8, 16, 32, 64, 128, 256, 384, 512)
+QUICK = pytest.mark.quick
 
 
-@pytest.mark.parametrize("length", [8, 16, 32, 64, 128, 256, 384, 512])
+@pytest.mark.parametrize("length", [pytest.param(n, marks=QUICK if n in (32, 384) else ()) for n in LENGTHS])
 @pytest.mark.parametrize("engine", ["xfast", "torch-sdpa"])
 def test_attention(benchmark, engine: str, length: int) -> None:
     generator = np.random.default_rng(0)

@@ -1,27 +1,32 @@
 """Whole forward passes of XLM-R base through ``accelerate``: one benchmark per precision and workload.
 
-For comparisons with other engines use ``benchmarks/compare.py``, which gives each engine a process of its own.
+For comparisons with other engines use ``xfast bench``, which gives each engine a process of its own.
 """
 
 from __future__ import annotations
 
-import peers
 import pytest
 import torch
-import workloads
 
 import xfast
+from xfast.benchmarks.metrics import gflop_per_token
+from xfast.benchmarks.models import random_model
+from xfast.benchmarks.workloads import workload
+
+QUICK = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")
 def base_model() -> torch.nn.Module:
-    return peers.make_model("base")
+    return random_model("base")
 
 
-@pytest.mark.parametrize("workload", ["1x8", "1x32", "1x128", "mixed"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_encoder(benchmark, base_model: torch.nn.Module, precision: str, workload: str) -> None:
-    work = workloads.workload(workload)
+@pytest.mark.parametrize(
+    "name", ["1x8", pytest.param("1x32", marks=QUICK), "1x128", pytest.param("mixed", marks=QUICK)]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_encoder(benchmark, base_model: torch.nn.Module, precision: str, name: str) -> None:
+    work = workload(name)
 
     def run() -> None:
         with torch.inference_mode():
@@ -31,5 +36,7 @@ def test_encoder(benchmark, base_model: torch.nn.Module, precision: str, workloa
     with xfast.accelerated(base_model, precision=precision):
         benchmark(run)
     if benchmark.stats is not None:
-        benchmark.extra_info["tokens_per_s"] = work.tokens / benchmark.stats.stats.median
-        benchmark.extra_info["padding"] = work.padding
+        rate = work.tokens / benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            tokens_per_s=rate, gops=rate * gflop_per_token(base_model.config), padding=work.padding
+        )

@@ -135,8 +135,10 @@ SOURCES: tuple[tuple[str, str, Callable[[Path], Iterator[Sample]]], ...] = (
 )
 
 
-def collect(data_dir: Path) -> Samples:
+def collect(data_dir: Path, only: str | None = None) -> Samples:
     """Read every sample of every known task file under ``data_dir`` (which holds ``xtreme/`` and ``mlm/``).
+
+    ``only`` names the one task to read.
 
     A file that cannot be understood ends the run with its name; nothing is skipped silently.
     """
@@ -145,7 +147,7 @@ def collect(data_dir: Path) -> Samples:
         name = path.relative_to(data_dir).as_posix()
         for task, pattern, read in SOURCES:
             match = re.fullmatch(pattern, name)
-            if match is None:
+            if match is None or only not in (None, task):
                 continue
             language = match.groupdict().get("language", "en")
             if language not in JOSHI_CLASS:

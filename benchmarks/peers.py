@@ -1,117 +1,143 @@
-"""One adapter per engine behind one call, so that all do the same work: padded batches in, last hidden states out.
+"""The engines to compare, as data; each runs behind one call, so that all do the same work.
 
-``build(engine, model, threads)`` returns ``run(input_ids, attention_mask) -> [batch, length, hidden] array``.
+``build(engine, model, threads)`` returns ``run(input_ids, attention_mask) -> [batch, length, hidden] array``. The
+adapters live in one module per family of engines (``peers_*.py``), each with one function ``build``.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from xfast.errors import InvalidOptionError
+
 Run = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 
-SIZES = {"base": (12, 768, 12, 3072), "large": (24, 1024, 16, 4096), "tiny": (2, 128, 4, 256)}
-# engine -> (pip name, module) that it needs
-ENGINES = {
-    "transformers-fp32": ("transformers", "transformers"),
-    "transformers-bf16": ("transformers", "transformers"),
-    "ctranslate2-fp32": ("ctranslate2", "ctranslate2"),
-    "ctranslate2-int8": ("ctranslate2", "ctranslate2"),
-    "xfast-fp32": ("xfast", "xfast"),
-    "xfast-bf16": ("xfast", "xfast"),
-    "xfast-int8": ("xfast", "xfast"),
+PRECISIONS = ("fp32", "bf16", "int8")
+REFERENCE = "transformers-fp32"
+"""Errors are distances to this engine's output."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How to make one engine.
+
+    Attributes:
+        name: ``family-precision``.
+        module: module of this package whose ``build(model, precision, threads=, calibration=, **options)`` makes it.
+        packages: what it needs, importable module -> pip name.
+        options: further arguments of ``build``.
+        needs_flags: it needs one of these CPU flags to be worth running.
+        own_python: it lives in a Python environment of its own.
+    """
+
+    name: str
+    module: str
+    packages: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_flags: tuple[str, ...] = ()
+    own_python: bool = False
+
+    @property
+    def family(self) -> str:
+        """The name without the precision."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or int8."""
+        return self.name.rpartition("-")[2]
+
+
+_TORCH = {"torch": "torch", "transformers": "transformers"}
+_ONNX = {"onnxruntime": "onnxruntime", "onnx": "onnx", "sympy": "sympy"}
+_OPENVINO = {"openvino": "openvino"}
+_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine("xfast-fp32", "peers_xfast", {"xfast": "xfast"}),
+        Engine("xfast-bf16", "peers_xfast", {"xfast": "xfast"}),
+        Engine("xfast-int8", "peers_xfast", {"xfast": "xfast"}),
+        Engine("transformers-fp32", "peers_torch", _TORCH, {"method": "sdpa"}),
+        Engine("transformers-bf16", "peers_torch", _TORCH, {"method": "sdpa"}),
+        Engine("transformers-eager-fp32", "peers_torch", _TORCH, {"method": "eager"}),
+        Engine("torch-compile-fp32", "peers_torch", _TORCH, {"method": "compile"}),
+        Engine("torch-compile-bf16", "peers_torch", _TORCH, {"method": "compile"}),
+        Engine("torch-dynamic-int8", "peers_torch", _TORCH, {"method": "dynamic"}),
+        Engine("torchao-int8", "peers_torch", {**_TORCH, "torchao": "torchao"}, {"method": "torchao"}),
+        Engine("onnxruntime-fp32", "peers_onnx", _ONNX),
+        Engine("onnxruntime-int8", "peers_onnx", _ONNX),
+        Engine("openvino-fp32", "peers_openvino", _OPENVINO),
+        Engine("openvino-bf16", "peers_openvino", _OPENVINO, needs_flags=_BF16_FLAGS),
+        Engine("openvino-int8", "peers_openvino", {**_OPENVINO, "nncf": "nncf"}),
+        Engine("ctranslate2-fp32", "peers_ctranslate2", {"ctranslate2": "ctranslate2"}),
+        Engine("ctranslate2-int8", "peers_ctranslate2", {"ctranslate2": "ctranslate2"}),
+        Engine("zentorch-bf16", "peers_zentorch", {"zentorch": "zentorch"}, own_python=True),
+    )
 }
 
 
+def choose(peers: str, precisions: Iterable[str]) -> list[str]:
+    """Engines by what ``--peers`` says (``all``, ``none``, or names of engines or families) and by precision.
+
+    xfast's own engines of these precisions come first.
+
+    Raises:
+        InvalidOptionError: an unknown name, or no engine of these precisions.
+    """
+    wanted = list(precisions)
+    if unknown := [precision for precision in wanted if precision not in PRECISIONS]:
+        raise InvalidOptionError(f"precision: {unknown[0]!r} is not accepted; accepted: {', '.join(PRECISIONS)}")
+    rest = [engine for engine in ENGINES.values() if engine.family != "xfast"]
+    names = [] if peers == "none" else [part.strip() for part in peers.split(",")]
+    chosen = [f"xfast-{precision}" for precision in PRECISIONS if precision in wanted]
+    for name in names:
+        found = rest if name == "all" else [engine for engine in rest if name in (engine.name, engine.family)]
+        if not found:
+            families = ", ".join(dict.fromkeys(engine.family for engine in rest))
+            accepted = f"all, none, {families}, or one of them with -{', -'.join(PRECISIONS)}"
+            raise InvalidOptionError(f"peers: {name!r} is not accepted; accepted: {accepted}")
+        chosen += [engine.name for engine in found if engine.precision in wanted or engine.name == name]
+    return list(dict.fromkeys(chosen))
+
+
 def missing(engine: str) -> str | None:
-    """The pip name that would add a missing engine, or None when it is installed."""
-    package, module = ENGINES[engine]
-    return None if importlib.util.find_spec(module) else package
+    """The pip name that would add what an engine lacks, or None when it is installed here."""
+    absent = [pip for module, pip in ENGINES[engine].packages.items() if importlib.util.find_spec(module) is None]
+    return " ".join(absent) or None
 
 
-def version(engine: str) -> str:
-    """Installed version of the package behind an engine."""
-    return importlib.metadata.version(ENGINES[engine][0])
+def versions(engine: str) -> dict[str, str]:
+    """Installed versions of the packages behind an engine."""
+    return {pip: importlib.metadata.version(pip) for pip in ENGINES[engine].packages.values()}
 
 
-def make_model(size: str, seed: int = 0) -> nn.Module:
-    """XLM-R without pooler at a real size (``base``, ``large``) or ``tiny``, with seeded random weights."""
-    from transformers import XLMRobertaConfig, XLMRobertaModel
+def build(
+    engine: str,
+    model: nn.Module,
+    threads: int,
+    calibration: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Run:
+    """An engine ready to run ``model`` on ``threads`` threads in this process. May change ``model``.
 
-    layers, hidden, heads, inner = SIZES[size]
-    config = XLMRobertaConfig(
-        vocab_size=250002,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    torch.manual_seed(seed)
-    return XLMRobertaModel(config, add_pooling_layer=False).eval()
+    ``calibration`` are padded batches for engines that quantise with fixed ranges; None for random ids.
+    """
+    from xfast.benchmarks.workloads import Model, workload
 
-
-def build(engine: str, model: nn.Module, threads: int) -> Run:
-    """An engine ready to run ``model`` on ``threads`` threads. May change ``model``."""
     torch.set_num_threads(threads)
-    name, precision = engine.rsplit("-", 1)
-    if name == "transformers":
-        return _torch_run(model.to(torch.bfloat16) if precision == "bf16" else model)
-    if name == "xfast":
-        import xfast
-
-        xfast.set_num_threads(threads)
-        return _torch_run(xfast.accelerate(model, precision=precision))
-    if name == "ctranslate2":
-        return _ctranslate2(model, precision, threads)
-    raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-
-
-def _torch_run(model: nn.Module) -> Run:
-    def run(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-        with torch.inference_mode():
-            return model(input_ids=ids, attention_mask=mask).last_hidden_state.float().numpy()
-
-    return run
-
-
-def _ctranslate2(model: nn.Module, precision: str, threads: int) -> Run:
-    import ctranslate2
-    from ctranslate2.converters.transformers import XLMRobertaLoader
-
-    model.config.position_embedding_type = "absolute"
-    wrapper = nn.Module()
-    wrapper.config, wrapper.roberta = model.config, model
-    spec = XLMRobertaLoader().get_model_spec(wrapper)
-    # its loader keeps the two unused positions in front of RoBERTa's table
-    spec.encoder.position_encodings.encodings = model.embeddings.position_embeddings.weight[2:]
-    spec.register_vocabulary([str(i) for i in range(model.config.vocab_size)])
-    spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = "3", "0", "2"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model"
-        path.mkdir()
-        spec.validate()
-        spec.optimize(quantization={"int8": "int8", "fp32": "float32"}[precision])
-        spec.save(str(path))
-        encoder = ctranslate2.Encoder(
-            str(path), device="cpu", compute_type={"int8": "int8", "fp32": "float32"}[precision], intra_threads=threads
-        )
-
-    def run(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-        view = ctranslate2.StorageView.from_array(ids.to(torch.int32).numpy())
-        lengths = ctranslate2.StorageView.from_array(mask.sum(1, dtype=torch.int32).numpy())
-        return np.array(encoder.forward_batch(view, lengths).last_hidden_state)
-
+    row = ENGINES[engine]
+    if calibration is None:
+        calibration = workload("mixed", Model.of(model.config), seed=1).batches
+    module = importlib.import_module(f"xfast.benchmarks.{row.module}")
+    run: Run = module.build(model, row.precision, threads=threads, calibration=calibration, **row.options)
     return run

@@ -42,6 +42,19 @@ def test_info_json_lists_backends_with_a_reason_for_each_missing_one() -> None:
         assert row["available"] or row["reason"]
 
 
+def test_info_json_without_ceilings_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "ceilings", lambda: pytest.fail("measured"))
+    assert "ceilings" not in json.loads(runner.invoke(cli.app, ["info", "--json"]).stdout)
+
+
+def test_info_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "ceilings", lambda: {"fp32": 123.4, "read": 45.6})
+    facts = json.loads(runner.invoke(cli.app, ["info", "--ceilings", "--json"]).stdout)
+    assert facts["ceilings"] == {"fp32": 123.4, "read": 45.6}
+    shown = runner.invoke(cli.app, ["info", "--ceilings"]).stdout
+    assert "123 GOP/s" in shown and "46 GB/s" in shown
+
+
 def test_info_for_people() -> None:
     result = runner.invoke(cli.app, ["info"])
     assert result.exit_code == 0, result.output
@@ -50,7 +63,7 @@ def test_info_for_people() -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["demo", "--help"], ["info", "--help"]])
 def test_help(arguments: list[str]) -> None:
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 0
@@ -101,15 +114,6 @@ def test_ctrl_c_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == cli.INTERRUPTED == 130
     assert result.stdout == ""
     assert result.stderr == "interrupted\n"
-
-
-def test_commit_only_from_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "xfast" / "cli.py"))
-    assert cli._commit() is None
-    (tmp_path / ".git").mkdir()  # not a repository: git fails, and that is no error
-    assert cli._commit() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli._commit() is None
 
 
 def test_python_dash_m(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import xfast
 from xfast import demo
+from xfast.benchmarks import models
 from xfast.cli import app
 from xfast.study.profiles import GROUPS, group_of, load_profiles
 
@@ -322,10 +323,10 @@ def test_past_the_deadline_there_is_one_round() -> None:
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
     def filled(seed: int, threads: int) -> dict[str, torch.Tensor]:
-        with demo.num_threads(threads), demo._NoRandomInit():
+        with demo.num_threads(threads), models._NoRandomInit():
             model = tiny_model(vocab_size=5000, hidden_size=256)
         with demo.num_threads(threads):
-            demo._fill(model, seed, 0.02)
+            models._fill(model, seed, 0.02)
         return model.state_dict()
 
     first, again, other = filled(3, 1), filled(3, 2), filled(4, 1)
@@ -339,7 +340,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.slow
 def test_the_default_model_has_the_size_of_xlm_r_base() -> None:
-    model = demo.random_model(0)
+    model = demo.random_model()
     assert sum(parameter.numel() for parameter in model.parameters()) == 277_453_056  # without the pooler
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert model.config.max_position_embeddings == 514

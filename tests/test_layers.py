@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "xfast"
+BENCHMARKS = ROOT / "benchmarks"  # installed as xfast.benchmarks
 CSRC = ROOT / "csrc"
 
 # Lowest first. "Contracts" are the data that cross between a backend and the model layer above it: what an encoder is,
@@ -36,6 +37,8 @@ LAYER_OF = {
     "cli": "applications",
     "__main__": "applications",
     "demo": "applications",
+    "machine": "applications",
+    "benchmarks": "applications",
     "stilts": "applications",
     "study": "applications",
 }
@@ -48,6 +51,8 @@ def _modules() -> dict[str, Path]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for path in sorted(BENCHMARKS.glob("*.py")):
+        modules["xfast.benchmarks" + ("" if path.stem == "__init__" else f".{path.stem}")] = path
     return modules
 
 
@@ -81,7 +86,7 @@ def _layer(module: str) -> int:
 
 
 def test_the_source_is_found() -> None:
-    assert {"xfast", "xfast.api", "xfast.patch", "xfast.backends.native"} <= MODULES.keys()
+    assert {"xfast", "xfast.api", "xfast.patch", "xfast.backends.native", "xfast.benchmarks.peers"} <= MODULES.keys()
     assert "xfast.patch" in set(_imported("xfast.api")) and "xfast._C" in set(_imported("xfast.packing"))
 
 
@@ -146,7 +151,7 @@ def test_the_boundary_is_found() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [*MODULES.values(), *SOURCES, *sorted((ROOT / "tests").glob("*.py"))],
+    [*MODULES.values(), *SOURCES, *sorted((ROOT / "tests").glob("*.py")), *sorted(BENCHMARKS.glob("*.c"))],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_files_stay_small(path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
-from xfast.errors import XfastError
+from xfast.errors import InvalidOptionError, XfastError
+from xfast.machine import backends, ceilings, machine
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -26,8 +24,6 @@ BAD_INPUT = 2
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-PLANNED_BACKENDS = ("triton", "tensorrt")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -89,9 +85,60 @@ def demo(
 
 
 @app.command()
-def info(as_json: JsonFlag = False) -> None:
+def bench(
+    model: Annotated[
+        str, typer.Option(help="base, large or tiny with random weights, a directory or a Hub id.")
+    ] = "base",
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: mixed, sorted, full, BxL (1x32), alpha=0.5, length=128, the sweeps alpha and "
+            "length, or an XTREME task such as xnli or tatoeba:sw."
+        ),
+    ] = "mixed,1x32",
+    precision: Annotated[str, typer.Option(help="Comma-separated fp32, bf16, int8, or all.")] = "all",
+    peers: Annotated[str, typer.Option(help="all, none, or comma-separated engines or families (openvino).")] = "all",
+    threads: Annotated[str | None, typer.Option(help="Threads of every engine; several (1,2) to compare.")] = None,
+    rounds: Annotated[int, typer.Option(help="Paired rounds.")] = 5,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with xtreme/ and tokenizer/, for tasks. Default: XFAST_TEST_DATA.")
+    ] = None,
+    zentorch_python: Annotated[
+        str | None,
+        typer.Option(help="Python of the environment that has zentorch.", envvar="XFAST_ZENTORCH_PYTHON"),
+    ] = None,
+    isa: Annotated[str | None, typer.Option(help="Hold every engine to an instruction set: avx2.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, lengths and token ids.", min=0, max=2**32 - 2)] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens per second into this PNG file.")] = None,
+) -> None:
+    """Measure xfast beside other engines, each in its own process, in alternating order; see docs/performance.md."""
+    from xfast.benchmarks import bench, report
+    from xfast.benchmarks import plot as drawing
+
+    for option, path in (("json", json_file), ("plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidOptionError(f"{option}: {path.parent} is no directory")
+    options = bench.Options(model, workload, precision, peers, threads, rounds, data, zentorch_python, isa, seed)
+    document = bench.run(options, Console(stderr=True))
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    report.show(document, Console(width=None if Console().is_terminal else report.WIDTH))
+    if plot is not None:
+        drawing.save(document, plot)
+
+
+@app.command()
+def info(
+    as_json: JsonFlag = False,
+    with_ceilings: Annotated[
+        bool, typer.Option("--ceilings", help="Also measure the machine's own limits, in about two seconds.")
+    ] = False,
+) -> None:
     """Show versions, CPU, instruction sets, threads and backends."""
     facts = {**machine(), "backends": backends()}
+    if with_ceilings:
+        facts["ceilings"] = ceilings()
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -106,95 +153,9 @@ def info(as_json: JsonFlag = False) -> None:
     for backend in facts["backends"]:
         state = f"available: {', '.join(backend['precisions'])}" if backend["available"] else backend["reason"]
         table.add_row(f"backend {backend['name']}", state)
+    for kind, rate in facts.get("ceilings", {}).items():
+        table.add_row(f"ceiling {kind}", f"{rate:.0f} {'GB/s' if kind == 'read' else 'GOP/s'}")
     Console().print(table, highlight=False)
-
-
-def machine() -> dict[str, Any]:
-    """What figures are measured on: CPU, cores this process may use, threads, instruction sets, versions, commit.
-
-    Raises:
-        InvalidOptionError: ``XFAST_ISA`` names an instruction set that this CPU lacks.
-    """
-    import numpy
-    import torch
-    import transformers
-
-    from xfast.backends.native import requested_isa
-
-    return {
-        "cpu": _cpu_name(),
-        "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": xfast.get_num_threads(),
-        "isa": requested_isa(),
-        "isas": xfast.available_isas(),
-        "versions": {
-            "xfast": xfast.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
-        },
-        "commit": _commit(),
-    }
-
-
-def backends() -> list[dict[str, Any]]:
-    """Every backend with its precisions for XLM-R on this machine, or the reason why it is not available."""
-    import torch
-
-    from xfast.architecture import EncoderSpec
-    from xfast.options import PRECISIONS
-    from xfast.plan import BACKENDS
-
-    base = EncoderSpec(
-        family="xlm-roberta",
-        num_layers=12,
-        hidden_size=768,
-        num_heads=12,
-        head_dim=64,
-        intermediate_size=3072,
-        vocab_size=250002,
-        max_positions=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        activation="gelu",
-        norm="post",
-        position_rule="padding",
-        pad_token_id=1,
-    )
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    rows: list[dict[str, Any]] = []
-    for backend in BACKENDS:
-        reasons = {p: [backend.supports(base, device, p) for device in devices] for p in PRECISIONS[1:-1]}
-        precisions = [precision for precision, given in reasons.items() if None in given]
-        reason = None if precisions else reasons["fp32"][0]
-        rows.append({"name": backend.name, "available": bool(precisions), "precisions": precisions, "reason": reason})
-    known = {row["name"] for row in rows}
-    planned = {"available": False, "precisions": [], "reason": "planned, not in this version"}
-    return rows + [{"name": name, **planned} for name in PLANNED_BACKENDS if name not in known]
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit when xfast runs from a checkout, with ``-dirty`` behind it when files differ, else None."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def _print_report(report: DemoReport, console: Console) -> None:

@@ -10,15 +10,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import xfast
-from xfast.architecture import family_of, supported_families
-from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
+from xfast.benchmarks.models import load_model, random_model
+from xfast.benchmarks.workloads import Model, Workload, batches_of
+from xfast.errors import InvalidOptionError
 from xfast.study.profiles import GROUPS, LengthProfile, group_of, load_profiles, sample_lengths
 
 REFERENCE = "transformers-fp32"
@@ -85,34 +82,6 @@ class DemoOptions:
         _in_range("seed", self.seed, 0, _MAX_SEED)
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Padded batches in arrival order, each (input_ids, attention_mask), int64 [batch, length]."""
-
-    name: str
-    batches: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-    @property
-    def samples(self) -> int:
-        """Sequences."""
-        return sum(ids.shape[0] for ids, _ in self.batches)
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens, special ones included."""
-        return sum(int(mask.sum()) for _, mask in self.batches)
-
-    @property
-    def slots(self) -> int:
-        """Real tokens and padding."""
-        return sum(ids.numel() for ids, _ in self.batches)
-
-    @property
-    def padding(self) -> float:
-        """Share of padding among all slots, 0 to 1."""
-        return 1.0 - self.tokens / self.slots
-
-
 @dataclass
 class Tally:
     """What was measured of one engine on one workload: ``seconds[round][batch]``, and the distance to the reference.
@@ -164,7 +133,7 @@ def run(options: DemoOptions, console: Console) -> DemoReport:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, refresh_per_second=4) as progress:
         task = progress.add_task("building the model", total=None)
-        model = random_model(options.seed) if options.model is None else load_model(options.model)
+        model = random_model(seed=options.seed) if options.model is None else load_model(options.model)
         progress.update(task, description="packing xfast fp32, bf16, int8")
         engines = build_engines(model)
         progress.update(task, description="warming up")
@@ -196,106 +165,6 @@ def run(options: DemoOptions, console: Console) -> DemoReport:
     return DemoReport(_rows(workloads, tallies), facts, notes)
 
 
-def random_model(seed: int) -> nn.Module:
-    """XLM-R base at its real size, without pooler, with random weights that depend on ``seed`` alone."""
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    config = XLMRobertaConfig(
-        vocab_size=250002,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    with _NoRandomInit():
-        model = XLMRobertaModel(config, add_pooling_layer=False).eval()
-    _fill(model, seed, config.initializer_range)
-    return model
-
-
-class _NoRandomInit(TorchFunctionMode):
-    """Skips random initialisation: drawing 278 million numbers twice on one thread would take several seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _fill(model: nn.Module, seed: int, std: float) -> None:
-    """Matrices normal with ``std``, biases 0, gains 1. Drawn in chunks, one seed each, so on any number of threads."""
-    chunks: list[torch.Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            chunks += parameter.detach().view(-1).split(1 << 22)
-        else:
-            parameter.detach().fill_(0.0 if name.endswith("bias") else 1.0)
-
-    def draw(index: int) -> None:
-        chunks[index].normal_(0.0, std, generator=torch.Generator().manual_seed(seed * 1000 + index))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(draw, range(len(chunks))))
-
-
-def load_model(name: str) -> nn.Module:
-    """Loads the encoder of a local checkpoint or of one on the Hub, in fp32, in evaluation mode.
-
-    Raises:
-        InvalidOptionError: ``name`` is a path that does not lead to a directory.
-        InvalidInputError: the checkpoint cannot be loaded or lacks weights of the encoder.
-        UnsupportedModelError: it is not an encoder of a supported family.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    source = _source(name)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):  # which class this is, before gigabytes of weights are read
-            kind = AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers, the Hub client and readers of bad files raise whatever they like
-        raise InvalidInputError(f"--model {name}: cannot load it: {_first_line(error)}") from error
-    if family_of(kind) is None:
-        raise UnsupportedModelError(
-            f"--model {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}"
-        )
-    try:
-        model, loaded = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # as above
-        raise InvalidInputError(f"--model {name}: cannot load its weights: {_first_line(error)}") from error
-    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise InvalidInputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
-    return model.eval()
-
-
-def _source(name: str) -> str:
-    """The directory that ``name`` leads to, or ``name`` itself when it reads like a Hub id."""
-    try:
-        path = Path(name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long for the file system, ~nobody
-        raise InvalidOptionError(f"model: {name!r}: {error}; accepted: a model directory or a Hub id") from None
-    if is_folder and name.strip():
-        return str(path)
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
-    if exists or looks_like_path or not name.strip():
-        raise InvalidOptionError(f"model: {name!r} is no directory; accepted: a model directory or a Hub id")
-    return name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def build_engines(model: nn.Module) -> dict[str, nn.Module]:
     """The model itself, and one accelerated twin per precision that shares its parameters."""
     engines = {REFERENCE: model}
@@ -323,27 +192,13 @@ def group_lengths(group: str, count: int, seed: int) -> list[int]:
 
 def make_workloads(model: nn.Module, lengths: dict[str, list[int]], options: DemoOptions) -> list[Workload]:
     """One workload per group, and the single-sequence ``latency`` workload last."""
-    pad = model.config.pad_token_id or 0
-    vocab = model.config.vocab_size
-    # RoBERTa's positions begin behind the padding index; the others lose a position or so, which does not matter here.
-    limit = model.config.max_position_embeddings - pad - 1
-    if limit < 2 or vocab < 2:
-        raise UnsupportedModelError(f"the model has {limit} usable positions and {vocab} token ids: too few for a demo")
-    generator = torch.Generator().manual_seed(options.seed)
+    shape = Model.of(model.config)
 
-    def padded(chunk: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk = [min(length, limit) for length in chunk]
-        ids = torch.randint(0, vocab - 1, (len(chunk), max(chunk)), generator=generator)
-        ids += ids >= pad  # every id but the padding one
-        mask = (torch.arange(max(chunk)) < torch.tensor(chunk).unsqueeze(1)).long()
-        return torch.where(mask.bool(), ids, pad), mask
+    def made(name: str, drawn: Sequence[int], batch_size: int, index: int) -> Workload:
+        return Workload(name, batches_of(drawn, batch_size, shape, seed=options.seed + index), "profiles")
 
-    size = options.batch_size
-    workloads = [
-        Workload(group, tuple(padded(drawn[start : start + size]) for start in range(0, len(drawn), size)))
-        for group, drawn in lengths.items()
-    ]
-    workloads.append(Workload(LATENCY, tuple(padded([LATENCY_LENGTH]) for _ in range(LATENCY_CALLS))))
+    workloads = [made(*group, options.batch_size, index) for index, group in enumerate(lengths.items())]
+    workloads.append(made(LATENCY, [LATENCY_LENGTH] * LATENCY_CALLS, 1, len(workloads)))
     return workloads
 
 

@@ -1,0 +1,1 @@
+"""Measuring xfast beside other engines; installed as ``xfast.benchmarks`` and run by ``xfast bench``."""

@@ -1,0 +1,133 @@
+"""Models to measure: XLM-R at its real sizes with seeded random weights, or a checkpoint.
+
+Random weights take as long as trained ones; only the errors of a trained model differ.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from xfast.architecture import family_of, supported_families
+from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
+
+SIZES = {"base": (12, 768, 12, 3072), "large": (24, 1024, 16, 4096), "tiny": (2, 128, 4, 256)}
+"""Layers, hidden size, heads and intermediate size by name."""
+
+_CHUNK = 1 << 22
+
+
+def random_model(size: str = "base", seed: int = 0) -> nn.Module:
+    """XLM-R of a size in ``SIZES``, without pooler, with random weights that depend on ``seed`` alone."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    layers, hidden, heads, inner = SIZES[size]
+    config = XLMRobertaConfig(
+        vocab_size=250002,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    with _NoRandomInit():
+        model = XLMRobertaModel(config, add_pooling_layer=False).eval()
+    _fill(model, seed, config.initializer_range)
+    return model
+
+
+def model_of(name: str, seed: int = 0) -> nn.Module:
+    """The model that ``--model`` names: a size in ``SIZES``, a directory or a Hub id.
+
+    Raises:
+        InvalidOptionError, InvalidInputError, UnsupportedModelError: see ``load_model``.
+    """
+    return random_model(name, seed) if name in SIZES else load_model(name)
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Skips random initialisation: drawing 278 million numbers twice on one thread would take several seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _fill(model: nn.Module, seed: int, std: float) -> None:
+    """Matrices normal with ``std``, biases 0, gains 1. Drawn in chunks, one seed each, so on any number of threads."""
+    chunks: list[torch.Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            chunks += parameter.detach().view(-1).split(_CHUNK)
+        else:
+            parameter.detach().fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def draw(index: int) -> None:
+        chunks[index].normal_(0.0, std, generator=torch.Generator().manual_seed(seed * 1000 + index))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(len(chunks))))
+
+
+def load_model(name: str) -> nn.Module:
+    """Loads the encoder of a local checkpoint or of one on the Hub, in fp32, in evaluation mode.
+
+    Raises:
+        InvalidOptionError: ``name`` is a path that does not lead to a directory.
+        InvalidInputError: the checkpoint cannot be loaded or lacks weights of the encoder.
+        UnsupportedModelError: it is not an encoder of a supported family.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    source = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):  # which class this is, before gigabytes of weights are read
+            kind = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers, the Hub client and readers of bad files raise whatever they like
+        raise InvalidInputError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    if family_of(kind) is None:
+        raise UnsupportedModelError(
+            f"--model {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}"
+        )
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise InvalidInputError(f"--model {name}: cannot load its weights: {_first_line(error)}") from error
+    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise InvalidInputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
+    return model.eval()
+
+
+def _source(name: str) -> str:
+    """The directory that ``name`` leads to, or ``name`` itself when it reads like a Hub id."""
+    try:
+        path = Path(name).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long for the file system, ~nobody
+        raise InvalidOptionError(f"model: {name!r}: {error}; accepted: a model directory or a Hub id") from None
+    if is_folder and name.strip():
+        return str(path)
+    looks_like_path = name.startswith((".", "~", os.sep)) or name.endswith(os.sep) or name.count("/") > 1
+    if exists or looks_like_path or not name.strip():
+        raise InvalidOptionError(f"model: {name!r} is no directory; accepted: a model directory or a Hub id")
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

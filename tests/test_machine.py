@@ -1,0 +1,70 @@
+"""What figures are measured on: the machine's description and its ceilings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import xfast
+from xfast import _C, machine
+from xfast.errors import InvalidOptionError
+
+
+def test_commit_only_from_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "xfast" / "machine.py"))
+    assert machine._commit() is None
+    (tmp_path / ".git").mkdir()  # not a repository: git fails, and that is no error
+    assert machine._commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._commit() is None
+
+
+def test_no_cpuinfo_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any, **__: Any) -> str:
+        raise OSError("no /proc")
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert machine._cpu_name()
+    assert machine.cpu_flags() == frozenset()
+
+
+def test_cpu_flags_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t\t: other\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+    assert machine.cpu_flags() == {"fpu", "avx2"}
+    assert machine._cpu_name() == "A CPU"
+
+
+@pytest.mark.parametrize("name", xfast.available_isas())
+def test_ceilings_are_positive_on_every_instruction_set(name: str) -> None:
+    rates = machine.ceilings(1, isa=name, seconds=0.01)
+    assert tuple(rates) == machine.CEILINGS
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates.values())
+
+
+def test_ceilings_pass_on_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def ceiling(*arguments: Any) -> float:
+        calls.append(arguments)
+        return 1.0
+
+    monkeypatch.setattr(_C, "ceiling", ceiling)
+    assert machine.ceiling("int8", 3, isa="portable", seconds=0.25) == 1.0
+    machine.ceilings()
+    assert calls[0] == ("int8", "portable", 3, 0.25)
+    assert [call[0] for call in calls[1:]] == list(machine.CEILINGS)
+    assert all(call[2] == xfast.get_num_threads() for call in calls[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [({"kind": "int3"}, "kind"), ({"threads": 0}, "threads"), ({"threads": 10**6}, "threads"), ({"isa": "sse"}, "isa")],
+)
+def test_bad_arguments(arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(InvalidOptionError, match=part) as caught:
+        machine.ceiling(**{"kind": "fp32", **arguments})
+    assert "accepted" in str(caught.value)

@@ -1,0 +1,155 @@
+"""What figures are measured on: the machine, its ceilings, and what each backend can do there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import xfast
+from xfast.errors import InvalidOptionError
+
+PLANNED_BACKENDS = ("triton", "tensorrt")
+
+CEILINGS = ("fp32", "bf16", "int8", "read")
+"""What ``ceilings`` measures: multiply-accumulate by precision in GOP/s, and reading memory in GB/s."""
+
+CEILING_SECONDS = 0.5
+
+
+def machine() -> dict[str, Any]:
+    """What figures are measured on: CPU, cores this process may use, threads, instruction sets, versions, commit.
+
+    Raises:
+        InvalidOptionError: ``XFAST_ISA`` names an instruction set that this CPU lacks.
+    """
+    import numpy
+    import torch
+    import transformers
+
+    from xfast.backends.native import requested_isa
+
+    return {
+        "cpu": _cpu_name(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": xfast.get_num_threads(),
+        "isa": requested_isa(),
+        "isas": xfast.available_isas(),
+        "versions": {
+            "xfast": xfast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": numpy.__version__,
+        },
+        "commit": _commit(),
+    }
+
+
+def ceilings(
+    threads: int | None = None, *, isa: str | None = None, seconds: float = CEILING_SECONDS
+) -> dict[str, float]:
+    """The machine's own limits by ``CEILINGS``: what no kernel can exceed on ``threads`` threads.
+
+    fp32, bf16 and int8 are GOP/s of the multiply-accumulate that xfast uses for that precision (a multiplication and an
+    addition count as two), in registers only; read is GB/s from memory too large for any cache. Takes about ``seconds``
+    for each.
+
+    Args:
+        threads: how many threads; None for as many as xfast uses.
+        isa: instruction set; None for the one in use.
+        seconds: how long each is measured.
+
+    Raises:
+        InvalidOptionError: threads out of range, or an instruction set that this CPU lacks.
+    """
+    return {kind: ceiling(kind, threads, isa=isa, seconds=seconds) for kind in CEILINGS}
+
+
+def ceiling(
+    kind: str, threads: int | None = None, *, isa: str | None = None, seconds: float = CEILING_SECONDS
+) -> float:
+    """One of the figures of ``ceilings``."""
+    from xfast import _C
+    from xfast.backends.native import requested_isa
+
+    if kind not in CEILINGS:
+        raise InvalidOptionError(f"kind: {kind!r} is not accepted; accepted: {', '.join(CEILINGS)}")
+    count = xfast.get_num_threads() if threads is None else threads
+    if not 1 <= count <= _C.max_threads:
+        raise InvalidOptionError(f"threads: {count} is not accepted; accepted: 1 to {_C.max_threads}")
+    if isa is not None and isa not in xfast.available_isas():
+        raise InvalidOptionError(f"isa: {isa!r} is not accepted; accepted: {', '.join(xfast.available_isas())}")
+    return _C.ceiling(kind, isa or requested_isa(), count, seconds)
+
+
+def backends() -> list[dict[str, Any]]:
+    """Every backend with its precisions for XLM-R on this machine, or the reason why it is not available."""
+    import torch
+
+    from xfast.architecture import EncoderSpec
+    from xfast.options import PRECISIONS
+    from xfast.plan import BACKENDS
+
+    base = EncoderSpec(
+        family="xlm-roberta",
+        num_layers=12,
+        hidden_size=768,
+        num_heads=12,
+        head_dim=64,
+        intermediate_size=3072,
+        vocab_size=250002,
+        max_positions=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        activation="gelu",
+        norm="post",
+        position_rule="padding",
+        pad_token_id=1,
+    )
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    rows: list[dict[str, Any]] = []
+    for backend in BACKENDS:
+        reasons = {p: [backend.supports(base, device, p) for device in devices] for p in PRECISIONS[1:-1]}
+        precisions = [precision for precision, given in reasons.items() if None in given]
+        reason = None if precisions else reasons["fp32"][0]
+        rows.append({"name": backend.name, "available": bool(precisions), "precisions": precisions, "reason": reason})
+    known = {row["name"] for row in rows}
+    planned = {"available": False, "precisions": [], "reason": "planned, not in this version"}
+    return rows + [{"name": name, **planned} for name in PLANNED_BACKENDS if name not in known]
+
+
+def cpu_flags() -> frozenset[str]:
+    """The feature flags of /proc/cpuinfo; empty where there is none."""
+    return frozenset(next((value.split() for name, value in _cpuinfo() if name == "flags"), []))
+
+
+def _cpu_name() -> str:
+    return next(
+        (value for name, value in _cpuinfo() if name == "model name"), platform.processor() or platform.machine()
+    )
+
+
+def _cpuinfo() -> list[tuple[str, str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    parts = (line.partition(":") for line in lines)
+    return [(name.strip(), value.strip()) for name, _, value in parts]
+
+
+def _commit() -> str | None:
+    """The commit when xfast runs from a checkout, with ``-dirty`` behind it when files differ, else None."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
