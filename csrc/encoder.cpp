@@ -34,14 +34,14 @@ class Worker {
         return copy_out(plan_.selected);
       }
       qkv(layer, plan_.qkv[l % 2]);
-      attend(plan_.all, plan_.qkv[l % 2], plan_.qkv[l % 2], 3 * shape_.hidden);
+      attend(plan_.all, plan_.qkv[l % 2], plan_.qkv[l % 2], plan_.ld_qkv);
       finish_layer(plan_.all, layer, last ? nullptr : &encoder_.layers()[l + 1]);
       keep_hidden_state(l + 1);
     }
     if (!select) return copy_out(plan_.all);
     sync();  // no layer ran: the wanted rows are rows of the embeddings
     for (int64_t i = member_.id; i < plan_.selected.rows; i += member_.count)
-      copy_row(args_.out + i * shape_.hidden, plan_.all.x + args_.rows[i] * shape_.hidden);
+      copy_row(args_.out + i * shape_.hidden, plan_.all.x + args_.rows[i] * plan_.ld);
   }
 
  private:
@@ -76,7 +76,7 @@ class Worker {
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
       kernels_.embed({tables[0], tables[1], tables[2], args_.ids, args_.embeds, args_.position_ids, args_.type_ids,
-                      set.x, shape_.hidden, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
+                      set.x, plan_.ld, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
       normalize(set, block, rows, norm);
     });
     sync(set);
@@ -84,7 +84,7 @@ class Worker {
   }
 
   void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
-    kernels_.layer_norm({precision_, set.x + block.begin * shape_.hidden, shape_.hidden, rows.begin, rows.end,
+    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end,
                          shape_.hidden, norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
   }
 
@@ -121,10 +121,10 @@ class Worker {
     return set.by_columns ? share(0, panels) : Range{0, panels};
   }
 
-  // Phase 1: queries, keys and values of all rows -> out [T, 3 hidden].
+  // Phase 1: queries, keys and values of all rows -> out [T, ld_qkv].
   void qkv(const Layer& layer, float* out) const {
     const RowSet& set = plan_.all;
-    const int64_t ld = 3 * shape_.hidden;
+    const int64_t ld = plan_.ld_qkv;
     for_blocks(set, [&](const Block& block) {
       float* dst = out + block.begin * ld;
       if (!set.by_columns || !head_panels_) {
@@ -145,7 +145,7 @@ class Worker {
 
   // Phase 2: attention of this thread's queries (rows mode) or heads (columns mode) -> set.ctx.
   void attend(const RowSet& set, const float* qkv, const float* q, int64_t ldq) const {
-    const int64_t hidden = shape_.hidden, ld = 3 * hidden;
+    const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
     Range mine{0, set.rows}, heads{0, shape_.heads};
     if (set.by_columns) {
       heads = share(0, shape_.heads);
@@ -162,7 +162,7 @@ class Worker {
       kernels_.attention({q + begin * ldq, ldq, end - begin, kv + hidden, kv + 2 * hidden, ld,
                           args_.cu_seqlens[segment.sequence + 1] - first_key, static_cast<int>(heads.begin),
                           static_cast<int>(heads.end), static_cast<int>(shape_.head_dim),
-                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), set.ctx + begin * hidden, hidden,
+                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), set.ctx + begin * plan_.ld, plan_.ld,
                           plan_.attention[member_.id]});
     }
     sync(set);
@@ -176,23 +176,23 @@ class Worker {
     float* ffn = direct ? nullptr : plan_.ffn[scratch(set)];
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
-      float* x = set.x + block.begin * hidden;
+      float* x = set.x + block.begin * plan_.ld;
       kernels_.to_operand(
-          {precision_, set.ctx + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+          {precision_, set.ctx + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
       sync(set);
       multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual,
-               x, hidden, &layer.ffn_in);
+               x, plan_.ld, &layer.ffn_in);
       sync(set);
       normalize(set, block, rows, layer.attention_norm);
       sync(set);
-      multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, inner,
+      multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, plan_.ld_ffn,
                &layer.ffn_out, direct ? ffn_operand : Operand{});
       sync(set);
       if (!direct) {
-        kernels_.to_operand({precision_, ffn, inner, rows.begin, rows.end, inner, ffn_operand});
+        kernels_.to_operand({precision_, ffn, plan_.ld_ffn, rows.begin, rows.end, inner, ffn_operand});
         sync(set);
       }
-      multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, hidden,
+      multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, plan_.ld,
                next != nullptr ? &next->qkv : nullptr);
       sync(set);
       normalize(set, block, rows, layer.ffn_norm);
@@ -203,7 +203,7 @@ class Worker {
   // The last layer when only some rows are read: keys and values of all rows, everything else of those rows.
   void selected_layer(const Layer& layer, float* qkv) const {
     const RowSet &all = plan_.all, &set = plan_.selected;
-    const int64_t hidden = shape_.hidden, ld = 3 * hidden;
+    const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
     // Panel that holds the first key; queries before it in the same panel are computed in vain when hidden % 32 != 0.
     const int64_t key_panel = hidden / kPanel, panels = panels_for(3 * hidden);
     for_blocks(all, [&](const Block& block) {
@@ -214,9 +214,9 @@ class Worker {
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
       for (int64_t i = block.begin + rows.begin; i < block.begin + rows.end; ++i)
-        copy_row(set.x + i * hidden, all.x + args_.rows[i] * hidden);
+        copy_row(set.x + i * plan_.ld, all.x + args_.rows[i] * plan_.ld);
       kernels_.to_operand(
-          {precision_, set.x + block.begin * hidden, hidden, rows.begin, rows.end, hidden, block.operand});
+          {precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
     });
     sync();
     query_rows(layer.qkv);
@@ -225,7 +225,7 @@ class Worker {
     finish_layer(set, layer, nullptr);
   }
 
-  // Queries of the selected rows -> plan.selected_q [rows, hidden]: the first `hidden` outputs of the QKV product.
+  // Queries of the selected rows -> plan.selected_q [rows, ld]: the first `hidden` outputs of the QKV product.
   void query_rows(const PackedLinear& linear) const {
     const RowSet& set = plan_.selected;
     LinearView queries = linear.view();
@@ -234,7 +234,7 @@ class Worker {
       const int64_t panels = panels_for(shape_.hidden);
       const Range range = set.by_columns ? share(0, panels) : Range{0, panels};
       if (range.begin >= range.end) return;
-      float* out = plan_.selected_q + block.begin * shape_.hidden;
+      float* out = plan_.selected_q + block.begin * plan_.ld;
       kernels_.gemm({precision_,
                      block.operand,
                      block.end - block.begin,
@@ -243,7 +243,7 @@ class Worker {
                      range.end,
                      Epilogue::kBias,
                      out,
-                     shape_.hidden,
+                     plan_.ld,
                      nullptr,
                      0,
                      {},
@@ -263,10 +263,10 @@ class Worker {
     if (args_.hidden_states == nullptr) return;
     float* out = args_.hidden_states + index * plan_.all.rows * shape_.hidden;
     for_my_rows(plan_.all,
-                [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * shape_.hidden); });
+                [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * plan_.ld); });
   }
   void copy_out(const RowSet& set) const {
-    for_my_rows(set, [&](int64_t row) { copy_row(args_.out + row * shape_.hidden, set.x + row * shape_.hidden); });
+    for_my_rows(set, [&](int64_t row) { copy_row(args_.out + row * shape_.hidden, set.x + row * plan_.ld); });
   }
 
   const Encoder& encoder_;

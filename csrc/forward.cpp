@@ -58,8 +58,8 @@ Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t 
 }
 
 void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision precision) {
-  set.x = carver.take<float>(set.rows * shape.hidden);
-  set.ctx = carver.take<float>(set.rows * shape.hidden);
+  set.x = carver.take<float>(set.rows * row_stride(shape.hidden));
+  set.ctx = carver.take<float>(set.rows * row_stride(shape.hidden));
   for (Block& block : set.blocks)
     block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
 }
@@ -77,6 +77,7 @@ void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precis
 
 int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const ForwardArgs& args, uint8_t* base) {
   Carver carver(base);
+  ld = row_stride(shape.hidden), ld_qkv = row_stride(3 * shape.hidden), ld_ffn = row_stride(shape.intermediate);
   all.rows = args.cu_seqlens[args.sequences];
   all.segments.clear();
   for (int64_t s = 0; s < args.sequences; ++s)
@@ -99,11 +100,11 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
     }
     cut(selected, args, shape, precision);
     lay_out(selected, carver, shape, precision);
-    selected_q = carver.take<float>(selected.rows * shape.hidden);
+    selected_q = carver.take<float>(selected.rows * ld);
     selected.q = selected_q;
-    selected.ldq = shape.hidden;
+    selected.ldq = ld;
   }
-  for (float*& buffer : qkv) buffer = carver.take<float>(all.rows * 3 * shape.hidden);
+  for (float*& buffer : qkv) buffer = carver.take<float>(all.rows * ld_qkv);
 
   // Scratch of one block per thread; in columns mode all threads work on thread 0's.
   int64_t block_rows = 0, segment_rows = 0;
@@ -115,7 +116,7 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
   ffn_operand.clear();
   attention.clear();
   for (int t = 0; t < args.threads; ++t) {
-    if (precision == Precision::kInt8) ffn.push_back(carver.take<float>(block_rows * shape.intermediate));
+    if (precision == Precision::kInt8) ffn.push_back(carver.take<float>(block_rows * ld_ffn));
     ffn_operand.push_back(take_operand(carver, precision, block_rows, shape.intermediate));
     attention.push_back(carver.take<float>(attention_scratch_floats(shape.head_dim, segment_rows)));
   }

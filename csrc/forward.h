@@ -33,8 +33,8 @@ struct Segment {
 struct RowSet {
   int64_t rows = 0;
   bool by_columns = false;
-  float* x = nullptr;    // [rows, hidden] residual stream
-  float* ctx = nullptr;  // [rows, hidden] attention output
+  float* x = nullptr;    // [rows, ld] residual stream
+  float* ctx = nullptr;  // [rows, ld] attention output
   const float* q = nullptr;
   int64_t ldq = 0;
   std::vector<Block> blocks;
@@ -42,10 +42,11 @@ struct RowSet {
 };
 
 struct ForwardPlan {
+  int64_t ld, ld_qkv, ld_ffn;          // row strides of buffers with hidden, 3 hidden and intermediate columns
   RowSet all, selected;
-  float* qkv[2];           // [T, 3 hidden] each
-  float* selected_q;       // [row_count, hidden]
-  std::vector<float*> ffn;             // per thread: [block rows, intermediate], int8 only
+  float* qkv[2];           // [T, ld_qkv] each
+  float* selected_q;       // [row_count, ld]
+  std::vector<float*> ffn;             // per thread: [block rows, ld_ffn], int8 only
   std::vector<Operand> ffn_operand;    // per thread
   std::vector<float*> attention;       // per thread: attention scratch
 
