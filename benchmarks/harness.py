@@ -59,7 +59,6 @@ class Settings:
     rounds: int
     isa: str | None = None
     zentorch_python: str | None = None
-    turn_s: float = TURN_SECONDS
     slowest_pass_s: float = SLOWEST_PASS_S
 
 
@@ -274,7 +273,7 @@ class Session:
                         continue
                     self._show(f"{work.name}  round {index + 1}/{self._settings.rounds}  {label}", 1)
                     try:
-                        answer = worker.ask("time", workload=work.name, min_s=self._settings.turn_s)
+                        answer = worker.ask("time", workload=work.name, min_s=TURN_SECONDS)
                         turn.passes[label] = answer["passes"]
                     except WorkerError as error:
                         self._drop(worker, str(error))
