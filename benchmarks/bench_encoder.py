@@ -14,6 +14,7 @@ from xfast.benchmarks.models import random_model
 from xfast.benchmarks.workloads import workload
 
 QUICK = pytest.mark.quick
+THREADS = torch.get_num_threads()  # read early: the other stems measure on one thread and leave it at that
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def base_model() -> torch.nn.Module:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_encoder(benchmark, base_model: torch.nn.Module, precision: str, name: str) -> None:
     work = workload(name)
+    torch.set_num_threads(THREADS)
 
     def run() -> None:
         with torch.inference_mode():

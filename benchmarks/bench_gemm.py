@@ -31,7 +31,17 @@ SHAPES = {  # (in, out): QKV, attention output, FFN in, FFN out
 }
 ROWS = (1, 8, 32, 128, 512, 3072)
 CEILING_SECONDS = 0.05
-QUICK = pytest.mark.quick
+QUICK_SHAPES, QUICK_ROWS = ("base-ffn-in", "base-ffn-out"), (1, 32, 512)
+CASES = [
+    pytest.param(
+        shape,
+        rows,
+        marks=pytest.mark.quick if shape in QUICK_SHAPES and rows in QUICK_ROWS else (),
+        id=f"{shape}-{rows}",
+    )
+    for shape in SHAPES
+    for rows in ROWS
+]
 
 
 def _torch(x: np.ndarray, weight: np.ndarray, precision: str) -> Callable[[], torch.Tensor]:
@@ -50,8 +60,7 @@ def _median(run: Callable[[], object]) -> float:
     return float(np.median(seconds))
 
 
-@pytest.mark.parametrize("rows", [pytest.param(rows, marks=QUICK if rows in (1, 512) else ()) for rows in ROWS])
-@pytest.mark.parametrize("shape", [pytest.param(name, marks=QUICK if name == "base-ffn-in" else ()) for name in SHAPES])
+@pytest.mark.parametrize(("shape", "rows"), CASES)
 @pytest.mark.parametrize("engine", ["xfast-fp32", "xfast-bf16", "xfast-int8", "torch-fp32", "torch-bf16"])
 def test_gemm(benchmark, engine: str, shape: str, rows: int) -> None:
     features, outputs = SHAPES[shape]
