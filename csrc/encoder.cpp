@@ -10,7 +10,7 @@
 namespace xfast {
 namespace {
 
-// One thread's part of a forward call. Comments give the phases of a layer; forward.h explains the two modes.
+// One thread's part of a forward call; forward.h explains the two modes.
 class Worker {
  public:
   Worker(const Encoder& encoder, const ForwardArgs& args, const ForwardPlan& plan, const Member& member)
@@ -33,9 +33,11 @@ class Worker {
         selected_layer(layer, plan_.qkv[l % 2]);
         return copy_out(plan_.selected);
       }
-      qkv(layer, plan_.qkv[l % 2]);
-      attend(plan_.all, plan_.qkv[l % 2], plan_.qkv[l % 2], plan_.ld_qkv);
-      finish_layer(plan_.all, layer, last ? nullptr : &encoder_.layers()[l + 1]);
+      const Layer* next = last ? nullptr : &encoder_.layers()[l + 1];
+      if (plan_.all.by_columns)
+        columns_layer(layer, next, plan_.qkv[l % 2]);
+      else
+        rows_layer(layer, next, plan_.qkv[l % 2]);
       keep_hidden_state(l + 1);
     }
     if (!select) return copy_out(plan_.all);
@@ -67,6 +69,11 @@ class Worker {
     for (const Block& block : set.blocks)
       if (set.by_columns || block.owner == member_.id) body(block);
   }
+  template <class F>
+  void for_groups(const RowSet& set, F&& body) const {
+    for (const Group& group : set.groups)
+      if (group.owner == member_.id) body(group);
+  }
   int scratch(const RowSet& set) const { return set.by_columns ? 0 : member_.id; }
 
   void embed() const {
@@ -84,8 +91,8 @@ class Worker {
   }
 
   void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
-    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end,
-                         shape_.hidden, norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
+    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, shape_.hidden,
+                         norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
   }
 
   // Output panels [begin, end) of linear(block's operand) -> out (row 0 = the block's first row).
@@ -121,83 +128,125 @@ class Worker {
     return set.by_columns ? share(0, panels) : Range{0, panels};
   }
 
-  // Phase 1: queries, keys and values of all rows -> out [T, ld_qkv].
-  void qkv(const Layer& layer, float* out) const {
+  // Queries, keys and values: row r of the packed tokens at q + (r - first) * ldq, keys at kv + hidden likewise.
+  struct Projected {
+    const float* q;
+    int64_t ldq, q_first;
+    const float* kv;
+    int64_t kv_first;
+  };
+  Projected projected(const float* qkv, int64_t first) const { return {qkv, plan_.ld_qkv, first, qkv, first}; }
+
+  // Few rows: the outputs are split, queries, keys and values by head, so that each thread then attends to just the
+  // heads that it computed.
+  void columns_layer(const Layer& layer, const Layer* next, float* qkv) const {
     const RowSet& set = plan_.all;
-    const int64_t ld = plan_.ld_qkv;
-    for_blocks(set, [&](const Block& block) {
-      float* dst = out + block.begin * ld;
-      if (!set.by_columns || !head_panels_) {
-        multiply(block, block.operand, layer.qkv, panels_of(set, layer.qkv), Epilogue::kBias, dst, ld,
-                 &layer.attention_out);
-        return;
-      }
-      // Split by head: each thread then attends to just the heads that it computed.
+    const Block& block = set.blocks[0];
+    if (head_panels_) {
       const Range heads = share(0, shape_.heads);
       const int64_t per_head = shape_.head_dim / kPanel, section = shape_.hidden / kPanel;
       for (int64_t s = 0; s < 3; ++s)
         multiply(block, block.operand, layer.qkv,
-                 {s * section + heads.begin * per_head, s * section + heads.end * per_head}, Epilogue::kBias, dst, ld,
-                 s == 2 ? &layer.attention_out : nullptr);
-    });
-    if (!set.by_columns || !head_panels_) sync();
+                 {s * section + heads.begin * per_head, s * section + heads.end * per_head}, Epilogue::kBias, qkv,
+                 plan_.ld_qkv, s == 2 ? &layer.attention_out : nullptr);
+    } else {
+      multiply(block, block.operand, layer.qkv, panels_of(set, layer.qkv), Epilogue::kBias, qkv, plan_.ld_qkv,
+               &layer.attention_out);
+      sync();
+    }
+    attend(set, set.groups[0], share(0, shape_.heads), projected(qkv, 0));
+    sync();
+    finish_group(set, set.groups[0], layer, next == nullptr ? nullptr : &next->qkv);
   }
 
-  // Phase 2: attention of this thread's queries (rows mode) or heads (columns mode) -> set.ctx.
-  void attend(const RowSet& set, const float* qkv, const float* q, int64_t ldq) const {
-    const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
-    Range mine{0, set.rows}, heads{0, shape_.heads};
-    if (set.by_columns) {
-      heads = share(0, shape_.heads);
-    } else {
-      mine = {set.rows, 0};
-      for_blocks(
-          set, [&](const Block& block) { mine = {std::min(mine.begin, block.begin), std::max(mine.end, block.end)}; });
+  // Many rows: group by group through the whole layer. Sequences shared with another thread begin before and end after
+  // all others, so that their keys are there when they are needed.
+  void rows_layer(const Layer& layer, const Layer* next, float* shared_qkv) const {
+    const RowSet& set = plan_.all;
+    const PackedLinear* after = next == nullptr ? nullptr : &next->qkv;
+    for_groups(set, [&](const Group& group) {
+      if (group.shared) project(group, layer, shared_qkv + group.begin * plan_.ld_qkv, layer.qkv);
+    });
+    for_groups(set, [&](const Group& group) {
+      if (group.shared) return;
+      float* qkv = plan_.wide[member_.id];
+      project(group, layer, qkv, layer.attention_out);
+      attend(set, group, {0, shape_.heads}, projected(qkv, group.begin));
+      const Group* following = &group == &set.groups.back() ? nullptr : &group + 1;
+      const bool more = following != nullptr && following->owner == member_.id && !following->shared;
+      finish_group(set, group, layer, more ? &layer.qkv : after);
+    });
+    if (!set.any_shared) return;
+    sync();
+    for_groups(set, [&](const Group& group) {
+      if (!group.shared) return;
+      attend(set, group, {0, shape_.heads}, projected(shared_qkv, 0));
+      finish_group(set, group, layer, after);
+    });
+  }
+
+  // QKV of a group's rows -> out [group rows, ld_qkv]. `next`: the weights that are read after these.
+  void project(const Group& group, const Layer& layer, float* out, const PackedLinear& next) const {
+    for (size_t b = group.first_block; b < group.last_block; ++b) {
+      const Block& block = plan_.all.blocks[b];
+      const bool last = b + 1 == group.last_block;
+      multiply(block, block.operand, layer.qkv, panels_of(plan_.all, layer.qkv), Epilogue::kBias,
+               out + (block.begin - group.begin) * plan_.ld_qkv, plan_.ld_qkv, last ? &next : &layer.qkv);
     }
-    for (const Segment& segment : set.segments) {
-      const int64_t begin = std::max(segment.begin, mine.begin), end = std::min(segment.end, mine.end);
-      if (begin >= end || heads.begin >= heads.end) continue;
+  }
+
+  // Attention of the group's queries -> ctx scratch [group rows, ld].
+  void attend(const RowSet& set, const Group& group, Range heads, const Projected& p) const {
+    if (heads.begin >= heads.end) return;
+    const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
+    for (size_t i = group.first_segment; i < group.last_segment; ++i) {
+      const Segment& segment = set.segments[i];
+      const int64_t begin = std::max(segment.begin, group.begin), end = std::min(segment.end, group.end);
       const int64_t first_key = args_.cu_seqlens[segment.sequence];
-      const float* kv = qkv + first_key * ld;
-      kernels_.attention({q + begin * ldq, ldq, end - begin, kv + hidden, kv + 2 * hidden, ld,
+      const float* kv = p.kv + (first_key - p.kv_first) * ld;
+      kernels_.attention({p.q + (begin - p.q_first) * p.ldq, p.ldq, end - begin, kv + hidden, kv + 2 * hidden, ld,
                           args_.cu_seqlens[segment.sequence + 1] - first_key, static_cast<int>(heads.begin),
                           static_cast<int>(heads.end), static_cast<int>(shape_.head_dim),
-                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), set.ctx + begin * plan_.ld, plan_.ld,
+                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)),
+                          plan_.ctx[scratch(set)] + (begin - group.begin) * plan_.ld, plan_.ld,
                           plan_.attention[member_.id]});
     }
-    sync(set);
   }
 
-  // Phases 3 to 8: output projection + residual + norm, FFN + residual + norm, block by block in cache.
-  void finish_layer(const RowSet& set, const Layer& layer, const Layer* next) const {
+  void finish_group(const RowSet& set, const Group& group, const Layer& layer, const PackedLinear* next) const {
+    for (size_t b = group.first_block; b < group.last_block; ++b)
+      finish_block(set, set.blocks[b], plan_.ctx[scratch(set)] + (set.blocks[b].begin - group.begin) * plan_.ld, layer,
+                   b + 1 == group.last_block ? next : &layer.attention_out);
+  }
+
+  // After attention: output projection + residual + norm, FFN + residual + norm, of one block in cache.
+  void finish_block(const RowSet& set, const Block& block, const float* ctx, const Layer& layer,
+                    const PackedLinear* next) const {
     const int64_t hidden = shape_.hidden, inner = shape_.intermediate;
     const Operand& ffn_operand = plan_.ffn_operand[scratch(set)];
     const bool direct = precision_ != Precision::kInt8;  // no row scale needed: the epilogue writes the operand
-    float* ffn = direct ? nullptr : plan_.ffn[scratch(set)];
-    for_blocks(set, [&](const Block& block) {
-      const Range rows = rows_of(set, block);
-      float* x = set.x + block.begin * plan_.ld;
-      kernels_.to_operand(
-          {precision_, set.ctx + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
+    float* ffn = direct ? nullptr : plan_.wide[scratch(set)];
+    const Range rows = rows_of(set, block);
+    float* x = set.x + block.begin * plan_.ld;
+    kernels_.to_operand({precision_, ctx, plan_.ld, rows.begin, rows.end, hidden, block.operand});
+    sync(set);
+    multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual, x,
+             plan_.ld, &layer.ffn_in);
+    sync(set);
+    normalize(set, block, rows, layer.attention_norm);
+    sync(set);
+    multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, plan_.ld_ffn,
+             &layer.ffn_out, direct ? ffn_operand : Operand{});
+    sync(set);
+    if (!direct) {
+      kernels_.to_operand({precision_, ffn, plan_.ld_ffn, rows.begin, rows.end, inner, ffn_operand});
       sync(set);
-      multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual,
-               x, plan_.ld, &layer.ffn_in);
-      sync(set);
-      normalize(set, block, rows, layer.attention_norm);
-      sync(set);
-      multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, plan_.ld_ffn,
-               &layer.ffn_out, direct ? ffn_operand : Operand{});
-      sync(set);
-      if (!direct) {
-        kernels_.to_operand({precision_, ffn, plan_.ld_ffn, rows.begin, rows.end, inner, ffn_operand});
-        sync(set);
-      }
-      multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, plan_.ld,
-               next != nullptr ? &next->qkv : nullptr);
-      sync(set);
-      normalize(set, block, rows, layer.ffn_norm);
-      sync(set);
-    });
+    }
+    multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, plan_.ld,
+             next);
+    sync(set);
+    normalize(set, block, rows, layer.ffn_norm);
+    sync(set);
   }
 
   // The last layer when only some rows are read: keys and values of all rows, everything else of those rows.
@@ -221,8 +270,17 @@ class Worker {
     sync();
     query_rows(layer.qkv);
     sync();
-    attend(set, qkv, set.q, set.ldq);
-    finish_layer(set, layer, nullptr);
+    const Projected p{set.q, set.ldq, 0, qkv, 0};
+    if (set.by_columns) {
+      attend(set, set.groups[0], share(0, shape_.heads), p);
+      sync();
+      finish_group(set, set.groups[0], layer, nullptr);
+      return;
+    }
+    for_groups(set, [&](const Group& group) {
+      attend(set, group, {0, shape_.heads}, p);
+      finish_group(set, group, layer, nullptr);
+    });
   }
 
   // Queries of the selected rows -> plan.selected_q [rows, ld]: the first `hidden` outputs of the QKV product.
@@ -262,8 +320,7 @@ class Worker {
   void keep_hidden_state(int64_t index) const {
     if (args_.hidden_states == nullptr) return;
     float* out = args_.hidden_states + index * plan_.all.rows * shape_.hidden;
-    for_my_rows(plan_.all,
-                [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * plan_.ld); });
+    for_my_rows(plan_.all, [&](int64_t row) { copy_row(out + row * shape_.hidden, plan_.all.x + row * plan_.ld); });
   }
   void copy_out(const RowSet& set) const {
     for_my_rows(set, [&](int64_t row) { copy_row(args_.out + row * shape_.hidden, set.x + row * plan_.ld); });

@@ -9,10 +9,12 @@ namespace {
 double attention_weight(Precision p) { return p == Precision::kInt8 ? 5.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
 
 // Ends of `threads` runs of rows of about equal cost. A row's cost: its share of the products, plus attention over
-// its sequence (2 * 2 * length * hidden against 24 * hidden^2 operations a layer).
+// its sequence (2 * 2 * length * hidden against 24 * hidden^2 operations a layer). An end that comes close to the end
+// of a sequence moves there, so that no sequence is cut.
 std::vector<int64_t> balanced_ends(const RowSet& set, const ForwardArgs& args, const EncoderShape& shape,
                                    Precision precision, int threads) {
   const double linear = 8.0 * shape.hidden + 4.0 * shape.intermediate;
+  const int64_t close = set.rows / (40 * threads);
   const auto row_cost = [&](const Segment& s) {
     const double length = args.cu_seqlens[s.sequence + 1] - args.cu_seqlens[s.sequence];
     return linear + 4.0 * length * attention_weight(precision);
@@ -33,20 +35,57 @@ std::vector<int64_t> balanced_ends(const RowSet& set, const ForwardArgs& args, c
     }
     const Segment& s = set.segments[std::min(i, set.segments.size() - 1)];
     const int64_t inside = static_cast<int64_t>((goal - before) / row_cost(s));
-    ends.push_back(std::clamp(s.begin + inside, s.begin, s.end));
+    int64_t end = std::clamp(s.begin + inside, s.begin, s.end);
+    if (end - s.begin <= close)
+      end = s.begin;
+    else if (s.end - end <= close)
+      end = s.end;
+    ends.push_back(end);
   }
   ends.push_back(set.rows);
   return ends;
 }
 
-void cut_blocks(RowSet& set, const std::vector<int64_t>& ends) {
-  int64_t begin = 0;
-  for (int t = 0; t < static_cast<int>(ends.size()); ++t) {
-    const int64_t rows = ends[t] - begin, count = ceil_div(rows, kBlockRows);
-    for (int64_t b = 0; b < count; ++b)
-      set.blocks.push_back({begin + rows * b / count, begin + rows * (b + 1) / count, t, {}});
-    begin = ends[t];
+// Rows [begin, end) of segments [first, last) as one group of about equal blocks.
+void add_group(RowSet& set, int owner, int64_t begin, int64_t end, size_t first, size_t last, bool shared) {
+  const int64_t rows = end - begin, count = rows <= kBlockRows * 3 / 2 ? 1 : ceil_div(rows, kBlockRows);
+  const size_t first_block = set.blocks.size();
+  for (int64_t b = 0; b < count; ++b)
+    set.blocks.push_back({begin + rows * b / count, begin + rows * (b + 1) / count, owner, {}});
+  set.groups.push_back({begin, end, first_block, set.blocks.size(), first, last, owner, shared});
+  set.any_shared |= shared;
+}
+
+// One thread's rows [begin, end) as groups. `segment` is the first segment that ends after `begin`; returns the first
+// one that ends after `end`.
+size_t add_groups(RowSet& set, int owner, int64_t begin, int64_t end, size_t segment) {
+  const auto is_cut = [&](const Segment& s) { return s.begin < begin || s.end > end; };
+  int64_t whole = 0, rows = 0;  // rows of uncut sequences: of all, and of the open group [first, segment)
+  for (size_t i = segment; i < set.segments.size() && set.segments[i].begin < end; ++i)
+    if (!is_cut(set.segments[i])) whole += set.segments[i].end - set.segments[i].begin;
+  const int64_t share = whole / std::max<int64_t>(1, (whole + kBlockRows / 2) / kBlockRows);
+  size_t first = segment;
+  const auto close = [&] {
+    if (rows > 0)
+      add_group(set, owner, set.segments[first].begin, set.segments[segment - 1].end, first, segment, false);
+    rows = 0;
+    first = segment;
+  };
+  for (; segment < set.segments.size() && set.segments[segment].begin < end; ++segment) {
+    const Segment& s = set.segments[segment];
+    if (is_cut(s)) {
+      close();
+      add_group(set, owner, std::max(s.begin, begin), std::min(s.end, end), segment, segment + 1, true);
+      if (s.end > end) return segment;
+      first = segment + 1;
+      continue;
+    }
+    // Groups of about equal size: a sequence goes to the group whose share it brings nearer.
+    if (rows + (s.end - s.begin) / 2 > share) close();
+    rows += s.end - s.begin;
   }
+  close();
+  return segment;
 }
 
 Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t features) {
@@ -59,7 +98,6 @@ Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t 
 
 void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision precision) {
   set.x = carver.take<float>(set.rows * row_stride(shape.hidden));
-  set.ctx = carver.take<float>(set.rows * row_stride(shape.hidden));
   for (Block& block : set.blocks)
     block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
 }
@@ -67,10 +105,20 @@ void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision p
 void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precision precision) {
   set.by_columns = set.rows <= kColumnRows;
   set.blocks.clear();
-  if (set.by_columns)
+  set.groups.clear();
+  set.any_shared = false;
+  if (set.by_columns) {
     set.blocks.push_back({0, set.rows, 0, {}});
-  else
-    cut_blocks(set, balanced_ends(set, args, shape, precision, args.threads));
+    set.groups.push_back({0, set.rows, 0, 1, 0, set.segments.size(), 0, true});
+    return;
+  }
+  const std::vector<int64_t> ends = balanced_ends(set, args, shape, precision, args.threads);
+  int64_t begin = 0;
+  size_t segment = 0;
+  for (int t = 0; t < static_cast<int>(ends.size()); ++t) {
+    if (ends[t] > begin) segment = add_groups(set, t, begin, ends[t], segment);
+    begin = std::max(begin, ends[t]);
+  }
 }
 
 }  // namespace
@@ -106,17 +154,22 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
   }
   for (float*& buffer : qkv) buffer = carver.take<float>(all.rows * ld_qkv);
 
-  // Scratch of one block per thread; in columns mode all threads work on thread 0's.
-  int64_t block_rows = 0, segment_rows = 0;
+  // Scratch per thread; in columns mode all threads work on thread 0's.
+  int64_t block_rows = 0, group_rows = 0, segment_rows = 0;
   for (const RowSet* set : {&all, &selected}) {
     for (const Block& block : set->blocks) block_rows = std::max(block_rows, block.end - block.begin);
+    for (const Group& group : set->groups) group_rows = std::max(group_rows, group.end - group.begin);
     for (const Segment& segment : set->segments) segment_rows = std::max(segment_rows, segment.end - segment.begin);
   }
-  ffn.clear();
+  const int64_t wide_floats =
+      std::max(group_rows * ld_qkv, precision == Precision::kInt8 ? block_rows * ld_ffn : int64_t{0});
+  wide.clear();
+  ctx.clear();
   ffn_operand.clear();
   attention.clear();
   for (int t = 0; t < args.threads; ++t) {
-    if (precision == Precision::kInt8) ffn.push_back(carver.take<float>(block_rows * ld_ffn));
+    wide.push_back(carver.take<float>(wide_floats));
+    ctx.push_back(carver.take<float>(group_rows * ld));
     ffn_operand.push_back(take_operand(carver, precision, block_rows, shape.intermediate));
     attention.push_back(carver.take<float>(attention_scratch_floats(shape.head_dim, segment_rows)));
   }

@@ -9,8 +9,8 @@ namespace XFAST_TARGET {
 // `start` holds the first values of the accumulators, one row for all (stride 0) or [R][32]; null is zero.
 // Each output is one chain of multiply-accumulates in the order of `in`: its bits depend neither on R nor on how
 // `in` is cut into calls nor on threads.
-// Two streams are prefetched: PrefetchLines cache lines a group of the weights that come next (they are in no cache
-// yet), and the operand's next chunk (it lies a whole stride further, where no hardware prefetcher looks for it).
+// Two streams are prefetched: PrefetchLines cache lines in two groups of the weights that come next (they are in no
+// cache yet), and the operand's next chunk (it lies a whole stride further, where no hardware prefetcher looks for it).
 template <class Dot, int R, int PrefetchLines>
 void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chunks, const void* start,
           int64_t start_stride, void* out, const uint8_t* prefetch) {
@@ -31,10 +31,15 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
     for (int64_t c = 0; c < chunks; ++c, a_chunk += chunk_stride) {
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g, b_group += kPanel * 4) {
-        if constexpr (PrefetchLines > 0) {
+        if constexpr (PrefetchLines > 1) {
 #pragma GCC unroll 2
-          for (int line = 0; line < PrefetchLines; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
-          prefetch += PrefetchLines * 64;
+          for (int line = 0; line < PrefetchLines / 2; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
+          prefetch += PrefetchLines / 2 * 64;
+        } else if constexpr (PrefetchLines == 1) {
+          if (g % 2 == 0) {
+            __builtin_prefetch(prefetch, 0, 3);
+            prefetch += 64;
+          }
         }
         if constexpr (kHalves == 1 && R >= 8) __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
         typename Dot::B bv[V];
@@ -58,13 +63,14 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
 
 using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const void*, int64_t, void*, const uint8_t*);
 
-// The tile function for `rows` rows (1 .. Dot::kMaxRows) and 0, 1 or 2 prefetched lines a group.
+// The tile function for `rows` rows (1 .. Dot::kMaxRows) and 0, 1, 2 or 4 prefetched lines in two groups.
 template <class Dot, int R = Dot::kMaxRows>
 TileFn tile_for(int rows, int prefetch_lines) {
   if constexpr (R > 1) {
     if (rows != R) return tile_for<Dot, R - 1>(rows, prefetch_lines);
   }
-  return prefetch_lines == 0 ? tile<Dot, R, 0> : prefetch_lines == 1 ? tile<Dot, R, 1> : tile<Dot, R, 2>;
+  constexpr TileFn kTiles[] = {tile<Dot, R, 0>, tile<Dot, R, 1>, tile<Dot, R, 2>, nullptr, tile<Dot, R, 4>};
+  return kTiles[prefetch_lines];
 }
 
 // Rows [0, rows) cut into the fewest tiles of at most max_rows, all within one row of each other (32 = 11 + 11 + 10).
@@ -150,16 +156,19 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
     const int64_t chunks = last ? args.w.chunks - chunk : kPassChunks, bytes = chunks * kPanelChunkBytes;
     const uint8_t* pass_weights = weights + chunk * kPanelChunkBytes;
     const uint8_t* ahead = last ? next : pass_weights + bytes;
+    int64_t lines_ahead = ahead == nullptr || kHalves > 1 ? 0 : bytes / 64;  // portable code has no use for it
     int64_t row = row_begin;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t);
       uint8_t* tile_acc = acc + (row - row_begin) * kPanel * 4;
-      // The first one or two tiles fetch as much as this pass reads; portable code has no use for it.
-      const int lines = ahead == nullptr || t > 1 || kHalves > 1 ? 0 : tiles.count == 1 ? 2 : 1;
-      const uint8_t* prefetch = lines == 0 ? nullptr : ahead + (t == 1 ? bytes / 2 : 0);
-      tile_for<Dot>(static_cast<int>(rows), lines)(
-          args.a.data + chunk * args.a.chunk_stride + row * kChunkBytes, args.a.chunk_stride, pass_weights, chunks,
-          start_stride == 0 ? start : tile_acc, start_stride, tile_acc, prefetch);
+      // As much as this pass reads is fetched for the next one, spread over the tiles: memory has no bursts to give.
+      const int64_t steps = chunks * kGroups / 2, wanted = ceil_div(lines_ahead, steps * (tiles.count - t));
+      const int lines = wanted > 2 ? 4 : static_cast<int>(wanted);
+      tile_for<Dot>(static_cast<int>(rows), lines)(args.a.data + chunk * args.a.chunk_stride + row * kChunkBytes,
+                                                   args.a.chunk_stride, pass_weights, chunks,
+                                                   start_stride == 0 ? start : tile_acc, start_stride, tile_acc, ahead);
+      ahead += lines * steps * 64;
+      lines_ahead -= lines * steps;
       if (last) finish(args, tile_acc, row, rows, panel);
       row += rows;
     }

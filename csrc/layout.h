@@ -39,7 +39,6 @@ constexpr int64_t operand_bytes(Precision p, int64_t rows, int64_t features) {
   return operand_capacity(rows) * kChunkBytes * chunks_for(p, features);
 }
 
-
 // Floats between rows of a row-major fp32 buffer of `cols` columns: an odd number of cache lines, so that the rows of a
 // tile fall into different cache sets (with 4096 or 12288 bytes between them, all would fall into one).
 constexpr int64_t row_stride(int64_t cols) { return (ceil_div(cols, 16) | 1) * 16; }
