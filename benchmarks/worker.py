@@ -11,6 +11,7 @@ import sys
 
 sys.path.pop(0)  # this folder: its modules belong to xfast.benchmarks
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -170,7 +171,8 @@ def _die_with_parent() -> None:
     """A worker spends its life stopped; nobody could wake it when the harness is gone."""
     if sys.platform == "linux":
         _libc().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, a worker goes and not the harness
+        with contextlib.suppress(OSError):  # if memory runs out, a worker goes and not the harness
+            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _mappings() -> list[tuple[int, int, str, dict[str, int]]]:
