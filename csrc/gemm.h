@@ -9,8 +9,10 @@ namespace XFAST_TARGET {
 // `start` holds the first values of the accumulators, one row for all (stride 0) or [R][32]; null is zero.
 // Each output is one chain of multiply-accumulates in the order of `in`: its bits depend neither on R nor on how
 // `in` is cut into calls nor on threads.
-// Two streams are prefetched: PrefetchLines cache lines in two groups of the weights that come next (they are in no
-// cache yet), and the operand's next chunk (it lies a whole stride further, where no hardware prefetcher looks for it).
+// Three streams are prefetched: from memory, PrefetchLines cache lines in two groups of the weights that come next;
+// from L2, this panel's weights a little ahead (they have left L1 since the last row tile) and the operand's next
+// chunk, which lies a whole stride further, where no hardware prefetcher looks for it.
+constexpr int64_t kAheadInL2 = 1024;
 template <class Dot, int R, int PrefetchLines>
 void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chunks, const void* start,
           int64_t start_stride, void* out, const uint8_t* prefetch) {
@@ -41,7 +43,11 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
             prefetch += 64;
           }
         }
-        if constexpr (kHalves == 1 && R >= 8) __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
+        if constexpr (kHalves == 1 && R >= 8) {
+          __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
+          __builtin_prefetch(b_group + kAheadInL2, 0, 3);
+          __builtin_prefetch(b_group + kAheadInL2 + 64, 0, 3);
+        }
         typename Dot::B bv[V];
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) bv[v] = Dot::load_b(b_group + v * kRegBytes);
