@@ -46,6 +46,17 @@ class PyEncoder {
     tables_ = py::make_tuple(word, position, type);  // keeps the memory alive
   }
 
+  void quantize_word_table(int threads) {
+    require(encoder_.tables()[0].data != nullptr, "word: set_tables comes first");
+    require(encoder_.tables()[0].type != TableType::kInt8, "word: is quantised already");
+    {
+      py::gil_scoped_release release;
+      encoder_.quantize_word_table(threads);
+    }
+    const py::tuple old = tables_;
+    tables_ = py::make_tuple(py::none(), old[1], old[2]);
+  }
+
   bool set_linear(int64_t layer, const std::string& name, int64_t first, const py::array& weight,
                   const std::optional<F32>& bias, int threads) {
     PackedLinear& linear = find_linear(layer, name);
@@ -307,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PyEncoder>(m, "Encoder")
       .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("shape"), py::arg("precision"),
            py::arg("isa"))
+      .def("quantize_word_table", &PyEncoder::quantize_word_table, py::arg("threads"))
       .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position"), py::arg("type"))
       .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("first"), py::arg("weight"),
            py::arg("bias").noconvert(), py::arg("threads"))

@@ -10,6 +10,12 @@ namespace XFAST_TARGET {
 inline V16 load_table(const TableView& table, int64_t row, int64_t cols, int64_t col) {
   const int64_t n = cols - col, offset = row * cols + col;
   if (table.type == TableType::kF32) return load_n(static_cast<const float*>(table.data) + offset, n);
+  if (table.type == TableType::kInt8) {
+    const int8_t* bytes = static_cast<const int8_t*>(table.data) + offset;
+    float values[16] = {};
+    for (int i = 0; i < 16 && i < n; ++i) values[i] = static_cast<float>(bytes[i]);
+    return mul(load(values), set1(table.scale[row]));
+  }
   const uint16_t* source = static_cast<const uint16_t*>(table.data) + offset;
   if (table.type == TableType::kBf16 && n >= 16) return load_bf16(source);
   float values[16] = {};

@@ -356,6 +356,11 @@ void Encoder::set_tables(TableView word, TableView position, TableView type) {
   tables_[2] = type;
 }
 
+void Encoder::quantize_word_table(int threads) {
+  word_table_ = QuantizedTable(tables_[0], shape_.vocab, shape_.hidden, threads);
+  tables_[0] = word_table_.view();
+}
+
 bool Encoder::complete() const {
   const auto set = [](const Norm& norm) { return !norm.gamma.empty(); };
   if (tables_[0].data == nullptr || !set(embedding_norm_)) return false;
@@ -366,7 +371,7 @@ bool Encoder::complete() const {
 }
 
 int64_t Encoder::packed_bytes() const {
-  int64_t bytes = 0;
+  int64_t bytes = word_table_.bytes();
   for (const Layer& l : layers_)
     bytes += l.qkv.bytes() + l.attention_out.bytes() + l.ffn_in.bytes() + l.ffn_out.bytes() + 16 * shape_.hidden;
   return bytes;

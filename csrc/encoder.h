@@ -56,10 +56,12 @@ class Encoder {
   const Norm& embedding_norm() const { return embedding_norm_; }
   // The tables stay the caller's: they are read in place, never copied.
   void set_tables(TableView word, TableView position, TableView type);
+  // Copies the word table in 8 bits a value; the caller's is not read any more. Not while a forward runs.
+  void quantize_word_table(int threads);
   const TableView* tables() const { return tables_; }  // word, position, type
   // True when every weight of every layer has been set.
   bool complete() const;
-  // Bytes of packed weights (embedding tables, which are not copied, excluded).
+  // Bytes of packed weights (embedding tables that are read in place excluded).
   int64_t packed_bytes() const;
 
   // Thread-safe. Arguments must be valid (ids and lengths in range, complete()): bindings.cpp checks them.
@@ -74,6 +76,7 @@ class Encoder {
   Precision precision_;
   const KernelTable& kernels_;
   TableView tables_[3];
+  QuantizedTable word_table_;
   Norm embedding_norm_;
   std::vector<Layer> layers_;
   mutable std::mutex workspace_mutex_;

@@ -72,10 +72,11 @@ struct NormArgs {
   Operand out;
 };
 
-enum class TableType : int { kF32 = 0, kBf16 = 1, kF16 = 2 };
+enum class TableType : int { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3 };
 struct TableView {
   const void* data = nullptr;
   TableType type = TableType::kF32;
+  const float* scale = nullptr;  // per row, kInt8 only
 };
 
 // x[row, :] = word[ids[row]] (or embeds[row]) + type[type_ids[row]] + position[position_ids[row]].

@@ -49,13 +49,30 @@ bool all_finite(const TableView& table, int64_t count, int threads) {
   return good;
 }
 
+QuantizedTable::QuantizedTable(const TableView& table, int64_t rows, int64_t cols, int threads)
+    : data_(rows * cols), scale_(rows) {
+  run_parallel(threads, [&](const Member& member) {
+    std::vector<float> values(cols);
+    for (int64_t row = rows * member.id / member.count; row < rows * (member.id + 1) / member.count; ++row) {
+      read_values(table, row * cols, cols, values.data());
+      float absmax = 0.0f;
+      for (const float value : values) absmax = std::max(absmax, std::fabs(value));
+      const float inverse = absmax > 1e-30f ? 127.0f / absmax : 0.0f;
+      int8_t* out = reinterpret_cast<int8_t*>(data_.data()) + row * cols;
+      for (int64_t k = 0; k < cols; ++k) out[k] = static_cast<int8_t>(std::nearbyintf(values[k] * inverse));
+      scale_[row] = absmax / 127.0f;
+    }
+  });
+}
+
 PackedLinear::PackedLinear(Precision precision, int64_t out_features, int64_t in_features)
     : precision_(precision),
       out_features_(out_features),
       in_features_(in_features),
       chunks_(chunks_for(precision, in_features)),
       data_(panels_for(out_features) * chunks_ * kPanelChunkBytes) {
-  std::memset(data_.data(), 0, data_.bytes());
+  if (out_features % kPanel != 0 || in_features % chunk_elements(precision) != 0)  // else every byte is set
+    std::memset(data_.data(), 0, data_.bytes());
   const int64_t padded = panels_for(out_features) * kPanel;
   set_.assign(out_features, 0);
   bias_.assign(padded, 0.0f);

@@ -45,6 +45,20 @@ class PackedLinear {
   std::vector<uint8_t> set_;  // per output: packed and usable
 };
 
+// A word table in 8 bits a value: symmetric, one scale a row.
+class QuantizedTable {
+ public:
+  QuantizedTable() = default;
+  // `table` [rows, cols] must hold finite values.
+  QuantizedTable(const TableView& table, int64_t rows, int64_t cols, int threads);
+  TableView view() const { return {data_.data(), TableType::kInt8, scale_.data()}; }
+  int64_t bytes() const { return data_.bytes() + static_cast<int64_t>(scale_.size() * sizeof(float)); }
+
+ private:
+  AlignedBuffer data_;
+  std::vector<float> scale_;
+};
+
 // Values [begin, begin + count) of row-major table memory as fp32.
 void read_values(const TableView& table, int64_t begin, int64_t count, float* out);
 // True when all `count` values are finite.

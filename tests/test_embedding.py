@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from models import build
 from reference import assert_same_bits, bf16_bits, embed
 
+import xfast
 from xfast import _C
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -78,3 +82,32 @@ def test_unknown_table_dtypes_are_refused(isa: str) -> None:
     for dtype in (np.float64, np.int16, np.int32, np.uint8, np.complex64, bool):
         with pytest.raises(ValueError, match=r"^word: expected"):
             _C.kernels.embed(isa, good.astype(dtype), good, good, ids, ids, ids)
+
+
+def small_words() -> torch.nn.Module:
+    """One layer, 97 words of very different sizes."""
+    model = build(vocab_size=97, hidden_size=72, num_attention_heads=3, intermediate_size=96, num_hidden_layers=1)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[5] = 0.0
+        model.embeddings.word_embeddings.weight[7] *= 1e-3
+    return model
+
+
+@torch.no_grad()
+def test_word_table_in_8_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``keep_weights=False`` and int8 each row is rounded to 255 steps of its own scale, alike on every target."""
+    rounded, ids = small_words(), torch.arange(2, 97).reshape(5, 19)
+    table = rounded.embeddings.word_embeddings.weight
+    scale = table.abs().amax(1, keepdim=True) / 127
+    table.copy_(torch.where(scale > 0, (table / scale).round() * scale, table))
+    want = xfast.accelerate(rounded, precision="int8", layers=0)(ids)[0]
+    results = []
+    for target in (isa, "portable"):
+        monkeypatch.setenv("XFAST_ISA", target)
+        model = xfast.accelerate(small_words(), precision="int8", layers=0, keep_weights=False)
+        assert model.embeddings.word_embeddings.weight.is_meta
+        results.append(model(ids)[0])
+    torch.testing.assert_close(results[0], want, rtol=0, atol=2e-5)
+    assert torch.equal(*results)
+    both = copy.deepcopy(model)(ids)[0]
+    assert torch.equal(both, results[1]), "a copy shares the packed table"

@@ -269,18 +269,25 @@ def _linears(model: Any) -> list[nn.Linear]:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_freed_models_give_the_same_bits(head: str, precision: str) -> None:
+def test_freed_models_give_the_same_results(head: str, precision: str) -> None:
     model, batch = build(head=head), arguments("xlm-roberta", head)
     kept = xfast.accelerate(copy.deepcopy(model), precision=precision)
     want = kept(**batch)[0]
     xfast.accelerate(model, precision=precision, keep_weights=False)
     assert len(_linears(model)) == 18 and all(linear.weight.is_meta for linear in _linears(model))
-    assert torch.equal(model(**batch)[0], want)
+    words = encoder_of(model).embeddings.word_embeddings.weight
+    assert words.is_meta == (precision == "int8" and head != "masked-lm"), "a tied decoder still reads them"
+    got = model(**batch)[0]
+    if words.is_meta:  # word embeddings in 8 bits
+        error = (got - want).norm() / want.norm()
+        assert 0 < error < 0.03
+    else:
+        assert torch.equal(got, want)
     assert not xfast.explain(model).encoders[0].keep_weights
     assert "keep_weights=False" in str(xfast.explain(model))
     clone = copy.deepcopy(model)
     del model
-    assert torch.equal(clone(**batch)[0], want)
+    assert torch.equal(clone(**batch)[0], got)
     assert all(linear.weight.is_meta for linear in _linears(clone))
     assert fallbacks(clone) == {}
 

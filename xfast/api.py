@@ -57,12 +57,12 @@ def accelerate(
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
     heads = _head_patches(root, encoders)
+    if not keep_weights:  # before anyone can call the engines
+        for patch in patches:
+            patch.plan.free_weights(patch.module, _parameters_outside(root, patch.module))
     _uninstall(before)
     for installed in (*patches, *heads):
         installed.install()
-    if not keep_weights:
-        for patch in patches:
-            patch.plan.free_weights(patch.module)
     return model
 
 
@@ -105,6 +105,11 @@ def explain(model: Any) -> Explanation:
     encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)]
     heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
     return explain_patches(encoders, heads)
+
+
+def _parameters_outside(root: nn.Module, encoder: nn.Module) -> set[int]:
+    inside = set(encoder.modules())
+    return {id(p) for m in root.modules() if m not in inside for p in m.parameters(recurse=False)}
 
 
 def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:

@@ -22,6 +22,8 @@ class Options:
             ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
+            With int8 the word embeddings go too, replaced by 8 bits a value with one scale a row (which changes
+            results a little), unless a masked-LM head is tied to them.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,14 +71,20 @@ class Plan:
                 self._compile(module)
             return self.engine
 
-    def free_weights(self, module: nn.Module) -> None:
-        """Gives up the original linear weights (they become ``meta`` tensors); the packed ones remain."""
+    def free_weights(self, module: nn.Module, shared: Collection[int]) -> None:
+        """Gives up the original weights that the engine holds itself; they become ``meta`` tensors.
+
+        These are the linear weights and, where the engine has a smaller copy, the word embeddings, unless their id is
+        among those ``shared`` with modules outside the encoder (a masked-LM decoder tied to them).
+        """
         if self.engine is None:
             raise BackendUnavailableError("keep_weights=False needs a backend that runs this model; see xfast.explain")
         for (layer, _), leaf in self.weights.modules.items():
             if layer >= 0 and isinstance(leaf, nn.Linear):
-                leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
-                leaf.register_state_dict_pre_hook(_refuse_state_dict)
+                _free(leaf)
+        words = self.weights.modules[-1, "word"]
+        if id(words.weight) not in shared and self.engine.own_word_table():
+            _free(words)
         self.freed = True
         self._watch = WeightWatch(module, self.weights)
 
@@ -156,6 +163,11 @@ class Plan:
         raise BackendUnavailableError(
             f"no precision stays within tolerance={tolerance} on the calibration batches: " + "; ".join(self.notes)
         )
+
+
+def _free(leaf: nn.Module) -> None:
+    leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
+    leaf.register_state_dict_pre_hook(_refuse_state_dict)
 
 
 def _refuse_state_dict(*_: Any) -> None:

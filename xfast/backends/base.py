@@ -39,6 +39,13 @@ class Engine(Protocol):
         """
         ...
 
+    def own_word_table(self) -> bool:
+        """Copies the word embeddings if it holds them in a smaller form, so that the originals can go.
+
+        Returns False when it goes on reading the originals. Not while another thread runs the engine.
+        """
+        ...
+
     def describe(self) -> list[str]:
         """Lines for ``explain``: hardware, precision, what is fused, memory, remarks."""
         ...

@@ -47,6 +47,7 @@ class NativeEngine:
         self.precision = precision
         self.spec = spec
         self._encoder = _C.Encoder(shape, precision, requested_isa())
+        self._owns_words = False
         _Packer(self._encoder, weights).pack()
 
     def run(
@@ -77,12 +78,20 @@ class NativeEngine:
         )
         return out, states
 
+    def own_word_table(self) -> bool:
+        """See :class:`xfast.backends.base.Engine`. With int8: one byte a value, one scale a row."""
+        if self.precision == "int8" and not self._owns_words:
+            self._encoder.quantize_word_table(get_num_threads())
+            self._owns_words = True
+        return self._owns_words
+
     def describe(self) -> list[str]:
         """See :class:`xfast.backends.base.Engine`."""
         lines = [
             f"instruction set: {self._encoder.isa}",
             f"threads: {get_num_threads()}",
-            f"packed weights: {self._encoder.packed_bytes / 2**20:.1f} MiB (embedding tables are read in place)",
+            f"packed weights: {self._encoder.packed_bytes / 2**20:.1f} MiB "
+            + ("(with the word embeddings, 8 bits a value)" if self._owns_words else "(embeddings are read in place)"),
             "fused: QKV in one product; bias + GELU, bias + residual, LayerNorm and "
             + ("per-token int8 quantisation" if self.precision == "int8" else "operand conversion")
             + " where the product leaves its tile; attention over real tokens only",
