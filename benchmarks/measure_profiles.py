@@ -170,7 +170,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     reference = folder / "reference_ids.json"
     if not reference.is_file():
         raise typer.BadParameter(f"{reference.name} is missing from the tokenizer folder")
-    tokenizer: Any = XLMRobertaTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer: Any = XLMRobertaTokenizer.from_pretrained(str(folder))
+    except (ImportError, ValueError) as error:  # without these, transformers asks for tiktoken, which does not help
+        raise typer.BadParameter(f"the tokenizer needs: pip install sentencepiece protobuf ({error})") from None
     for case in json.loads(reference.read_text(encoding="utf-8")):
         # A special token spelled out in the text is one token to transformers and plain text to SentencePiece, which
         # made the published ids; such a text says nothing about the vocabulary.

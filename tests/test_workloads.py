@@ -123,6 +123,7 @@ def test_a_data_folder_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["tatoeba:sw", "xnli", "udpos"])
 def test_real_text(name: str, data_dir: Path) -> None:
     pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
     work = workload(name, data_dir=data_dir)
     assert (work.source, work.samples) == ("text", 64)
     for ids, mask in work.batches:
