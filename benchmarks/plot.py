@@ -14,17 +14,28 @@ _COLOURS = {"fp32": "Greens", "bf16": "Oranges", "int8": "Blues"}
 _PANEL_INCHES = (11.0, 4.2)
 
 
+def require() -> None:
+    """Asked before anything is measured.
+
+    Raises:
+        BackendUnavailableError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise BackendUnavailableError("plot: needs matplotlib; pip install matplotlib") from None
+
+
 def save(document: Row, path: Path) -> None:
     """Tokens per second: bars by workload and engine, and a line chart for each sweep.
 
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendUnavailableError("plot: needs matplotlib; pip install matplotlib") from None
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     panels = _panels(document["results"])
     figure = Figure(figsize=(_PANEL_INCHES[0], _PANEL_INCHES[1] * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)

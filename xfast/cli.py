@@ -119,6 +119,8 @@ def bench(
     for option, path in (("json", json_file), ("plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidOptionError(f"{option}: {path.parent} is no directory")
+    if plot is not None:
+        drawing.require()
     options = bench.Options(model, workload, precision, peers, threads, rounds, data, zentorch_python, isa, seed)
     document = bench.run(options, Console(stderr=True))
     if json_file is not None:
