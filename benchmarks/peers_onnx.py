@@ -15,18 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from xfast.benchmarks.peers_torch import Encoder
+
 Run = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
-
-
-class _Encoder(nn.Module):
-    """The encoder with tensors in and one tensor out, as the exporter wants it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def build(model: nn.Module, precision: str, *, threads: int, full_range: bool = True, **_: Any) -> Run:
@@ -58,7 +49,7 @@ def _exported(model: nn.Module, folder: Path) -> Path:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Encoder(model),
+            Encoder(model),
             (ids, torch.ones_like(ids)),
             str(path),
             input_names=["input_ids", "attention_mask"],

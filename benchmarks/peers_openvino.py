@@ -10,20 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from xfast.benchmarks.peers_torch import Encoder
+
 Run = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 
 _CALIBRATION_SEQUENCES = 48
-
-
-class _Encoder(nn.Module):
-    """The encoder with tensors in and one tensor out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def build(
@@ -65,7 +56,7 @@ def _converted(model: nn.Module) -> Any:
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=model_limit(model))
     shape = {0: batch, 1: length}
     exported = torch.export.export(
-        _Encoder(model), (ids, mask), dynamic_shapes={"input_ids": shape, "attention_mask": shape}
+        Encoder(model), (ids, mask), dynamic_shapes={"input_ids": shape, "attention_mask": shape}
     )
     return openvino.convert_model(exported)
 

@@ -29,6 +29,17 @@ def build(model: nn.Module, precision: str, *, method: str = "sdpa", **_: Any) -
     raise ValueError(f"unknown method {method!r}")
 
 
+class Encoder(nn.Module):
+    """The encoder with tensors in and one tensor out, as exporters want it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
 def run_of(model: nn.Module) -> Run:
     """A transformers encoder as ``run(input_ids, attention_mask) -> last hidden state``."""
 

@@ -142,8 +142,8 @@ class Worker {
   void columns_layer(const Layer& layer, const Layer* next, float* qkv) const {
     const RowSet& set = plan_.all;
     const Block& block = set.blocks[0];
+    const Range heads = share(0, shape_.heads);
     if (head_panels_) {
-      const Range heads = share(0, shape_.heads);
       const int64_t per_head = shape_.head_dim / kPanel, section = shape_.hidden / kPanel;
       for (int64_t s = 0; s < 3; ++s)
         multiply(block, block.operand, layer.qkv,
@@ -154,7 +154,7 @@ class Worker {
                &layer.attention_out);
       sync();
     }
-    attend(set, set.groups[0], share(0, shape_.heads), projected(qkv, 0));
+    attend(set, set.groups[0], heads, projected(qkv, 0));
     sync();
     finish_group(set, set.groups[0], layer, next == nullptr ? nullptr : &next->qkv);
   }

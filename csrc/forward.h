@@ -55,15 +55,16 @@ struct RowSet {
 };
 
 struct ForwardPlan {
-  int64_t ld, ld_qkv, ld_ffn;          // row strides of buffers with hidden, 3 hidden and intermediate columns
+  // Row strides of buffers with hidden, 3 hidden and intermediate columns.
+  int64_t ld, ld_qkv, ld_ffn;
   RowSet all, selected;
-  float* qkv[2];                       // [T, ld_qkv] each: a fast thread may be one layer ahead
-  float* selected_q;                   // [row_count, ld]
-  std::vector<float*> wide;            // per thread: a group's QKV [group rows, ld_qkv], then, once its attention is
-                             // done, a block's FFN [block rows, ld_ffn] (int8 only)
-  std::vector<float*> ctx;  // per thread: attention output of a group [group rows, ld]
-  std::vector<Operand> ffn_operand;  // per thread
-  std::vector<float*> attention;  // per thread: attention scratch
+  float* qkv[2];      // [T, ld_qkv] each: a fast thread may be one layer ahead
+  float* selected_q;  // [row_count, ld]
+  // Per thread. `wide`: a group's QKV [group rows, ld_qkv], then, once its attention is done, a block's FFN
+  // [block rows, ld_ffn] (int8 only). `ctx`: attention output of a group [group rows, ld].
+  std::vector<float*> wide, ctx;
+  std::vector<Operand> ffn_operand;
+  std::vector<float*> attention;  // scratch of the kernel
 
   // Lays everything out from `base` (null: only counts) and returns the bytes needed.
   int64_t build(const EncoderShape& shape, Precision precision, const ForwardArgs& args, uint8_t* base);

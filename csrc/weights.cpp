@@ -22,6 +22,18 @@ bool finite(const float* values, int64_t count) {
   return sum == 0.0f;
 }
 
+// Symmetric 8 bits: q = round-to-nearest-even(value / scale), in [-127, 127].
+struct Scale {
+  float scale, inverse;
+  Scale(const float* values, int64_t count) {
+    float absmax = 0.0f;
+    for (int64_t i = 0; i < count; ++i) absmax = std::max(absmax, std::fabs(values[i]));
+    scale = absmax / 127.0f;
+    inverse = absmax > 1e-30f ? 127.0f / absmax : 0.0f;
+  }
+  int8_t quantize(float value) const { return static_cast<int8_t>(std::nearbyintf(value * inverse)); }
+};
+
 }  // namespace
 
 void read_values(const TableView& table, int64_t begin, int64_t count, float* out) {
@@ -55,12 +67,10 @@ QuantizedTable::QuantizedTable(const TableView& table, int64_t rows, int64_t col
     std::vector<float> values(cols);
     for (int64_t row = rows * member.id / member.count; row < rows * (member.id + 1) / member.count; ++row) {
       read_values(table, row * cols, cols, values.data());
-      float absmax = 0.0f;
-      for (const float value : values) absmax = std::max(absmax, std::fabs(value));
-      const float inverse = absmax > 1e-30f ? 127.0f / absmax : 0.0f;
+      const Scale scale(values.data(), cols);
       int8_t* out = reinterpret_cast<int8_t*>(data_.data()) + row * cols;
-      for (int64_t k = 0; k < cols; ++k) out[k] = static_cast<int8_t>(std::nearbyintf(values[k] * inverse));
-      scale_[row] = absmax / 127.0f;
+      for (int64_t k = 0; k < cols; ++k) out[k] = scale.quantize(values[k]);
+      scale_[row] = scale.scale;
     }
   });
 }
@@ -114,16 +124,14 @@ bool PackedLinear::set_row(int64_t n, const MatrixView& w, int64_t row, float* v
       std::memcpy(lane + k / 2 * kGroupStride + k % 2 * 2, &bits, 2);
     }
   } else {
-    float absmax = 0.0f;
-    for (int64_t k = 0; k < w.cols; ++k) absmax = std::max(absmax, std::fabs(values[k]));
-    const float inverse = absmax > 1e-30f ? 127.0f / absmax : 0.0f;
+    const Scale scale(values, w.cols);
     int32_t sum = 0;
     for (int64_t k = 0; k < w.cols; ++k) {
-      const int32_t q = static_cast<int32_t>(std::nearbyintf(values[k] * inverse));
-      lane[k / 4 * kGroupStride + k % 4] = static_cast<uint8_t>(static_cast<int8_t>(q));
+      const int8_t q = scale.quantize(values[k]);
+      lane[k / 4 * kGroupStride + k % 4] = static_cast<uint8_t>(q);
       sum += q;
     }
-    scale_[n] = absmax / 127.0f;
+    scale_[n] = scale.scale;
     compensation_[n] = -128 * sum;
   }
   return true;

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from models import make_config
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -21,19 +22,9 @@ LENGTHS = (3, 5, 8, 9, 11, 12, 14, 16, 17, 21, 24, 31, 38, 47)
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
     """XLM-R base for token classification with transformers' own initialisation; a small vocabulary saves memory."""
-    from transformers import XLMRobertaConfig, XLMRobertaForTokenClassification
+    from transformers import XLMRobertaForTokenClassification
 
-    config = XLMRobertaConfig(
-        vocab_size=2000,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        num_labels=9,
-        **BASE,
-    )
+    config = make_config("xlm-roberta", vocab_size=2000, max_position_embeddings=514, num_labels=9, **BASE)
     torch.manual_seed(20)
     return XLMRobertaForTokenClassification(config).eval()
 

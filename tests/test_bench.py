@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from models import make_config
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,16 +31,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint so small that a worker spends its time on importing torch."""
     folder = tmp_path_factory.mktemp("models") / "small"
     torch.manual_seed(0)
-    config = transformers.XLMRobertaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=258,
-        type_vocab_size=1,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = make_config("xlm-roberta", vocab_size=300, max_position_embeddings=258, **sizes)
     transformers.XLMRobertaModel(config).save_pretrained(folder)
     return folder
 

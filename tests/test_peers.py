@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from models import make_config
 
 from xfast.benchmarks import peers
 from xfast.benchmarks.workloads import Model, batches_of
@@ -22,17 +23,8 @@ SAME_CODE = {"torch-compile-bf16"}  # as torch-compile-fp32 but for the dtype, a
 
 def small_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.XLMRobertaConfig(
-        vocab_size=100,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=34,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,  # as XLM-R has it; CTranslate2 takes it for granted
-        pad_token_id=1,
-    )
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 34}
+    config = make_config("xlm-roberta", vocab_size=100, **sizes)  # eps 1e-5, which CTranslate2 takes for granted
     return transformers.XLMRobertaModel(config, add_pooling_layer=False).eval()
 
 
