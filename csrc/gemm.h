@@ -149,26 +149,27 @@ constexpr int64_t kPassChunks = 24;
 constexpr int64_t kPassRows = 112;  // rows whose accumulators wait between passes
 
 // Rows [row_begin, row_end) of one panel. `next` is where the weights continue after this panel, or null.
-template <class Dot>
+template <class Dot, Precision P>
 void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end, int64_t panel,
                     const uint8_t* next) {
   alignas(64) uint8_t acc[kPassRows * kPanel * 4];
   const RowTiles tiles(row_end - row_begin, Dot::kMaxRows);
   const uint8_t* weights = args.w.data + panel * args.w.chunks * kPanelChunkBytes;
-  const void* start = args.precision == Precision::kInt8 ? args.w.compensation + panel * kPanel : nullptr;
+  const void* start = nullptr;
+  if constexpr (P == Precision::kInt8) start = Dot::kSigned ? nullptr : args.w.compensation + panel * kPanel;
   int64_t start_stride = 0;
   for (int64_t chunk = 0; chunk < args.w.chunks; chunk += kPassChunks) {
     const bool last = chunk + kPassChunks >= args.w.chunks;
     const int64_t chunks = last ? args.w.chunks - chunk : kPassChunks, bytes = chunks * kPanelChunkBytes;
     const uint8_t* pass_weights = weights + chunk * kPanelChunkBytes;
     const uint8_t* ahead = last ? next : pass_weights + bytes;
-    int64_t lines_ahead = ahead == nullptr || kHalves > 1 ? 0 : bytes / 64;  // portable code has no use for it
+    int64_t lines_ahead = ahead == nullptr || kRegBytes > 64 ? 0 : bytes / 64;  // portable code has no use for it
     int64_t row = row_begin;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t);
       uint8_t* tile_acc = acc + (row - row_begin) * kPanel * 4;
       // As much as this pass reads is fetched for the next one, spread over the tiles: memory has no bursts to give.
-      const int64_t steps = chunks * kGroups / 2, wanted = ceil_div(lines_ahead, steps * (tiles.count - t));
+      const int64_t steps = chunks * kGroups / 2 * kHalves, wanted = ceil_div(lines_ahead, steps * (tiles.count - t));
       const int lines = wanted > 2 ? 4 : static_cast<int>(wanted);
       tile_for<Dot>(static_cast<int>(rows), lines)(args.a.data + chunk * args.a.chunk_stride + row * kChunkBytes,
                                                    args.a.chunk_stride, pass_weights, chunks,
@@ -192,7 +193,7 @@ void gemm_with(const GemmArgs& args) {
       const bool last = panel + 1 == args.panel_end;
       const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * panel_bytes;
       if (last && args.next_bytes < panel_bytes) next = nullptr;
-      multiply_panel<Dot>(args, finish, begin, end, panel, next);
+      multiply_panel<Dot, P>(args, finish, begin, end, panel, next);
     }
   }
 }

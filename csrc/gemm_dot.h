@@ -4,6 +4,7 @@
 //   B        one register of 4-byte weight groups (Reg lanes = outputs)
 //   step(acc, a, b)   acc[n] += sum over the group's elements of a * b[n]
 //   kMaxRows tallest row tile that keeps every accumulator in a register
+//   kSigned  (int8) it takes the + 128 off the activations itself: no compensation
 //
 // NOTE (inline assembly): GCC 12 spills the accumulator array around the dot-product intrinsics, which costs half
 // the speed. Writing just that one instruction as asm with the accumulator as "+v" keeps it in its register.
@@ -35,12 +36,7 @@ inline FloatReg as_float(IntReg a) { return _mm512_castsi512_ps(a); }
 inline FloatReg fma_reg(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
 inline IntReg shift_left_16(IntReg a) { return _mm512_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
-inline IntReg even_bytes_signed(IntReg a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
-inline IntReg odd_bytes_signed(IntReg a) { return _mm512_srai_epi16(a, 8); }
-inline IntReg even_bytes_unsigned(IntReg a) { return _mm512_srli_epi16(_mm512_slli_epi16(a, 8), 8); }
-inline IntReg odd_bytes_unsigned(IntReg a) { return _mm512_srli_epi16(a, 8); }
-inline IntReg madd_add(IntReg acc, IntReg a, IntReg b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
-constexpr int kRowsF32 = 14, kRowsBf16Widened = 10, kRowsInt8Widened = 10;
+constexpr int kRowsF32 = 14, kRowsBf16Widened = 10;
 
 #elif defined(XFAST_AVX2)
 
@@ -65,12 +61,7 @@ inline FloatReg as_float(IntReg a) { return _mm256_castsi256_ps(a); }
 inline FloatReg fma_reg(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
 inline IntReg shift_left_16(IntReg a) { return _mm256_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
-inline IntReg even_bytes_signed(IntReg a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
-inline IntReg odd_bytes_signed(IntReg a) { return _mm256_srai_epi16(a, 8); }
-inline IntReg even_bytes_unsigned(IntReg a) { return _mm256_srli_epi16(_mm256_slli_epi16(a, 8), 8); }
-inline IntReg odd_bytes_unsigned(IntReg a) { return _mm256_srli_epi16(a, 8); }
-inline IntReg madd_add(IntReg acc, IntReg a, IntReg b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
-constexpr int kRowsF32 = 6, kRowsBf16Widened = 4, kRowsInt8Widened = 4;
+constexpr int kRowsF32 = 6, kRowsBf16Widened = 4;
 
 #endif
 
@@ -103,39 +94,65 @@ struct DotBf16Widened {
   static void step(Acc& acc, const A& a, const B& b) { acc = fma_reg(a.odd, b.odd, fma_reg(a.even, b.even, acc)); }
 };
 
-// Without a byte dot product: even and odd bytes are widened to 16 bits, where pmaddwd is exact
-// (pmaddubsw on bytes would saturate: 2 * 255 * 127 does not fit 16 bits).
-struct DotInt8Widened {
-  using Acc = IntReg;
-  struct Pair {
-    IntReg even, odd;
-  };
-  using A = Pair;
-  using B = Pair;
-  static constexpr int kMaxRows = kRowsInt8Widened;
-  static B load_b(const uint8_t* p) {
-    const IntReg bytes = load_group(p);
-    return {even_bytes_signed(bytes), odd_bytes_signed(bytes)};
-  }
-  static A load_a(const uint8_t* p) {
-    const IntReg bytes = broadcast_group(p);
-    return {even_bytes_unsigned(bytes), odd_bytes_unsigned(bytes)};  // shifts: a mask would cost a register
-  }
-  static void step(Acc& acc, const A& a, const B& b) { acc = madd_add(madd_add(acc, a.even, b.even), a.odd, b.odd); }
-};
-
 #if defined(XFAST_VNNI)
 struct DotInt8 {
   using Acc = IntReg;
   using A = IntReg;
   using B = IntReg;
   static constexpr int kMaxRows = 14;
+  static constexpr bool kSigned = false;
   static B load_b(const uint8_t* p) { return load_group(p); }
   static A load_a(const uint8_t* p) { return broadcast_group(p); }
   static void step(Acc& acc, A a, B b) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 };
+#elif defined(XFAST_AVX512)
+// Without a byte dot product, and no vpsignb this wide: even and odd bytes are widened to 16 bits, where pmaddwd is
+// exact (pmaddubsw on bytes would saturate: 2 * 255 * 127 does not fit 16 bits).
+struct DotInt8 {
+  using Acc = IntReg;
+  struct Pair {
+    IntReg even, odd;
+  };
+  using A = Pair;
+  using B = Pair;
+  static constexpr int kMaxRows = 10;
+  static constexpr bool kSigned = false;
+  static B load_b(const uint8_t* p) {
+    const IntReg bytes = load_group(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
+  }
+  static A load_a(const uint8_t* p) {
+    const IntReg bytes = broadcast_group(p);  // shifts: a mask would cost a register
+    return {_mm512_srli_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srli_epi16(bytes, 8)};
+  }
+  static void step(Acc& acc, const A& a, const B& b) {
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
+    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
+  }
+};
 #else
-using DotInt8 = DotInt8Widened;
+// pmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. With activations + 128 that saturates
+// (2 * 255 * 127); with |w| and the activation under w's sign it cannot (2 * 127 * 127), and the sum is the same.
+struct DotInt8 {
+  using Acc = IntReg;
+  struct B {
+    IntReg value, size;
+  };
+  using A = IntReg;
+  static constexpr int kMaxRows = 4;
+  static constexpr bool kSigned = true;
+  static B load_b(const uint8_t* p) {
+    const IntReg w = load_group(p);
+    return {w, _mm256_abs_epi8(w)};
+  }
+  static A load_a(const uint8_t* p) {
+    return _mm256_xor_si256(broadcast_group(p), _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
+  static void step(Acc& acc, const A& a, const B& b) {
+    const IntReg pairs = _mm256_maddubs_epi16(b.size, _mm256_sign_epi8(a, b.value));
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+};
 #endif
 
 #if defined(XFAST_BF16)
@@ -229,6 +246,7 @@ struct DotInt8 {
     int8_t v[128];
   };
   static constexpr int kMaxRows = 4;
+  static constexpr bool kSigned = false;
   static B load_b(const uint8_t* p) {
     B r;
     __builtin_memcpy(&r, p, sizeof r);
