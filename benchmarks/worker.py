@@ -77,9 +77,12 @@ class _Engine:
         )
         build = time.perf_counter() - start
         self._run(*first)
+        first_result = time.perf_counter() - start
+        del model
+        _trim()  # a conversion's leftovers would leave too little memory for the engines that are built next
         self.facts = {
             "build_s": build,
-            "first_result_s": time.perf_counter() - start,
+            "first_result_s": first_result,
             "process_gb": before / 1e9,
             "versions": _versions(job["packages"]),
         }
@@ -118,9 +121,7 @@ class _Engine:
 
     def memory(self) -> dict[str, Any]:
         """Gigabytes that this process needs: its own pages, and of the shared weights file those it still uses."""
-        gc.collect()
-        if hasattr(_libc(), "malloc_trim"):
-            _libc().malloc_trim(0)
+        _trim()
         _forget(self._weights)
         for reference in self._tensors:  # weights that the engine kept count in full, touched by a batch or not
             if (tensor := reference()) is not None:
@@ -165,6 +166,13 @@ def _private_stdout() -> IO[str]:
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system."""
+    gc.collect()
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
 
 
 def _die_with_parent() -> None:
