@@ -11,9 +11,10 @@ import pytest
 import reference
 import torch
 
+import xfast
 from xfast.architecture import EncoderSpec
 from xfast.errors import InvalidInputError, TokenIdError
-from xfast.packing import Packed, PositionOverflowError, first_rows, pad, unpad
+from xfast.packing import Packed, PositionOverflowError, unpad
 
 PAD = 1
 SPEC = EncoderSpec(
@@ -113,7 +114,7 @@ def test_empty_batches(rule: str, shape: tuple[int, int]) -> None:
     ids = torch.full(shape, 7)
     for mask in (None, torch.ones(shape)):
         packed = check(rule, ids, mask)
-        padded = pad(packed, torch.ones(packed.total_tokens, 6), threads=2)
+        padded = packed.pad(torch.ones(packed.total_tokens, 6), torch.float32)
         assert tuple(padded.shape) == (*shape, 6)
 
 
@@ -177,7 +178,9 @@ def test_pad_puts_rows_back_and_zeros_elsewhere(threads: int) -> None:
         ids, mask = batch_of(lengths, length)
         packed = unpad(replace(SPEC, max_positions=400), ids, mask)
         rows = torch.randn(packed.total_tokens, cols)
-        got = pad(packed, rows, threads)
+        xfast.set_num_threads(threads)
+        got = packed.pad(rows, torch.float32)
+        xfast.set_num_threads(None)
         want = reference.pad((len(lengths), length), torch.from_numpy(packed.indices), rows)
         np.testing.assert_array_equal(got.numpy(), want.numpy())
 
@@ -193,7 +196,7 @@ def test_pad_overwrites_whatever_the_output_held() -> None:
 def test_first_rows() -> None:
     ids, mask = batch_of([3, 1, 4], 4)
     packed = unpad(SPEC, ids, mask)
-    rows = first_rows(packed)
+    rows = packed.first_rows()
     assert packed.first_masked == 0 and rows.dtype == np.int32
     assert packed.indices[rows].tolist() == [0, 4, 8]
 

@@ -9,14 +9,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from xfast import attention_interface
 from xfast.architecture import find_encoders, supported_families
-from xfast.errors import InvalidOptionError, UnsupportedModelError, WeightsFreedError
+from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError, WeightsFreedError
 from xfast.explain import Explanation, explain_patches
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
 from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
 
 T = TypeVar("T")
+
+attention_interface.register()
 
 
 def accelerate(
@@ -28,22 +31,24 @@ def accelerate(
     keep_weights: bool = True,
     calibration: Sequence[dict[str, Any]] | None = None,
     tolerance: float | None = None,
+    training: bool = False,
 ) -> T:
     """Makes every supported encoder inside ``model`` fast, in place, and returns the same object.
 
     Args:
         model: a transformers model with or without a task head, a pipeline, a SentenceTransformer or CrossEncoder, or
             any ``nn.Module`` that holds a supported encoder.
-        backend, precision, layers, keep_weights, calibration, tolerance: see :class:`xfast.Options`.
+        backend, precision, layers, keep_weights, calibration, tolerance, training: see :class:`xfast.Options`.
 
-    Calls that cannot be accelerated (training, gradients, attention weights, 4-D masks, ...) run the original code;
-    ``explain(model)`` counts them. Hidden states at padded positions are zeros, the only difference in outputs.
+    Calls that cannot be accelerated (gradients without ``training=True``, attention weights, 4-D masks, ...) run the
+    original code; ``explain(model)`` counts them. Hidden states at padded positions are zeros, the only difference in
+    outputs.
 
     Raises:
         UnsupportedModelError: no supported encoder inside, or one that differs from its family.
         InvalidOptionError, InvalidWeightsError, BackendUnavailableError: see :mod:`xfast.errors`.
     """
-    options = Options(backend, precision, layers, keep_weights, calibration, tolerance)
+    options = Options(backend, precision, layers, keep_weights, calibration, tolerance, training)
     root = _module_of(model)
     before = _patches(root)
     _refuse_freed("accelerate", before)
@@ -56,6 +61,8 @@ def accelerate(
     for patch in patches:  # everything that can fail comes before the model is touched
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
+        if training and (reason := patch.training_unavailable()) is not None:
+            raise BackendUnavailableError(f"training=True: {reason}")
     heads = _head_patches(root, encoders)
     if not keep_weights:  # before anyone can call the engines
         for patch in patches:

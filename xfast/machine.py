@@ -11,7 +11,7 @@ from typing import Any
 import xfast
 from xfast.errors import InvalidOptionError
 
-PLANNED_BACKENDS = ("triton", "tensorrt")
+PLANNED_BACKENDS = ("tensorrt",)
 
 CEILINGS = ("fp32", "bf16", "int8", "read")
 """What ``ceilings`` measures: multiply-accumulate by precision in GOP/s, and reading memory in GB/s."""

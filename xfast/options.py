@@ -9,7 +9,7 @@ from typing import Any
 from xfast.errors import InvalidOptionError
 
 PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "fp8", "auto")
-BACKENDS = ("auto", "native")
+BACKENDS = ("auto", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Options:
 
     Attributes:
         backend: ``"auto"`` (first backend that supports the case) or a backend's name.
-        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` by name;
+        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` (CPU), ``"fp16"``,
+            ``"fp8"`` (GPU) by name;
             ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
@@ -26,6 +27,8 @@ class Options:
             results a little), unless a masked-LM head is tied to them.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
+        training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
+            packed tokens with the varlen attention kernel instead of the original code.
 
     Raises:
         InvalidOptionError: a value is not accepted.
@@ -37,6 +40,7 @@ class Options:
     keep_weights: bool = True
     calibration: Sequence[dict[str, Any]] | None = None
     tolerance: float | None = None
+    training: bool = False
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
@@ -45,6 +49,12 @@ class Options:
             raise InvalidOptionError(f"layers: expected an int or None, got {self.layers!r}")
         if not isinstance(self.keep_weights, bool):
             raise InvalidOptionError(f"keep_weights: expected True or False, got {self.keep_weights!r}")
+        if not isinstance(self.training, bool):
+            raise InvalidOptionError(f"training: expected True or False, got {self.training!r}")
+        if self.training and not self.keep_weights:
+            raise InvalidOptionError("keep_weights: False is not accepted with training=True, which needs the weights")
+        if self.training and self.layers is not None:
+            raise InvalidOptionError(f"layers: {self.layers} is not accepted with training=True, which runs all layers")
         self._check_auto()
 
     def _check_auto(self) -> None:

@@ -7,6 +7,7 @@ varlen interface: sequence ``i`` owns packed rows ``cu_seqlens[i] .. cu_seqlens[
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from xfast import _C
 from xfast.architecture import EncoderSpec
 from xfast.errors import InvalidInputError, TokenIdError
+from xfast.threads import get_num_threads
 
 
 class PositionOverflowError(IndexError):
@@ -51,6 +53,19 @@ class Packed:
         """Number of real tokens."""
         return int(self.indices.shape[0])
 
+    def first_rows(self) -> np.ndarray:
+        """int32 packed rows of the tokens in column 0; only when ``first_masked`` is 0."""
+        return self.cu_seqlens[:-1]
+
+    def pad(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[T, columns] -> [batch, length, columns] in ``dtype``, zeros at padded positions."""
+        cols = packed.shape[1]
+        if self.total_tokens == self.batch * self.length:
+            return packed.to(dtype).view(self.batch, self.length, cols)
+        out = torch.empty(self.batch * self.length, cols, dtype=torch.float32, device="cpu")
+        _C.pad(packed.float().contiguous().numpy(), self.indices, out.numpy(), get_num_threads())
+        return out.view(self.batch, self.length, cols).to(dtype)
+
 
 def unpad(
     spec: EncoderSpec,
@@ -74,21 +89,21 @@ def unpad(
         TokenIdError: a token or type id outside its table, named with its index.
         PositionOverflowError: a sequence longer than the position table.
     """
-    batch, length = _batch_shape(spec, input_ids, inputs_embeds)
+    batch, length = batch_shape(spec, input_ids, inputs_embeds)
     result = _C.unpad(
         batch,
         length,
-        _ids("input_ids", input_ids, batch, length),
-        _mask(attention_mask, batch, length),
-        _ids("position_ids", position_ids, batch, length),
-        _ids("token_type_ids", token_type_ids, batch, length),
+        _ids(check_ids("input_ids", input_ids, batch, length)),
+        _mask(check_mask(attention_mask, batch, length)),
+        _ids(check_ids("position_ids", position_ids, batch, length)),
+        _ids(check_ids("token_type_ids", token_type_ids, batch, length)),
         spec.vocab_size,
         spec.max_positions,
         spec.type_vocab_size,
         spec.pad_token_id if spec.position_rule == "padding" else -1,
     )
     if result["error"]:
-        _raise(spec, result)
+        raise_bad_value(spec, result["error"], list(result["at"]), result["value"])
     embeds = None
     if inputs_embeds is not None:
         rows = inputs_embeds.detach().reshape(batch * length, spec.hidden_size)
@@ -109,24 +124,10 @@ def unpad(
     )
 
 
-def pad(packed: Packed, hidden: torch.Tensor, threads: int) -> torch.Tensor:
-    """Packed rows [T, hidden_size] (fp32) -> [batch, length, hidden_size] with zeros at padded positions."""
-    cols = hidden.shape[1]
-    if packed.total_tokens == packed.batch * packed.length:
-        return hidden.view(packed.batch, packed.length, cols)
-    out = torch.empty(packed.batch * packed.length, cols, dtype=torch.float32, device="cpu")
-    _C.pad(hidden.numpy(), packed.indices, out.numpy(), threads)
-    return out.view(packed.batch, packed.length, cols)
-
-
-def first_rows(packed: Packed) -> np.ndarray:
-    """int32 packed rows of the tokens in column 0; callers make sure that ``first_masked`` is 0."""
-    return packed.cu_seqlens[:-1]
-
-
-def _batch_shape(
+def batch_shape(
     spec: EncoderSpec, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[int, int]:
+    """(batch, length) of what was given. Raises InvalidInputError on shapes and dtypes that are not accepted."""
     if (input_ids is None) == (inputs_embeds is None):
         raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
@@ -142,7 +143,8 @@ def _batch_shape(
     return inputs_embeds.shape[0], inputs_embeds.shape[1]
 
 
-def _ids(name: str, ids: torch.Tensor | None, batch: int, length: int) -> np.ndarray | None:
+def check_ids(name: str, ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Integers as contiguous [batch or 1, length]. Raises InvalidInputError on another shape or dtype."""
     if ids is None:
         return None
     if ids.dtype not in (torch.int64, torch.int32):
@@ -151,14 +153,25 @@ def _ids(name: str, ids: torch.Tensor | None, batch: int, length: int) -> np.nda
         ids = ids.unsqueeze(0)
     if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
         raise InvalidInputError(f"{name}: expected shape ({batch}, {length}), got {tuple(ids.shape)}")
-    return ids.detach().to(torch.int64).contiguous().numpy()
+    return ids.detach().contiguous()
 
 
-def _mask(mask: torch.Tensor | None, batch: int, length: int) -> np.ndarray | None:
+def check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """The mask as contiguous [batch, length], its values not looked at. Raises InvalidInputError on another shape."""
     if mask is None:
         return None
     if tuple(mask.shape) != (batch, length):
         raise InvalidInputError(f"attention_mask: expected shape ({batch}, {length}), got {tuple(mask.shape)}")
+    return mask.detach().contiguous()
+
+
+def _ids(ids: torch.Tensor | None) -> np.ndarray | None:
+    return None if ids is None else ids.to(torch.int64).numpy()
+
+
+def _mask(mask: torch.Tensor | None) -> np.ndarray | None:
+    if mask is None:
+        return None
     if mask.dtype not in (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32):
         # Other dtypes: compared as they are, since a conversion could round a wrong value to 0 or 1
         wrong = (mask != 0) & (mask != 1)
@@ -166,20 +179,19 @@ def _mask(mask: torch.Tensor | None, batch: int, length: int) -> np.ndarray | No
             at = wrong.nonzero()[0].tolist()
             raise InvalidInputError(_mask_message(at, mask[tuple(at)].item()))
         mask = mask != 0
-    return mask.detach().contiguous().numpy()
+    return mask.numpy()
 
 
 def _mask_message(at: list[int], value: object) -> str:
     return f"attention_mask{at} is {value}; accepted: 0 (padding) and 1 (token)"
 
 
-def _raise(spec: EncoderSpec, result: dict[str, object]) -> None:
-    kind, at = result["error"], result["at"]
-    value = result["value"]
+def raise_bad_value(spec: EncoderSpec, kind: str, at: list[int], value: Any) -> NoReturn:
+    """Raises the error for a bad ``value`` at [row, column] ``at`` of the mask, token ids, type ids or positions."""
     if kind == "token":
-        raise TokenIdError(f"input_ids{list(at)} is {value:.0f}; accepted: 0 to {spec.vocab_size - 1}")  # type: ignore[call-overload]
+        raise TokenIdError(f"input_ids{at} is {value:.0f}; accepted: 0 to {spec.vocab_size - 1}")
     if kind == "type":
-        raise TokenIdError(f"token_type_ids{list(at)} is {value:.0f}; accepted: 0 to {spec.type_vocab_size - 1}")  # type: ignore[call-overload]
+        raise TokenIdError(f"token_type_ids{at} is {value:.0f}; accepted: 0 to {spec.type_vocab_size - 1}")
     if kind == "mask":
-        raise InvalidInputError(_mask_message(list(at), value))  # type: ignore[call-overload]
-    raise PositionOverflowError(f"position {value} at {at}; the model has {spec.max_positions} positions")
+        raise InvalidInputError(_mask_message(at, value))
+    raise PositionOverflowError(f"position {value} at {tuple(at)}; the model has {spec.max_positions} positions")

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from xfast import training
 from xfast.architecture import family_of
-from xfast.backends.base import Engine
+from xfast.backends.base import Batch, Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import HeadRule, head_module, is_plain
 from xfast.options import Options
-from xfast.packing import Packed, PositionOverflowError, first_rows, pad, unpad
+from xfast.packing import PositionOverflowError
 from xfast.plan import Plan
-from xfast.threads import get_num_threads
 
 _ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Arguments that change no result of the encoder (num_items_in_batch: Trainer hands it to every model)
@@ -113,7 +113,7 @@ class HeadContext:
         self.original = original  # why the encoder must run its original code, or None
         self.needs_first = False  # column 0 must have its original value even where it is masked
         self.padded: torch.Tensor | None = None
-        self.packed: Packed | None = None
+        self.packed: Batch | None = None
         self.hidden: torch.Tensor | None = None
 
 
@@ -178,8 +178,9 @@ class EncoderPatch(Patch):
         if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
             return self.original(*args, **kwargs)  # which raises TypeError
         call = dict(zip(self._names, args, strict=False), **kwargs)
+        train = self.options.training and (module.training or torch.is_grad_enabled())
         try:
-            return self._run(module, call)
+            return self._train(module, call) if train else self._run(module, call)
         except _RunsOriginal as refusal:
             reason = str(refusal)
         except PositionOverflowError:
@@ -229,11 +230,14 @@ class EncoderPatch(Patch):
             raise _RunsOriginal("no backend runs this model")
         if (reason := self.plan.inner.refusal()) is not None:
             raise _RunsOriginal(reason)
+        tensors = (t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None)
+        if elsewhere := [t.device for t in tensors if t.device != engine.device]:
+            raise _RunsOriginal(f"an input is on {elsewhere[0]}, the model on {engine.device}")
         return engine
 
-    def _refusal(self, module: nn.Module, call: dict[str, Any]) -> str | None:
+    def _refusal(self, module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
         """Why this call must run the original code, or None."""
-        static = _static_refusal(module, call)
+        static = _static_refusal(module, call, train)
         if static is not None:
             return static
         tensors = [t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None]
@@ -244,8 +248,10 @@ class EncoderPatch(Patch):
         mask = call.get("attention_mask")
         if mask is not None and mask.dim() > 2:
             return "the attention mask has more than 2 dimensions"
-        if torch.is_grad_enabled() and (
-            any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters())
+        if (
+            not train
+            and torch.is_grad_enabled()
+            and (any(t.requires_grad for t in tensors) or any(p.requires_grad for p in module.parameters()))
         ):
             return _GRADIENTS
         if torch.jit.is_tracing():
@@ -253,33 +259,51 @@ class EncoderPatch(Patch):
         context = _context(self)
         if context is not None and context.original is not None:
             return context.original
-        if torch.is_autocast_enabled("cpu") and self.options.precision == "model":
+        if not train and torch.is_autocast_enabled(tensors[0].device.type) and self.options.precision == "model":
             return "autocast is on and no precision was asked for"
-        if any(t.device.type != "cpu" for t in tensors):
-            return "an input is not on the CPU"
         return None
 
     def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
         engine = self._engine_for(module, call)
-        packed = unpad(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        packed = engine.unpad(*(call.get(name) for name in _ENCODER_ARGUMENTS))
         context = _context(self)
         want_states = bool(_flag(module, call, "output_hidden_states"))
         pooler = getattr(module, "pooler", None)
         first = context is not None and context.rows == "first" and is_plain(pooler)
-        if packed.first_masked and (first or pooler is not None or (context is not None and context.needs_first)):
-            raise _RunsOriginal("column 0 is masked in a row whose first token is read")
-        if packed.length == 0:
-            raise _RunsOriginal("the batch has no columns")
+        _refuse_batch(packed, first or pooler is not None or (context is not None and context.needs_first))
         dtype = self.plan.weights.modules[-1, "embedding_norm"].weight.dtype
-        rows = first_rows(packed) if first and not want_states else None
+        rows = packed.first_rows() if first and not want_states else None
         hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
-        last = (hidden.unsqueeze(1) if rows is not None else _pad(packed, hidden)).to(dtype)
+        last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:
             context.padded, context.packed, context.hidden = last, packed, hidden
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
-            hidden_states=None if states is None else (*(_pad(packed, s).to(dtype) for s in states[:-1]), last),
+            hidden_states=None if states is None else (*(packed.pad(s, dtype) for s in states[:-1]), last),
+        )
+        return self._as_asked(module, call, output)
+
+    def training_unavailable(self) -> str | None:
+        """Why ``training=True`` cannot work for this encoder here, or None."""
+        word = self.plan.weights.modules[-1, "word"].weight
+        return training.unavailable(self.plan.weights.spec, word.device)
+
+    def _train(self, module: nn.Module, call: dict[str, Any]) -> Any:
+        """A differentiable forward through the module's own parts, on packed tokens."""
+        if (reason := self._refusal(module, call, train=True)) is not None:
+            raise _RunsOriginal(reason)
+        given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
+        if (reason := training.refusal(module, given.device) or self.plan.inner.refusal(training=True)) is not None:
+            raise _RunsOriginal(reason)
+        packed = training.pack(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        pooler, context = getattr(module, "pooler", None), _context(self)
+        _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
+        last, states = training.run(module, self.plan.weights.spec, packed, call.get("inputs_embeds"))
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=None if pooler is None else pooler(last),
+            hidden_states=(*states, last) if _flag(module, call, "output_hidden_states") else None,
         )
         return self._as_asked(module, call, output)
 
@@ -324,6 +348,13 @@ class EncoderPatch(Patch):
         return self._as_asked(module, call, output)
 
 
+def _refuse_batch(packed: Batch, reads_first: bool) -> None:
+    if packed.first_masked and reads_first:
+        raise _RunsOriginal("column 0 is masked in a row whose first token is read")
+    if packed.length == 0:
+        raise _RunsOriginal("the batch has no columns")
+
+
 class _RunsOriginal(Exception):
     """Found while running: this call needs the original code. The message says why."""
 
@@ -338,9 +369,9 @@ def _flag(module: nn.Module, call: dict[str, Any], name: str, default: bool = Fa
     return getattr(module.config, name, default) if value is None else value
 
 
-def _static_refusal(module: nn.Module, call: dict[str, Any]) -> str | None:
+def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
     """Reasons that depend on the mode and the kind of call, not on tensors."""
-    if module.training:
+    if module.training and not train:
         return "the model is in training mode"
     if _flag(module, call, "output_attentions"):
         return "attention weights are asked for"
@@ -352,10 +383,6 @@ def _static_refusal(module: nn.Module, call: dict[str, Any]) -> str | None:
         if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
             return f"{name} is given"
     return None
-
-
-def _pad(packed: Packed, hidden: torch.Tensor) -> torch.Tensor:
-    return pad(packed, hidden, get_num_threads())
 
 
 class HeadPatch(Patch):
@@ -422,7 +449,7 @@ class TokenHeadPatch(HeadPatch):
         if packed.total_tokens == packed.batch * packed.length:
             return self.original(*args)
         outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
-        return _pad(packed, outputs.float().contiguous()).to(outputs.dtype)
+        return packed.pad(outputs, outputs.dtype)
 
 
 def _same_values(features: Any, padded: torch.Tensor | None) -> bool:

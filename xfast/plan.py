@@ -12,6 +12,7 @@ from torch import nn
 from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
 from xfast.backends.base import Engine, choose
 from xfast.backends.native import NativeBackend
+from xfast.backends.triton import TritonBackend
 from xfast.errors import (
     BackendUnavailableError,
     InvalidInputError,
@@ -21,14 +22,14 @@ from xfast.errors import (
     WeightsFreedError,
 )
 from xfast.options import Options
-from xfast.packing import Packed, PositionOverflowError, unpad
+from xfast.packing import PositionOverflowError
 from xfast.watch import InnerWatch, WeightWatch
 
-BACKENDS = (NativeBackend(),)
+BACKENDS = (NativeBackend(), TritonBackend())
 
 _DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Fastest first. bf16 stands behind int8 even where it is native; fp32 always meets a tolerance above rounding.
-_AUTO_ORDER = ("int8", "bf16", "fp32")
+_AUTO_ORDER = ("fp8", "int8", "bf16", "fp16", "fp32")
 
 
 class Plan:
@@ -148,20 +149,27 @@ class Plan:
     ) -> tuple[str, Engine | None]:
         batches = [_encoder_arguments(batch) for batch in self.options.calibration or ()]
         tolerance = self.options.tolerance or 0.0
-        packed = [_unpad_calibration(weights, index, batch) for index, batch in enumerate(batches)]
-        reference = [_original_output(module, batch, p, self.layers) for batch, p in zip(batches, packed, strict=True)]
+        reference: list[torch.Tensor] = []
+        reasons: list[str] = []
         for precision in _AUTO_ORDER:
-            backend, _ = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
+            try:
+                backend, _ = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
+            except BackendUnavailableError as unavailable:
+                reasons.append(str(unavailable))
+                continue
             if backend is None:
                 continue
             engine = backend.compile(weights, precision)
-            error = _relative_error([engine.run(p, layers=self.layers)[0] for p in packed], reference)
+            outputs = [_output(engine, index, batch, self.layers) for index, batch in enumerate(batches)]
+            reference = reference or [_original_output(module, batch, self.layers) for batch in batches]
+            error = _relative_error(outputs, reference)
             verdict = "chosen" if error <= tolerance else "refused"
             self.notes.append(f"auto: {precision} error {error:.2e}, tolerance {tolerance:.2e}: {verdict}")
             if error <= tolerance:
                 return backend.name, engine
         raise BackendUnavailableError(
-            f"no precision stays within tolerance={tolerance} on the calibration batches: " + "; ".join(self.notes)
+            f"no precision stays within tolerance={tolerance} on the calibration batches: "
+            + "; ".join(self.notes or reasons)
         )
 
 
@@ -200,15 +208,18 @@ def _encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
     return given
 
 
-def _unpad_calibration(weights: EncoderWeights, index: int, batch: dict[str, torch.Tensor]) -> Packed:
+def _output(engine: Engine, index: int, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
+    """The engine's hidden states, [batch, length, hidden_size], zeros at padded positions."""
     try:
-        return unpad(weights.spec, batch.get("input_ids"), **{k: v for k, v in batch.items() if k != "input_ids"})
+        packed = engine.unpad(**{"input_ids": None, **batch})
     except PositionOverflowError as error:
         raise InvalidInputError(f"calibration[{index}] is too long: {error}") from None
+    hidden: torch.Tensor = packed.pad(engine.run(packed, layers=layers)[0], torch.float32)
+    return hidden
 
 
-def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], packed: Packed, layers: int) -> torch.Tensor:
-    """The original code's hidden states of the real tokens, [tokens, hidden_size]."""
+def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
+    """The original code's, likewise."""
     training = module.training
     module.eval()
     try:
@@ -217,8 +228,9 @@ def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], packed: 
             states = forward(module, **batch, output_hidden_states=True, return_dict=True).hidden_states
     finally:
         module.train(training)
-    flat: torch.Tensor = states[layers].float().reshape(packed.batch * packed.length, -1)
-    return flat[torch.from_numpy(packed.indices).long()]
+    hidden: torch.Tensor = states[layers].float()
+    mask = batch.get("attention_mask")
+    return hidden if mask is None else torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)
 
 
 def _relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:

@@ -76,13 +76,13 @@ class InnerWatch:
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._dropouts = [module.__dict__ for module in inner if isinstance(module, nn.Dropout)]
 
-    def refusal(self) -> str | None:
-        """Why the original code must run, or None."""
+    def refusal(self, training: bool = False) -> str | None:
+        """Why the original code must run, or None. In ``training`` the modules run themselves, dropout included."""
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "a forward hook is registered for every module"
         if any(self._hooks) and any(not _is_recorder(hook) for hooks in self._hooks for hook in hooks.values()):
             return "a forward hook is registered inside the encoder"
-        if any(map(_training, self._dropouts)):
+        if not training and any(map(_training, self._dropouts)):
             return "a module inside the encoder is in training mode"
         return None
 

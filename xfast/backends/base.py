@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.errors import BackendUnavailableError
-from xfast.packing import Packed
+
+
+class Batch(Protocol):
+    """A batch without its padding, T tokens: :class:`xfast.packing.Packed` or its twin on a device."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Columns of the padded batch."""
+        ...
+
+    @property
+    def total_tokens(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def first_masked(self) -> int:
+        """Sequences whose column 0 is masked."""
+        ...
+
+    def first_rows(self) -> Any:
+        """int32 packed rows of the tokens in column 0, as the engine's ``run`` takes them."""
+        ...
+
+    def pad(self, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[T, columns] -> [batch, length, columns] in ``dtype``, zeros at padded positions."""
+        ...
 
 
 class Engine(Protocol):
     """A compiled encoder. Thread-safe."""
 
     precision: str
+    device: torch.device
+
+    def unpad(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """Drops a batch's padding on the engine's device, checking every value. See :func:`xfast.packing.unpad`."""
+        ...
 
     def run(
         self,
-        packed: Packed,
+        packed: Any,
         *,
-        rows: np.ndarray | None = None,
+        rows: Any = None,
         layers: int | None = None,
         hidden_states: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs ``layers`` layers (None: all) over packed tokens.
 
         Args:
-            packed: the batch, T tokens.
+            packed: what ``unpad`` made, T tokens.
             rows: int32, ascending packed rows wanted from the last layer, or None for all T.
             layers: number of layers to run.
             hidden_states: also return every layer's output (then ``rows`` must be None).
 
         Returns:
-            fp32 [len(rows) or T, hidden_size], and fp32 [layers + 1, T, hidden_size] or None.
+            [len(rows) or T, hidden_size], and [layers + 1, T, hidden_size] or None, in the dtype it computes in.
         """
         ...
 
@@ -60,6 +102,10 @@ class Backend(Protocol):
         """None when the case is supported, else the reason why not."""
         ...
 
+    def automatic(self, device: torch.device) -> bool:
+        """Whether ``backend="auto"`` may choose it there; by name it can be had wherever it is supported."""
+        ...
+
     def compile(self, weights: EncoderWeights, precision: str) -> Engine:
         """Packs the weights. Raises InvalidWeightsError naming the first unusable parameter."""
         ...
@@ -78,6 +124,8 @@ def choose(
         if name not in ("auto", backend.name):
             continue
         reason = backend.supports(spec, device, precision)
+        if reason is None and name == "auto" and not backend.automatic(device):
+            reason = f"on {device} it runs only when it is asked for by name"
         if reason is None:
             return backend, reasons
         reasons.append(f"{backend.name}: {reason}")

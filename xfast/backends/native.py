@@ -10,7 +10,7 @@ import torch
 from xfast import _C
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.errors import InvalidOptionError, InvalidWeightsError
-from xfast.packing import Packed
+from xfast.packing import Packed, unpad
 from xfast.threads import get_num_threads
 
 _PRECISIONS = ("fp32", "bf16", "int8")
@@ -45,10 +45,22 @@ class NativeEngine:
             "eps": spec.layer_norm_eps,
         }
         self.precision = precision
+        self.device = torch.device("cpu")
         self.spec = spec
         self._encoder = _C.Encoder(shape, precision, requested_isa())
         self._owns_words = False
         _Packer(self._encoder, weights).pack()
+
+    def unpad(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Packed:
+        """See :class:`xfast.backends.base.Engine`."""
+        return unpad(self.spec, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
 
     def run(
         self,
@@ -115,6 +127,10 @@ class NativeBackend:
         if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
             return "pre-norm encoders are not supported yet"
         return None
+
+    def automatic(self, device: torch.device) -> bool:
+        """See :class:`xfast.backends.base.Backend`."""
+        return True
 
     def compile(self, weights: EncoderWeights, precision: str) -> NativeEngine:
         """See :class:`xfast.backends.base.Backend`."""

@@ -1,0 +1,358 @@
+"""The Triton backend end to end, in the interpreter where there is no GPU: every family, head, option and refusal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu import DEVICE, FP8, INTERPRETED, NO_NUMPY_WARNINGS
+from models import (
+    FAMILIES,
+    HEADS,
+    arguments,
+    at_tokens,
+    build,
+    fallbacks,
+    left_padded,
+    norm_error,
+    quick_settings,
+    ragged,
+)
+
+import xfast
+from xfast.backends import cuda_graphs, triton
+from xfast.backends.triton import TritonBackend
+
+pytestmark = NO_NUMPY_WARNINGS
+_settings = pytest.fixture(autouse=True)(quick_settings)
+
+
+def moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(DEVICE) for name, value in batch.items()}
+
+
+def model_of(family: str = "xlm-roberta", head: str = "base", **changes: Any) -> Any:
+    return build(family, head, **{"intermediate_size": 112, "num_hidden_layers": 2, **changes}).to(DEVICE)
+
+
+def fast(model: Any, **options: Any) -> Any:
+    return xfast.accelerate(model, backend="triton", **options)
+
+
+def first_output(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    return model(**batch, **options)[0].float().cpu()
+
+
+def same_at_tokens(got: torch.Tensor, want: torch.Tensor, batch: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
+    mask = batch["attention_mask"].cpu()
+    if got.shape[: mask.dim()] == mask.shape:
+        assert torch.equal(got[mask == 0], torch.zeros_like(got[mask == 0]))
+        got, want = at_tokens(got, mask), at_tokens(want, mask)
+    assert norm_error(got, want) <= limit
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [*(("xlm-roberta", head) for head in HEADS), *((family, "base") for family in FAMILIES[1:]), ("bert", "masked-lm")],
+)
+def test_every_family_and_head(family: str, head: str) -> None:
+    model, batch = model_of(family, head), moved(arguments(family, head))
+    want = first_output(model, batch)
+    got = first_output(fast(model), batch)
+    if head != "masked-lm":  # whose decoder's bias stands at padded positions of the original
+        same_at_tokens(got, want, batch)
+    else:
+        mask = batch["attention_mask"].cpu()
+        assert norm_error(at_tokens(got, mask), at_tokens(want, mask)) <= 1e-5
+    assert fallbacks(model) == {}
+    explained = xfast.explain(model).encoders[0]
+    assert (explained.backend, explained.precision) == ("triton", "fp32")
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 3e-3), ("bf16", 2e-2), pytest.param("fp8", 0.12, marks=FP8)])
+def test_precisions(precision: str, limit: float) -> None:
+    model, batch = model_of(), moved(ragged())
+    want = first_output(model, batch)
+    got = first_output(fast(model, precision=precision), batch)
+    same_at_tokens(got, want, batch, limit)
+    assert norm_error(got, want) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_models_own_dtype_is_kept_and_no_less_accurate(dtype: torch.dtype) -> None:
+    batch = moved(ragged())
+    mask = batch["attention_mask"].cpu()
+    truth = at_tokens(first_output(model_of(), batch), mask)
+    model = model_of().to(dtype)
+    stock = norm_error(at_tokens(first_output(model, batch), mask), truth)
+    output = fast(model)(**batch)[0]
+    assert output.dtype == dtype
+    assert norm_error(at_tokens(output.float().cpu(), mask), truth) <= 2 * stock
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (40,), (60, 2), (0, 5), (7, 0, 9, 0)], ids=str)
+def test_batches_of_every_kind(lengths: tuple[int, ...]) -> None:
+    model = model_of(head="base-no-pooler", max_position_embeddings=70)
+    batch = moved(ragged(lengths=lengths))
+    want = first_output(model, batch)
+    same_at_tokens(first_output(fast(model), batch), want, batch)
+    assert fallbacks(model) == {}
+
+
+def test_left_padding_holes_and_no_mask() -> None:
+    model = model_of(head="base-no-pooler")
+    left, holes, full = moved(left_padded(ragged())), moved(ragged()), moved(ragged())
+    holes["attention_mask"][2, 4:6] = 0
+    del full["attention_mask"]
+    wants = [first_output(model, batch) for batch in (left, holes, full)]
+    fast(model)
+    same_at_tokens(first_output(model, left), wants[0], left)
+    same_at_tokens(first_output(model, holes), wants[1], holes)
+    assert norm_error(first_output(model, full), wants[2]) <= 1e-5
+
+
+def test_inputs_embeds_and_token_types() -> None:
+    model, batch = model_of("bert"), moved(ragged("bert"))
+    batch["token_type_ids"] = torch.arange(17, device=DEVICE).remainder(2).expand(4, 17).contiguous()
+    embeds = {**batch, "inputs_embeds": model.embeddings.word_embeddings(batch["input_ids"])}
+    del embeds["input_ids"]
+    wants = [first_output(model, b) for b in (batch, embeds)]
+    fast(model)
+    for b, want in zip((batch, embeds), wants, strict=True):
+        same_at_tokens(first_output(model, b), want, batch)
+    assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_layers_and_hidden_states(layers: int) -> None:
+    model, batch = model_of(), moved(ragged())
+    want = model(**batch, output_hidden_states=True).hidden_states
+    fast(model, layers=layers)
+    got = model(**batch, output_hidden_states=True)
+    assert len(got.hidden_states) == layers + 1
+    for ours, theirs in zip(got.hidden_states, want, strict=False):
+        same_at_tokens(ours.cpu(), theirs.cpu(), batch)
+    torch.testing.assert_close(model(**batch).last_hidden_state, got.last_hidden_state)
+
+
+def test_a_head_that_reads_one_token_computes_one_row() -> None:
+    model, batch = model_of(head="sequence-classification"), moved(ragged())
+    fast(model)
+    seen = []
+    model.classifier.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    plain = model_of(head="sequence-classification")
+    assert norm_error(first_output(model, batch), first_output(plain, batch)) <= 1e-5
+
+
+def test_restore_and_changed_weights() -> None:
+    model, batch = model_of(), moved(ragged())
+    stock = first_output(model, batch)
+    fast(model)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight.mul_(1.5)
+        model.encoder.layer[0].attention.self.query.weight.mul_(0.5)
+    changed = first_output(model, batch)
+    xfast.restore(model)
+    same_at_tokens(changed, first_output(model, batch), batch)
+    assert "forward" not in model.__dict__ and norm_error(changed, stock) > 1e-3
+
+
+def test_deepcopy_packs_its_own() -> None:
+    model, batch = model_of(), moved(ragged())
+    other = copy.deepcopy(fast(model))
+    torch.testing.assert_close(first_output(other, batch), first_output(model, batch))
+
+
+def test_keep_weights_false_frees_the_linears() -> None:
+    model, batch = model_of(), moved(ragged())
+    want = first_output(fast(model), batch)
+    xfast.restore(model)
+    fast(model, keep_weights=False)
+    assert model.encoder.layer[0].output.dense.weight.is_meta
+    assert not model.embeddings.word_embeddings.weight.is_meta
+    torch.testing.assert_close(first_output(model, batch), want)
+
+
+@FP8
+def test_auto_takes_the_fastest_within_the_tolerance() -> None:
+    batch = moved(ragged(lengths=(5, 2)))
+    loose = fast(model_of(num_hidden_layers=1), precision="auto", calibration=[batch], tolerance=0.5)
+    tight = fast(model_of(num_hidden_layers=1), precision="auto", calibration=[batch], tolerance=1e-4)
+    assert xfast.explain(loose).encoders[0].precision == "fp8"
+    assert xfast.explain(tight).encoders[0].precision == "fp32"
+    assert "auto: fp8 error" in str(xfast.explain(tight))
+
+
+def test_bad_input_is_named() -> None:
+    model, batch = fast(model_of()), moved(ragged())
+    bad = {**batch, "input_ids": batch["input_ids"].clone()}
+    bad["input_ids"][1, 0] = 5000
+    with pytest.raises(xfast.TokenIdError, match=r"input_ids\[1, 0\] is 5000"):
+        model(**bad)
+    long = moved(ragged(lengths=(39,)))
+    with pytest.raises(xfast.InvalidInputError, match="the model has 40 positions"):
+        model(**long)
+    assert torch.isfinite(model(**batch)[0]).all()
+
+
+def test_inputs_on_another_device_run_the_original_code() -> None:
+    model, batch = fast(model_of()), moved(ragged())
+    batch["attention_mask"] = batch["attention_mask"].to("meta")
+    with pytest.raises(Exception, match=r".+"):  # the original's own complaint
+        model(**batch)
+    assert any("the model on" in reason for reason in fallbacks(model))
+
+
+def test_non_finite_weights_are_refused_by_name() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.encoder.layer[1].attention.output.dense.weight[3, 4] = torch.inf
+    with pytest.raises(xfast.InvalidWeightsError, match=r"encoder\.layer\.1\.attention\.output\.dense\.weight"):
+        fast(model)
+    large = model_of()
+    with torch.no_grad():
+        large.encoder.layer[0].output.dense.weight[0, 0] = 1e6
+    with pytest.raises(xfast.InvalidWeightsError, match=r"too large for torch\.float16"):
+        fast(large, precision="fp16")
+
+
+# --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def reason(
+    monkeypatch: pytest.MonkeyPatch, *, capability: int = 90, precision: str = "bf16", **changes: Any
+) -> str | None:
+    from dataclasses import replace
+
+    from xfast.architecture import describe, family_of
+
+    model = build()
+    family = family_of(model)
+    assert family is not None
+    spec = replace(describe(model, family).spec, **changes)
+    monkeypatch.setattr("xfast.kernels.launch.capability_of", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+    return TritonBackend().supports(spec, DEVICE, precision)
+
+
+def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reason(monkeypatch) is None
+    assert "compute capability 7.5; bf16 needs 8.0" in (reason(monkeypatch, capability=75) or "")
+    assert "compute capability 8.6; fp8 needs 8.9" in (reason(monkeypatch, capability=86, precision="fp8") or "")
+    assert "int8 is not available on the GPU" in (reason(monkeypatch, precision="int8") or "")
+    assert "head_dim 24" in (reason(monkeypatch, head_dim=24) or "")
+    assert "pre-norm" in (reason(monkeypatch, norm="pre") or "")
+    assert "multiples of 16" in (reason(monkeypatch, precision="fp8", intermediate_size=100) or "")
+
+
+def test_triton_absent_or_broken_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec: Any = None
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert TritonBackend().supports(spec, DEVICE, "bf16") == 'triton is not installed: pip install "xfast[triton]"'
+    with pytest.raises(xfast.BackendUnavailableError, match="triton is not installed"):
+        fast(build().to(DEVICE))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is there")
+def test_the_interpreter_is_never_chosen_unasked() -> None:
+    model = xfast.accelerate(build())
+    assert xfast.explain(model).encoders[0].backend == "native"
+    with pytest.raises(xfast.BackendUnavailableError, match="only when it is asked for by name"):
+        xfast.accelerate(build(), precision="fp16")
+
+
+# --- graphs, with a capture that needs no GPU ------------------------------------------------------------------------
+
+
+class Captures:
+    """Records what was captured; ``fail`` makes the next captures run out of memory."""
+
+    def __init__(self) -> None:
+        self.count, self.replays, self.fail = 0, 0, False
+
+    def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        if self.fail:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.count += 1
+        output = function()
+
+        def replay() -> None:
+            self.replays += 1
+            output.copy_(function())
+
+        return replay, output
+
+
+def with_graphs(model: Any) -> Captures:
+    engine = model.base_model.__dict__["forward"].plan.current_engine(model.base_model)
+    captures = Captures()
+    engine._graphs._capture = captures
+    return captures
+
+
+def test_batches_of_one_bucket_share_a_graph() -> None:
+    model = model_of(head="base-no-pooler", num_hidden_layers=1)
+    batches = [moved(ragged(lengths=lengths, seed=i)) for i, lengths in enumerate([(5, 1, 9, 3), (12, 6), (8, 8, 2)])]
+    wants = [first_output(model, batch) for batch in batches]
+    captures = with_graphs(fast(model))
+    for _ in range(2):
+        for batch, want in zip(batches, wants, strict=True):
+            same_at_tokens(first_output(model, batch), want, batch)
+    # 18 tokens each: one bucket of 32, with room for 4, 2 and 4 sequences
+    assert captures.count == 2 and captures.replays == 6
+    assert "token buckets 32" in str(xfast.explain(model))
+
+
+def test_graphs_of_selected_rows() -> None:
+    model, stock = (
+        model_of(head="sequence-classification", num_hidden_layers=1),
+        model_of(head="sequence-classification", num_hidden_layers=1),
+    )
+    captures = with_graphs(fast(model))
+    for lengths in ((9, 1, 17), (3, 3, 3, 3), (20,)):
+        batch = moved(ragged(lengths=lengths))
+        assert norm_error(first_output(model, batch), first_output(stock, batch)) <= 1e-5
+    assert captures.replays == 3
+
+
+def test_results_of_a_graph_are_not_overwritten_by_the_next() -> None:
+    model = model_of(head="base-no-pooler", num_hidden_layers=1)
+    with_graphs(fast(model))
+    first, second = (moved(ragged(lengths=(8, 8), seed=seed)) for seed in (1, 2))
+    kept = model(**first)[0]
+    copied = kept.clone()
+    model(**second)
+    assert torch.equal(kept, copied)
+
+
+def test_a_batch_larger_than_every_bucket_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "BUCKETS", (16, 32))
+    model = model_of(head="base-no-pooler", num_hidden_layers=1)
+    captures = with_graphs(fast(model))
+    model(**moved(ragged()))
+    assert captures.count == 0
+    assert cuda_graphs.bucket_for(33) is None and cuda_graphs.bucket_for(17) == 32
+
+
+def test_out_of_memory_while_capturing_runs_without_and_says_so() -> None:
+    model, batch = model_of(head="base-no-pooler", num_hidden_layers=1), moved(ragged())
+    want = first_output(model, batch)
+    captures = with_graphs(fast(model))
+    captures.fail = True
+    same_at_tokens(first_output(model, batch), want, batch)
+    captures.fail = False
+    same_at_tokens(first_output(model, batch), want, batch)  # not tried again
+    assert captures.count == 0
+    assert "no graph for 64 tokens: CUDA out of memory" in str(xfast.explain(model))
+
+
+def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    model = model_of(head="base-no-pooler", num_hidden_layers=1)
+    captures = with_graphs(fast(model))
+    for lengths in ((10,), (20,), (10,), (34,), (10,), (20,)):
+        model(**moved(ragged(lengths=lengths)))
+    assert captures.count == 4  # 20 was dropped for 35, and is captured again

@@ -1,0 +1,137 @@
+"""``attn_implementation="xfast"``: the varlen attention kernel alone, for any transformers encoder, with gradients.
+
+Registered with transformers when xfast is imported: the attention *and* the mask function, because a name without a
+mask function is handed no mask at all and would silently attend to padding (huggingface/transformers PR 45811).
+
+Padded batches are packed for the kernel and padded again after it in every layer; ``xfast.accelerate`` does so once for
+the whole encoder and is what inference should use. Where the kernel cannot run (CPU, an odd head_dim), torch's own
+attention runs with the same mask: the same results, without the speed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfast.errors import InvalidInputError, UnsupportedModelError
+
+NAME = "xfast"
+_recent = threading.local()  # .packing: the last mask (weakly), its version and its packing; all layers share a mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function, from [batch, heads, length, head_dim] to [batch, length, heads, head_dim].
+
+    Padded rows of the result are zeros.
+
+    Raises:
+        UnsupportedModelError: causal attention, or queries and keys of different lengths.
+        InvalidInputError: a mask that is not [batch, length].
+    """
+    if getattr(module, "is_causal", False):
+        raise UnsupportedModelError(f"{type(module).__name__} is causal; attn_implementation='xfast' is for encoders")
+    if query.shape != key.shape:
+        raise UnsupportedModelError(
+            "attn_implementation='xfast' is self-attention with as many key heads as query heads; "
+            f"got queries {tuple(query.shape)} and keys {tuple(key.shape)}"
+        )
+    batch, _heads, length, head_dim = query.shape
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
+        raise InvalidInputError(
+            f"attention_mask: expected shape ({batch}, {length}), got {tuple(attention_mask.shape)}; "
+            "attn_implementation='xfast' takes 2-D masks only"
+        )
+    scale = head_dim**-0.5 if scaling is None else scaling
+    if not _kernel_runs(query):
+        return _torch_attention(query, key, value, attention_mask, dropout, scale), None
+    return _varlen(query, key, value, attention_mask, dropout, scale), None
+
+
+def dropout_seed(dropout: float) -> int:
+    """Which probabilities are dropped: drawn from torch's CPU generator, so ``torch.manual_seed`` repeats it."""
+    return int(torch.randint(0, 2**31 - 1, ())) if dropout > 0.0 else 0
+
+
+def _kernel_runs(query: torch.Tensor) -> bool:
+    try:
+        from xfast.kernels.attention import HEAD_DIMS
+        from xfast.kernels.launch import FLOATS, INTERPRETED
+    except ImportError:
+        return False
+    return (
+        query.device.type == ("cpu" if INTERPRETED else "cuda")
+        and query.shape[-1] in HEAD_DIMS
+        and query.dtype in FLOATS
+    )
+
+
+def _torch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, scale: float
+) -> torch.Tensor:
+    keep = None if mask is None else mask.bool()[:, None, None, :]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout, scale=scale)
+    if mask is not None:
+        out = torch.where(mask.bool()[:, None, :, None], out, 0.0)
+    return out.transpose(1, 2)
+
+
+def _varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, scale: float
+) -> torch.Tensor:
+    from xfast.kernels.attention_grad import VarlenAttention
+
+    batch, heads, length, head_dim = q.shape
+    rows = [t.transpose(1, 2).reshape(batch * length, heads, head_dim) for t in (q, k, v)]
+    seed = dropout_seed(dropout)
+    if mask is None:
+        cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=q.device)
+        cu_seqlens = cu_seqlens[: batch + 1]
+        out = VarlenAttention.apply(*rows, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
+        return out.view(batch, length, heads, head_dim)
+    source, slot, cu_seqlens = _packing(mask)
+    packed = [t[source] for t in rows]
+    out = VarlenAttention.apply(*packed, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
+    padded = torch.where((slot >= 0)[:, None, None], out[slot.clamp_min(0)], 0.0)
+    return padded.view(batch, length, heads, head_dim)
+
+
+def _packing(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(source of each packed row, packed row of each place or -1, cu_seqlens) of a mask, kept for the next layer."""
+    from xfast.kernels.packing import unpad
+
+    recent = getattr(_recent, "packing", None)
+    if recent is not None and recent[0]() is mask and recent[1] == mask._version:
+        kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = recent[2]
+        return kept
+    batch, length = mask.shape
+    view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.contiguous()
+    limits = {"pad_id": -1, "vocab": 1, "positions": length, "types": 1}
+    rows = unpad(batch, length, mask.device, None, view, None, None, **limits)
+    # Past the last token ``source`` is undefined; how many there are is known to the device alone.
+    filled = torch.arange(batch * length, device=mask.device) < rows.info[0]
+    packing = (torch.where(filled, rows.source, 0).long(), rows.slot.long(), rows.cu_seqlens)
+    if not mask.is_inference():
+        _recent.packing = (weakref.ref(mask), mask._version, packing)
+    return packing
+
+
+def register() -> None:
+    """Makes the name known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, flash_attention_mask)

@@ -1,0 +1,146 @@
+"""The GPU backend: Triton kernels around cuBLASLt products, on packed tokens. Needs the package ``triton``.
+
+A layer is eight launches (eleven with fp8): QKV in one product, attention, the output projection added to the residual
+stream, LayerNorm (which adds the projection's bias), the two FFN products with bias + GELU between them, LayerNorm.
+Every launch takes its sizes from the host but its *lengths* from the device, so that a captured graph serves every
+batch that fits its bucket (``backends/cuda_graphs.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.backends.triton_weights import DTYPES, Packer
+
+if TYPE_CHECKING:
+    from xfast.backends.triton_forward import TritonForward
+    from xfast.device_packing import DevicePacked
+
+MIN_CAPABILITY, MIN_FP8_CAPABILITY = 80, 89
+_HEAD_DIMS = (16, 32, 64, 80, 128)  # of kernels/attention.py, which cannot be imported without triton
+
+
+class TritonBackend:
+    """Runs encoders on NVIDIA GPUs of compute capability 8.0 and later."""
+
+    name = "triton"
+
+    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+        """See :class:`xfast.backends.base.Backend`."""
+        reason = _unavailable(device, precision)
+        if reason is not None:
+            return reason
+        if precision not in DTYPES:
+            return f"precision {precision} is not available on the GPU; available: {', '.join(DTYPES)}"
+        if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
+            return "pre-norm encoders are not supported yet"
+        if spec.head_dim not in _HEAD_DIMS:
+            return f"head_dim {spec.head_dim} is not supported; supported: {', '.join(map(str, _HEAD_DIMS))}"
+        if precision == "fp8" and (spec.hidden_size % 16 or spec.intermediate_size % 16):
+            return "fp8 needs hidden_size and intermediate_size that are multiples of 16"
+        return None
+
+    def automatic(self, device: torch.device) -> bool:
+        """See :class:`xfast.backends.base.Backend`. Not in the interpreter, which is for tests."""
+        return device.type == "cuda"
+
+    def compile(self, weights: EncoderWeights, precision: str) -> TritonEngine:
+        """See :class:`xfast.backends.base.Backend`."""
+        return TritonEngine(weights, precision)
+
+
+def _unavailable(device: torch.device, precision: str) -> str | None:
+    """Why this device or installation cannot run the kernels, or None."""
+    if device.type not in ("cuda", "cpu"):
+        return f"the model is on {device}, this backend runs on cuda"
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed: pip install "xfast[triton]"'
+    try:
+        from xfast.kernels.launch import INTERPRETED, capability_of
+    except Exception as error:  # a broken installation may raise anything
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
+    if (device.type == "cpu") != INTERPRETED:
+        return f"the model is on {device}, this backend runs on {'cpu (TRITON_INTERPRET=1)' if INTERPRETED else 'cuda'}"
+    capability = capability_of(device)
+    needed = MIN_FP8_CAPABILITY if precision == "fp8" else MIN_CAPABILITY
+    if capability < needed:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability / 10}; {precision} needs {needed / 10} or later"
+    return None
+
+
+class TritonEngine:
+    """A packed encoder on the GPU. Thread-safe."""
+
+    def __init__(self, weights: EncoderWeights, precision: str) -> None:
+        from xfast.backends.cuda_graphs import GraphCache
+        from xfast.backends.triton_forward import TritonForward
+
+        self.precision = precision
+        self.spec = weights.spec
+        self.device = weights.modules[-1, "word"].weight.device
+        packer = Packer(weights, precision)
+        self._forward: TritonForward = TritonForward(self.spec, packer.pack(), DTYPES[precision], self.device)
+        self._graphs = GraphCache(self._forward)
+        self._copied_bytes = packer.copied_bytes
+
+    def unpad(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> DevicePacked:
+        """See :class:`xfast.backends.base.Engine`."""
+        from xfast.device_packing import unpad
+
+        with _on(self.device):
+            return unpad(self.spec, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+
+    def run(
+        self,
+        packed: DevicePacked,
+        *,
+        rows: torch.Tensor | None = None,
+        layers: int | None = None,
+        hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See :class:`xfast.backends.base.Engine`."""
+        layers = self.spec.num_layers if layers is None else layers
+        with _on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self._graphs.run(packed, rows, layers, hidden_states)
+
+    def own_word_table(self) -> bool:
+        """See :class:`xfast.backends.base.Engine`: the word embeddings are read in place."""
+        return False
+
+    def describe(self) -> list[str]:
+        """See :class:`xfast.backends.base.Engine`."""
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            where = f"{torch.cuda.get_device_name(self.device)}, compute capability {major}.{minor}"
+        else:
+            where = "Triton's interpreter on the CPU: for tests, very slow"
+        lines = [
+            f"device: {where}",
+            f"packed weights: {self._copied_bytes / 2**20:.1f} MiB (the rest is read in place)",
+            "fused: QKV in one product; product + residual; bias + LayerNorm, bias + GELU"
+            + (", each with per-token e4m3 quantisation" if self.precision == "fp8" else "")
+            + "; varlen attention over real tokens only",
+            *self._graphs.describe(),
+        ]
+        if self.precision == "fp32":
+            state = "on" if torch.backends.cuda.matmul.allow_tf32 else "off"
+            lines.append(f"TF32 in matrix products: {state} (torch.backends.cuda.matmul.allow_tf32); attention: off")
+        return lines
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels launch on the current device, which must be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,188 @@
+"""The forward pass of the Triton backend: which kernel runs on what. All sizes come from the host, all lengths do not.
+
+Buffers have R rows: T itself, or the bucket that T was rounded up to. Rows past T hold whatever comes of it, NaN too;
+no row before T ever reads them: products and norms go row by row, and attention's tiles name the rows they read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from xfast.architecture import EncoderSpec
+from xfast.backends.triton_weights import Layer, Parameters, Weight
+from xfast.kernels.activation import bias_gelu, bias_gelu_quantize
+from xfast.kernels.attention import Tiles, attention
+from xfast.kernels.embedding import embed
+from xfast.kernels.gemm import Scaled, choose, gemm, scaled_gemm
+from xfast.kernels.launch import capability_of
+from xfast.kernels.norm import add_norm
+from xfast.kernels.packing import attention_tiles
+from xfast.kernels.quantize import quantize
+from xfast.kernels.tiles import Tile, attention_plan, attention_tile
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """What a forward reads. R buffer rows, S sequences (some may be empty).
+
+    Attributes:
+        ids, positions, types: int32 [R].
+        cu_seqlens: int32 [S + 1]; row_keys: int32 [2, R]; count: int32 [1], the real number of tokens.
+        tile, shared: attention's plan.
+        embeds: [*, hidden_size] that ``ids`` index, or None for the word embeddings.
+        selected: int32 [N], ascending rows wanted from the last layer, or None for all.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    types: torch.Tensor
+    cu_seqlens: torch.Tensor
+    row_keys: torch.Tensor
+    count: torch.Tensor
+    tile: Tile
+    shared: bool
+    embeds: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+
+
+@dataclass
+class _Hidden:
+    """The residual stream [R, hidden_size] and, where the next product is e4m3, its quantised form."""
+
+    values: torch.Tensor
+    quantised: Scaled | None
+
+    def operand(self, fp8: bool) -> torch.Tensor | Scaled:
+        """What a product reads."""
+        if not fp8:
+            return self.values
+        return quantize(self.values) if self.quantised is None else self.quantised
+
+
+class TritonForward:
+    """Runs an encoder's layers."""
+
+    def __init__(self, spec: EncoderSpec, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self.parameters = parameters
+        self.capability = capability_of(device)
+
+    def plan(self, max_seqlen: int, sequences: int) -> tuple[Tile, bool]:
+        """Attention's tile and whether short sequences share tiles."""
+        return attention_plan(self.spec.head_dim, self.dtype.itemsize, self.capability, max_seqlen, sequences)
+
+    def __call__(
+        self, batch: DeviceBatch, layers: int, hidden_states: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[R or N, hidden_size] and, if asked for, [layers + 1, R, hidden_size], in ``dtype``."""
+        hidden = self._embed(batch, layers)
+        states = [hidden.values]
+        if layers == 0:
+            values = hidden.values if batch.selected is None else hidden.values[batch.selected.long()]
+            return values, torch.stack(states) if hidden_states else None
+        keys = batch.row_keys if batch.shared else None
+        tiles = attention_tiles(batch.cu_seqlens, batch.cu_seqlens, batch.ids.shape[0], batch.tile, row_keys=keys)
+        for index in range(layers):
+            layer = self.parameters.layers[index]
+            next_fp8 = index + 1 < layers and self.parameters.layers[index + 1].fp8
+            if index + 1 == layers and batch.selected is not None:
+                hidden = self._last_layer(layer, hidden, batch, batch.selected)
+            else:
+                hidden = self._layer(layer, hidden, tiles, next_fp8)
+            states.append(hidden.values)
+        return hidden.values, torch.stack(states) if hidden_states else None
+
+    def _embed(self, batch: DeviceBatch, layers: int) -> _Hidden:
+        p, spec = self.parameters, self.spec
+        table = p.word if batch.embeds is None else batch.embeds
+        fp8 = layers > 0 and p.layers[0].fp8
+        return _Hidden(
+            *embed(
+                batch.ids, batch.positions, batch.types, batch.count, table, p.position, p.type, *p.embedding_norm,
+                spec.layer_norm_eps, rows=batch.ids.shape[0], dtype=self.dtype, quantize=fp8,
+            )
+        )  # fmt: skip
+
+    def _layer(self, layer: Layer, x: _Hidden, tiles: Tiles, next_fp8: bool) -> _Hidden:
+        heads, head_dim, rows = self.spec.num_heads, self.spec.head_dim, x.values.shape[0]
+        qkv = self._product(x.operand(layer.fp8), layer.qkv, layer.qkv_bias)
+        q, k, v = qkv.view(rows, 3, heads, head_dim).unbind(1)
+        context = attention(q, k, v, tiles).view(rows, self.spec.hidden_size)
+        return self._rest(layer, x.values, context, next_fp8)
+
+    def _last_layer(self, layer: Layer, x: _Hidden, batch: DeviceBatch, selected: torch.Tensor) -> _Hidden:
+        """Keys and values of every token, everything else of the ``selected`` rows only."""
+        hidden, heads, head_dim = self.spec.hidden_size, self.spec.num_heads, self.spec.head_dim
+        index = selected.long()
+        residual = x.values[index]
+        operand = x.operand(layer.fp8)
+        kv = self._product(operand, _part(layer.qkv, hidden, 3 * hidden), layer.qkv_bias[hidden:])
+        # e4m3 rows are gathered as bytes: indexing has no kernel for the type
+        mine = (
+            residual
+            if not layer.fp8
+            else (operand[0].view(torch.uint8)[index].view(operand[0].dtype), operand[1][index])
+        )
+        q = self._product(mine, _part(layer.qkv, 0, hidden), layer.qkv_bias[:hidden])
+        cu_q = torch.searchsorted(selected, batch.cu_seqlens, out_int32=True)
+        tile = attention_tile(head_dim, self.dtype.itemsize, self.capability, 1)
+        tiles = attention_tiles(cu_q, batch.cu_seqlens, selected.shape[0], tile)
+        k, v = kv.view(-1, 2, heads, head_dim).unbind(1)
+        context = attention(q.view(-1, heads, head_dim), k, v, tiles, out=torch.zeros_like(q).view(-1, heads, head_dim))
+        return self._rest(layer, residual, context.view(-1, hidden), False)
+
+    def _rest(self, layer: Layer, residual: torch.Tensor, context: torch.Tensor, next_fp8: bool) -> _Hidden:
+        """Everything after attention: output projection, LayerNorm, FFN, LayerNorm."""
+        eps = self.spec.layer_norm_eps
+        out = self._projected(context, layer.attention_out, residual, layer.fp8)
+        middle = _Hidden(
+            *add_norm(
+                out, *layer.attention_norm, eps, bias=layer.attention_out_bias,
+                residual=residual if layer.fp8 else None, quantize=layer.fp8,
+            )
+        )  # fmt: skip
+        inner = self._ffn_in(layer, middle)
+        if isinstance(inner, tuple):
+            out = self._product(inner, layer.ffn_out, None)
+        else:
+            out = self._projected(inner, layer.ffn_out, middle.values, False)
+        return _Hidden(
+            *add_norm(
+                out, *layer.ffn_norm, eps, bias=layer.ffn_out_bias,
+                residual=middle.values if layer.fp8 else None, quantize=next_fp8,
+            )
+        )  # fmt: skip
+
+    def _ffn_in(self, layer: Layer, x: _Hidden) -> torch.Tensor | Scaled:
+        """GELU(x W^T + b), quantised when the layer is e4m3."""
+        operand = x.operand(layer.fp8)
+        if layer.fp8:
+            return bias_gelu_quantize(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
+        shape = (self.spec.hidden_size, self.spec.intermediate_size, x.values.shape[0])
+        if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
+            return gemm(operand, layer.ffn_in, bias=layer.ffn_in_bias, activation="gelu")
+        return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
+
+    def _projected(self, x: torch.Tensor, weight: Weight, residual: torch.Tensor, fp8: bool) -> torch.Tensor:
+        """x W^T, with the residual added in the product's accumulator unless it is e4m3 (LayerNorm adds it then)."""
+        if fp8:
+            return self._product(quantize(x), weight, None)
+        assert isinstance(weight, torch.Tensor)
+        return torch.addmm(residual, x, weight.t())
+
+    def _product(self, x: torch.Tensor | Scaled, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias, [rows, out]."""
+        if isinstance(x, tuple):
+            assert isinstance(weight, tuple)
+            return scaled_gemm(x, weight, self.dtype, bias)
+        assert isinstance(weight, torch.Tensor)
+        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _part(weight: Weight, begin: int, end: int) -> Weight:
+    """Some of a weight's outputs."""
+    if isinstance(weight, tuple):
+        return weight[0][begin:end], weight[1][:, begin:end]
+    return weight[begin:end]

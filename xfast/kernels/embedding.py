@@ -1,0 +1,87 @@
+"""Word + type + position embeddings and their LayerNorm in one pass: nothing but the result is written.
+
+Rows from ``count`` on (a bucket that is not full) become LayerNorm's image of zeros, so that no later kernel meets
+whatever the memory held before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from xfast.kernels.launch import cast, check_device, next_power_of_2
+from xfast.kernels.norm import normalize
+from xfast.kernels.quantize import fp8_rows, to_fp8
+from xfast.kernels.tiles import row_warps
+
+
+@triton.jit
+def embedding_kernel(
+    ids, positions, types, count,  # int32 [T]; count int32 [1]
+    word, position_table, type_table, gamma, beta, out, q, scale, columns, word_stride, eps,
+    QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    there = row < tl.load(count)
+    real = column < tl.where(there, columns, 0)
+    token = tl.load(ids + row, mask=there, other=0).to(tl.int64)
+    position = tl.load(positions + row, mask=there, other=0).to(tl.int64)
+    kind = tl.load(types + row, mask=there, other=0).to(tl.int64)
+    # The original's order: (word + type) + position
+    values = tl.load(word + token * word_stride + column, mask=real, other=0.0).to(tl.float32)
+    values += tl.load(type_table + kind * columns + column, mask=real, other=0.0).to(tl.float32)
+    values += tl.load(position_table + position * columns + column, mask=real, other=0.0).to(tl.float32)
+    g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
+    y = normalize(values, g, b, inside, columns, eps)
+    tl.store(out + row * columns + column, cast(y, out.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        y8, s = to_fp8(cast(y, out.dtype.element_ty).to(tl.float32))
+        tl.store(q + row * columns + column, y8, mask=inside)
+        tl.store(scale + row, s)
+
+
+def embed(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    types: torch.Tensor,
+    count: torch.Tensor,
+    word: torch.Tensor,
+    position_table: torch.Tensor,
+    type_table: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    eps: float,
+    *,
+    rows: int,
+    dtype: torch.dtype,
+    quantize: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """LayerNorm(word[ids] + types + positions): [rows, columns] in ``dtype``, and its e4m3 form.
+
+    Args:
+        ids, positions, types: int32 with at least ``rows`` values; those before ``count`` lie inside their tables.
+        count: int32 [1] on the device, how many of the rows are tokens.
+        word: [*, columns] to look ``ids`` up in: the word embeddings, or given embeddings with ``ids`` their rows.
+        position_table, type_table: contiguous [*, columns]. Tables may be of any floating dtype.
+        gamma, beta, eps: of the LayerNorm.
+        rows: rows to write.
+        dtype: of the result.
+        quantize: also return e4m3 rows and scales.
+    """
+    check_device("ids", ids)
+    columns = word.shape[1]
+    out = torch.empty(rows, columns, dtype=dtype, device=ids.device)
+    quantised = fp8_rows(rows, columns, ids.device) if quantize else None
+    if rows:
+        block = next_power_of_2(columns)
+        embedding_kernel[(rows,)](
+            ids, positions, types, count, word, position_table, type_table, gamma, beta, out,
+            *(quantised or (out, out)), columns, word.stride(0), eps,
+            QUANTIZE=quantize, BLOCK=block, num_warps=row_warps(block),
+        )  # fmt: skip
+    return out, quantised

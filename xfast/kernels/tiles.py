@@ -1,0 +1,88 @@
+"""Which tile each kernel uses where: pure functions of shapes, dtype and compute capability.
+
+Chosen from ahead-of-time compilation (no spills, shared memory within the limit; ``benchmarks/static_gpu.py``), not by
+autotuning at run time: the first call on a new shape must not cost seconds. ``docs/gpu-tuning.md`` has the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that one block may use, by compute capability (CUDA programming guide, table 24)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one program: ``block_m`` x ``block_n`` results at a time, ``block_k`` deep, on ``warps`` warps."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def shared_memory_limit(capability: int) -> int:
+    """Bytes for one block on a capability (90 for 9.0); that of the closest one below for those not listed."""
+    known = [c for c in SHARED_MEMORY_LIMIT if c <= capability]
+    return SHARED_MEMORY_LIMIT[max(known, default=80)]
+
+
+def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: int) -> Tile:
+    """Tile of the attention forward: block_m queries, block_n keys.
+
+    Few queries a sequence (a last layer that computes one row, short sentences) take the smallest tile that tensor
+    cores accept; block_k is head_dim's padded part and only informative.
+    """
+    small = shared_memory_limit(capability) < 128 * 1024
+    if itemsize >= 4:  # no tensor cores: registers bound the tile
+        return Tile(16 if max_queries <= 16 else 32, 16, head_dim, 4, 1)
+    if max_queries <= 16:
+        return Tile(16, 64, head_dim, 4, 2)
+    if max_queries <= 64:
+        return Tile(64, 64, head_dim, 4, 2 if small or head_dim > 64 else 3)
+    if head_dim > 64:
+        return Tile(64, 64, head_dim, 4, 2) if small else Tile(128, 64, head_dim, 8, 2)
+    # One warpgroup with 250 registers a thread on Hopper; elsewhere that many would spill.
+    return Tile(128, 64, head_dim, 4 if capability == 90 else 8, 2 if small else 3)
+
+
+def attention_backward_tile(head_dim: int, itemsize: int, capability: int) -> Tile:
+    """Tile of the attention backward: block_m rows that a program owns, block_n rows that it walks over."""
+    if itemsize >= 4:
+        return Tile(32, 16, head_dim, 4, 1)
+    if head_dim > 64:
+        return Tile(64, 32, head_dim, 8, 2)
+    return Tile(64, 32 if head_dim == 64 or shared_memory_limit(capability) < 128 * 1024 else 64, head_dim, 4, 2)
+
+
+def gemm_tile(rows: int, columns: int, itemsize: int, capability: int) -> Tile:
+    """Tile of the Triton matrix product: tall and wide enough to fill the tensor cores, small for few rows."""
+    small = shared_memory_limit(capability) < 128 * 1024
+    if itemsize >= 4:
+        return Tile(32, 64, 32, 4, 2)
+    depth = 128 if itemsize == 1 else 64
+    if rows <= 16:
+        return Tile(16, 64, depth, 4, 4 if not small else 3)
+    if rows <= 64:
+        return Tile(64, 64, depth, 4, 4 if not small else 3)
+    if small or columns < 256:
+        return Tile(128, 128, depth // 2 if small else depth, 8, 3)
+    return Tile(128, 256, depth, 8, 3)
+
+
+def row_warps(columns: int, itemsize: int = 2) -> int:
+    """Warps for a program that owns one row: each thread should hold about 16 bytes of loads, twice over."""
+    return min(16, max(1, columns * itemsize // (32 * 32)))
+
+
+SHARED_TILE_LENGTH = 48
+"""Up to this longest length, sequences share attention tiles: an aligned tile of 64 rows would be mostly empty."""
+
+
+def attention_plan(head_dim: int, itemsize: int, capability: int, max_seqlen: int, sequences: int) -> tuple[Tile, bool]:
+    """Tile of an encoder's attention over all rows, and whether short sequences share tiles."""
+    if sequences > 1 and max_seqlen <= SHARED_TILE_LENGTH:
+        return attention_tile(head_dim, itemsize, capability, 64), True
+    return attention_tile(head_dim, itemsize, capability, max_seqlen), False

@@ -1,0 +1,92 @@
+"""``accelerate(model, training=True)``: fine-tuning without padding.
+
+The encoder's own modules run on packed tokens (every one of them but attention treats each row alone), so gradients,
+optimizers, mixed precision and dropout work as they always do; attention is the varlen kernel, forward and backward.
+Attention dropout is the original's: probabilities are dropped after the softmax and the rest scaled by 1 / (1 - p),
+from a random stream of its own (seeded by torch's, so ``torch.manual_seed`` repeats a run).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xfast.architecture import EncoderSpec
+from xfast.attention_interface import dropout_seed
+from xfast.backends.triton import TritonBackend
+
+if TYPE_CHECKING:
+    from xfast.device_packing import DevicePacked
+
+
+def refusal(module: nn.Module, device: torch.device) -> str | None:
+    """Why this encoder cannot train on packed tokens as it is now, or None."""
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        return "gradient checkpointing is on"
+    if any(parameter.device != device for parameter in module.parameters()):
+        return f"the inputs are on {device}, not all parameters are"
+    return None
+
+
+def unavailable(spec: EncoderSpec, device: torch.device) -> str | None:
+    """Why ``training=True`` cannot work here, or None."""
+    return TritonBackend().supports(spec, device, "fp32")
+
+
+def pack(spec: EncoderSpec, *inputs: torch.Tensor | None) -> DevicePacked:
+    """The batch without its padding; see :func:`xfast.device_packing.unpad`."""
+    from xfast.device_packing import unpad
+
+    return unpad(spec, *inputs)
+
+
+def run(
+    module: Any, spec: EncoderSpec, packed: DevicePacked, embeds: torch.Tensor | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The encoder's forward on packed tokens, differentiable.
+
+    Args:
+        module: the encoder.
+        packed: its batch.
+        embeds: the batch's ``inputs_embeds``, if it was given these.
+
+    Returns:
+        [batch, length, hidden_size] with zeros at padded positions, and the hidden states before each layer, alike.
+    """
+    tokens = packed.total_tokens
+    rows = packed.rows
+    source = rows.source[:tokens].long()
+    x = module.embeddings(
+        input_ids=None if embeds is not None else rows.ids[:tokens].long().unsqueeze(0),
+        inputs_embeds=None if embeds is None else embeds.reshape(-1, embeds.shape[-1])[source].unsqueeze(0),
+        position_ids=rows.position_ids[:tokens].long().unsqueeze(0),
+        token_type_ids=rows.type_ids[:tokens].long().unsqueeze(0),
+    )[0]
+
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        out = values.new_zeros(packed.batch * packed.length, values.shape[1]).index_copy(0, source, values)
+        return out.view(packed.batch, packed.length, -1)
+
+    states = []
+    for layer in module.encoder.layer:
+        states.append(padded(x))
+        x = _layer(layer, x, spec, rows.cu_seqlens, packed.max_seqlen)
+    return padded(x), states
+
+
+def _layer(layer: Any, x: torch.Tensor, spec: EncoderSpec, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+    """One layer on packed rows [T, hidden_size], by its own modules."""
+    from xfast.kernels.attention_grad import VarlenAttention
+
+    attention = layer.attention.self
+    shape = (x.shape[0], spec.num_heads, spec.head_dim)
+    q, k, v = (getattr(attention, name)(x).view(shape) for name in ("query", "key", "value"))
+    dropout = attention.dropout.p if attention.dropout.training else 0.0
+    context = VarlenAttention.apply(
+        q, k, v, cu_seqlens, cu_seqlens, longest, spec.head_dim**-0.5, dropout, dropout_seed(dropout)
+    )
+    middle = layer.attention.output(context.reshape(x.shape), x)
+    out: torch.Tensor = layer.output(layer.intermediate(middle), middle)
+    return out
