@@ -10,7 +10,7 @@ SANITIZE_DIR = build/sanitize
 SANITIZE_PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) \
                    $(shell gcc -print-file-name=libstdc++.so.6)
 
-.PHONY: check format test bench bench-kernels bench-peers sanitize
+.PHONY: check format test bench bench-kernels bench-peers static-gpu sanitize
 
 check:
 	ruff check .
@@ -41,6 +41,10 @@ bench-peers:
 	  xfast bench --model $$model --workload $(BENCH_WORKLOADS) --rounds 7 \
 	    --json benchmarks/results/$$model.json --plot benchmarks/results/$$model.png || exit 1; \
 	done
+
+# Every Triton kernel in every form, compiled for NVIDIA GPUs without one (about half an hour); needs an installed xfast.
+static-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m xfast.benchmarks.static_gpu --json static-gpu.json
 
 # AddressSanitizer + UndefinedBehaviorSanitizer over the native tests: slow, meant for a nightly run.
 # --capture=sys lets the sanitizers' reports, which end the process, through to the terminal.

@@ -1,0 +1,199 @@
+"""Every Triton kernel in every form that the backend launches, as data for ahead-of-time compilation.
+
+A case names the kernel, the types of its arguments and its compile-time constants. The types follow from the arguments'
+names, which mean the same in every kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton.language as tl
+
+from xfast.kernels import activation, attention, attention_grad, embedding, gemm, norm, packing, quantize, tiles
+from xfast.kernels.launch import next_power_of_2
+
+CAPABILITIES = (80, 89, 90, 100, 120)
+TYPES = {"bf16": ("*bf16", 2), "fp16": ("*fp16", 2), "fp32": ("*fp32", 4)}
+HIDDEN = {"base": (768, 3072), "large": (1024, 4096), "xl": (2560, 10240)}
+_INT_POINTERS = {
+    *("table", "count", "row_lo", "row_hi", "ids", "mask", "positions", "types", "lengths", "errors", "out_ids"),
+    *("out_positions", "out_types", "source", "slot", "cu_seqlens", "row_keys", "info", "cu_q", "cu_k"),
+}
+_FP32_POINTERS = {"lse", "delta", "scale_x", "scale_w"}
+_FLOATS = {"eps", "dropout"}
+_INTS = {
+    *("queries", "heads", "seed", "rows", "columns", "depth", "batch", "length", "capacity", "vocab", "sequences"),
+    *("table_positions", "type_count", "id_stride", "position_stride", "type_stride"),
+}
+_WIDTHS = {"columns", "depth", "residual_stride", "word_stride"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        label: kernel, dtype and form.
+        kernel: the jitted function.
+        pointer: type of pointers to values ("*bf16").
+        constants: compile-time arguments.
+        tile: warps and stages (and block sizes, for predictions).
+        overrides: types of arguments whose name does not say it.
+        mma: it must use tensor cores.
+        flops, bytes: of one step of the inner loop of one program (attention, gemm), 0 elsewhere.
+    """
+
+    label: str
+    kernel: Any
+    pointer: str
+    constants: dict[str, Any]
+    tile: tiles.Tile
+    overrides: dict[str, str] = field(default_factory=dict)
+    mma: bool = False
+    flops: int = 0
+    bytes: int = 0
+
+    def signature(self) -> dict[str, str]:
+        """Triton's type of every argument."""
+        return {name: self._type(name) for name in self.kernel.arg_names}
+
+    def aligned(self) -> list[int]:
+        """Indices of arguments that are multiples of 16, as they are at run time: pointers, row strides, widths."""
+        types = self.signature()
+        return [
+            index
+            for index, name in enumerate(self.kernel.arg_names)
+            if types[name].startswith("*") or (types[name] == "i32" and (name.startswith("stride") or name in _WIDTHS))
+        ]
+
+    def _type(self, name: str) -> str:
+        if name in self.constants:
+            return "constexpr"
+        if name in self.overrides:
+            return self.overrides[name]
+        if name in _INT_POINTERS:
+            return "*i32"
+        if name in _FP32_POINTERS:
+            return "*fp32"
+        if name in _FLOATS:
+            return "fp32"
+        if name in _INTS or "stride" in name:
+            return "i32"
+        return self.pointer
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """All forms for one compute capability."""
+    yield from _attention(capability)
+    yield from _backward(capability)
+    yield from _rows(capability)
+    yield from _gemm(capability)
+    yield from _packing()
+
+
+def _attention(capability: int) -> Iterator[Case]:
+    lengths = (1, 64, 512)
+    for (dtype, (pointer, size)), head_dim, length in itertools.product(TYPES.items(), attention.HEAD_DIMS, lengths):
+        tile = tiles.attention_tile(head_dim, size, capability, length)
+        main, rest = attention.split_head_dim(head_dim)
+        for shared, lse, dropout in ((False, False, False), (True, False, False), (False, True, True)):
+            if (shared and length != 64) or (lse and length != 512):
+                continue
+            form = "-shared" if shared else "-training" if lse else ""
+            yield Case(
+                f"attention{form} {dtype} d{head_dim} L{length}", attention.forward_kernel, pointer,
+                {"D_MAIN": main, "D_REST": rest, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SHARED": shared,
+                 "LSE": lse, "DROPOUT": dropout, "ACC": tl.float32},
+                tile, {"scale": "fp32"}, mma=size == 2,
+                flops=4 * tile.block_m * tile.block_n * head_dim, bytes=2 * tile.block_n * head_dim * size,
+            )  # fmt: skip
+
+
+def _backward(capability: int) -> Iterator[Case]:
+    for (dtype, (pointer, size)), head_dim in itertools.product(TYPES.items(), attention.HEAD_DIMS):
+        tile = tiles.attention_backward_tile(head_dim, size, capability)
+        main, rest = attention.split_head_dim(head_dim)
+        sizes = {"D_MAIN": main, "D_REST": rest, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ACC": tl.float32}
+        for name, kernel in (("dkdv", attention_grad.keys_kernel), ("dq", attention_grad.queries_kernel)):
+            for dropout in (False, True):
+                yield Case(
+                    f"attention-{name}{'-dropout' if dropout else ''} {dtype} d{head_dim}", kernel, pointer,
+                    {**sizes, "DROPOUT": dropout}, tile, {"scale": "fp32"}, mma=size == 2,
+                )  # fmt: skip
+        block = main * (2 if rest else 1)
+        yield Case(
+            f"attention-delta {dtype} d{head_dim}", attention_grad.delta_kernel, pointer,
+            {"D": head_dim, "BLOCK": block, "ROWS": 16, "ACC": tl.float32}, tiles.Tile(16, block, 0, 4, 3),
+        )  # fmt: skip
+
+
+def _rows(capability: int) -> Iterator[Case]:
+    """Kernels with a row a program."""
+    for (dtype, (pointer, size)), (name, (hidden, inner)) in itertools.product(TYPES.items(), HIDDEN.items()):
+        block, wide = next_power_of_2(hidden), next_power_of_2(inner)
+        rows = tiles.Tile(1, block, 0, tiles.row_warps(block, size), 3)
+        for fp8 in (False, True):
+            if fp8 and (capability < 89 or dtype != "bf16"):
+                continue
+            q = {"q": "*fp8e4nv" if fp8 else pointer, "scale": "*fp32" if fp8 else pointer}
+            form = f"{'-fp8' if fp8 else ''} {dtype} {name}"
+            for bias, residual in ((True, False), (True, True), (False, False)):
+                flags = {"BIAS": bias, "RESIDUAL": residual, "QUANTIZE": fp8, "BLOCK": block}
+                yield Case(
+                    f"norm{'-bias' * bias}{'-residual' * residual}{form}", norm.norm_kernel, pointer, flags, rows, q
+                )
+            embed_rows = tiles.Tile(1, block, 0, tiles.row_warps(block), 3)
+            yield Case(
+                f"embedding{form}",
+                embedding.embedding_kernel,
+                pointer,
+                {"QUANTIZE": fp8, "BLOCK": block},
+                embed_rows,
+                q,
+            )
+            part = wide if fp8 else min(wide, 2048)
+            yield Case(
+                f"activation{form}", activation.gelu_kernel, pointer, {"BIAS": True, "QUANTIZE": fp8, "BLOCK": part},
+                tiles.Tile(1, part, 0, tiles.row_warps(part, size), 3), {**q, **({"out": "*fp8e4nv"} if fp8 else {})},
+            )  # fmt: skip
+            if fp8:
+                yield Case(
+                    f"quantize{form}", quantize.quantize_kernel, pointer, {"BLOCK": block}, rows,
+                    {"out": "*fp8e4nv", "scale": "*fp32"},
+                )  # fmt: skip
+
+
+def _gemm(capability: int) -> Iterator[Case]:
+    kinds = [*TYPES.items(), *([("fp8", ("*fp8e4nv", 1))] if capability >= 89 else [])]
+    for (dtype, (pointer, size)), rows in itertools.product(kinds, (16, 64, 4096)):
+        tile = tiles.gemm_tile(rows, 1024, size, capability)
+        out = dict.fromkeys(("out", "bias", "residual"), "*bf16" if size == 1 else pointer)
+        for activated, residual in ((True, False), (False, True)):
+            yield Case(
+                f"gemm{'-gelu' if activated else '-residual'} {dtype} M{rows}", gemm.gemm_kernel, pointer,
+                {"BIAS": True, "GELU": activated, "RESIDUAL": residual, "SCALED": size == 1, "BLOCK_M": tile.block_m,
+                 "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": 8},
+                tile, out, mma=size <= 2,
+                flops=2 * tile.block_m * tile.block_n * tile.block_k,
+                bytes=(tile.block_m + tile.block_n) * tile.block_k * size,
+            )  # fmt: skip
+
+
+def _packing() -> Iterator[Case]:
+    one = tiles.Tile(1, 512, 0, 4, 3)
+    for given in ((True, True, False, False), (False, False, True, True)):
+        flags = dict(zip(("HAS_IDS", "HAS_MASK", "HAS_POSITIONS", "HAS_TYPES"), given, strict=True))
+        long = dict.fromkeys(("ids", "mask", "positions", "types"), "*i64")
+        sizes = {**flags, "PAD_ID": 1, "BLOCK": 512}
+        form = "ids" if given[0] else "embeds"
+        yield Case(f"packing-count {form}", packing.count_kernel, "*i64", sizes, one, long)
+        yield Case(f"packing-fill {form}", packing.fill_kernel, "*i64", {**sizes, "BLOCK_B": 256}, one, long)
+    for dtype, (pointer, _) in TYPES.items():
+        yield Case(f"packing-pad {dtype}", packing.pad_kernel, pointer, {"BLOCK": 1024}, one, {"stride": "i32"})
+    narrow = tiles.Tile(64, 0, 0, 1, 3)
+    yield Case("packing-tiles", packing.tiles_kernel, "*i32", {"BLOCK_M": 64, "BLOCK_S": 256}, narrow)
+    yield Case("packing-shared-tiles", packing.shared_tiles_kernel, "*i32", {"BLOCK_M": 64}, narrow)

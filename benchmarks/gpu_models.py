@@ -1,0 +1,97 @@
+"""The model part of the GPU battery: full encoders on batches of real-world lengths, beside what people use today."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import xfast
+from xfast.benchmarks.gpu_kernels import Row, mixed_lengths
+from xfast.benchmarks.gpu_time import Clock, alternate, wall
+from xfast.benchmarks.models import random_model
+
+WORKLOADS = {"squad-like": (256, 177, 384), "tatoeba-like": (1024, 11, 40)}
+"""Name -> sequences, mean and greatest length. MLPerf's BERT has 177 and 384 on SQuAD."""
+
+Batch = dict[str, torch.Tensor]
+COMPILE_SECONDS = 150
+
+
+def models(clock: Clock) -> Iterator[Row]:
+    """Real tokens a second, latency of one 1 x 32 batch, memory and error, by size and engine."""
+    for size in ("large", "base"):
+        stock: Any = random_model(size).to("cuda", torch.bfloat16)
+        batches = {name: _batch(*shape) for name, shape in WORKLOADS.items()}
+        engines = _engines(stock)
+        if clock.left > COMPILE_SECONDS and size == "large":
+            engines["torch.compile bf16"] = torch.compile(stock, mode="max-autotune-no-cudagraphs", dynamic=True)
+        for name, batch in batches.items():
+            if clock.left > 0:
+                yield {"model": size, "workload": name, **_throughput(stock, engines, batch)}
+        if clock.left > 0:
+            yield {"model": size, "workload": "1x32", **_latency(stock, engines)}
+        del stock, engines
+        torch.cuda.empty_cache()
+
+
+def _engines(stock: Any) -> dict[str, Any]:
+    """Name -> model. Every one has its own copy of the weights, so that all live side by side."""
+    engines = {}
+    for precision in ("bf16", "fp16", "fp8"):
+        model = copy.deepcopy(stock)
+        try:
+            engines[f"xfast {precision}"] = xfast.accelerate(model, backend="triton", precision=precision)
+        except xfast.BackendUnavailableError as error:
+            print(f"xfast {precision}: {error}", flush=True)
+    only_attention = copy.deepcopy(stock)
+    only_attention.set_attn_implementation("xfast")
+    engines["stock + xfast attention"] = only_attention
+    return engines
+
+
+def _batch(sequences: int, mean: float, longest: int) -> Batch:
+    lengths = torch.tensor(mixed_lengths(sequences, mean, longest), device="cuda")
+    mask = torch.arange(int(lengths.max()), device="cuda") < lengths[:, None]
+    ids = torch.randint(5, 250000, mask.shape, device="cuda")
+    return {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long()}
+
+
+def _runner(model: Any, batch: Batch) -> Callable[[], torch.Tensor]:
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            hidden: torch.Tensor = model(**batch).last_hidden_state
+            return hidden
+
+    return run
+
+
+def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
+    tokens = int(batch["attention_mask"].sum())
+    run = {"stock sdpa bf16": _runner(stock, batch), **{name: _runner(model, batch) for name, model in engines.items()}}
+    mask = batch["attention_mask"].bool()
+    want = run["stock sdpa bf16"]()[mask].float()
+    errors = {name: float((f()[mask].float() - want).norm() / want.norm()) for name, f in run.items()}
+    peaks = {}
+    for name, function in run.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    times = alternate(run, rounds=9)
+    return {
+        "tokens": tokens,
+        "padding": 1 - tokens / mask.numel(),
+        "tokens_s": {name: 1e3 * tokens / ms for name, ms in times.items()},
+        "relative_difference_from_stock": errors,
+        "activations_gib": peaks,
+    }
+
+
+def _latency(stock: Any, engines: dict[str, Any]) -> Row:
+    ids = torch.randint(5, 250000, (1, 32), device="cuda")
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    times = {name: wall(_runner(model, batch)) for name, model in {"stock sdpa bf16": stock, **engines}.items()}
+    return {"ms": {name: {"p50": t[len(t) // 2], "p95": t[int(0.95 * len(t))]} for name, t in times.items()}}

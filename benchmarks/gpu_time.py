@@ -1,0 +1,62 @@
+"""Timing on a GPU: CUDA events, alternating between what is compared, medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+L2_FLUSH_BYTES = 256 * 2**20
+
+
+class Clock:
+    """Says how much of the battery's time is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 15, cold: bool = False) -> dict[str, float]:
+    """Median milliseconds of each function, asked in turn ``rounds`` times after three warm-ups each.
+
+    ``cold`` empties the L2 cache before every call: for kernels whose operands would not be there in a model.
+    """
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cold else None
+    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
+    names = list(functions)
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else names[::-1]:
+            if flush is not None:
+                flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            functions[name]()
+            end.record()
+            pairs[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(b.elapsed_time(e) for b, e in pairs[name]) for name in functions}
+
+
+def wall(function: Callable[[], object], rounds: int = 50) -> list[float]:
+    """Milliseconds from call to result on the host, sorted: latency as a user sees it."""
+    for _ in range(5):
+        function()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)
