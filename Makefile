@@ -42,7 +42,7 @@ bench-peers:
 	    --json benchmarks/results/$$model.json --plot benchmarks/results/$$model.png || exit 1; \
 	done
 
-# Every Triton kernel in every form, compiled for NVIDIA GPUs without one (about half an hour); needs an installed xfast.
+# Every Triton kernel in every form, compiled for NVIDIA GPUs without one (half an hour or more); needs an installed xfast.
 static-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m xfast.benchmarks.static_gpu --json static-gpu.json
 

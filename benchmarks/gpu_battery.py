@@ -1,14 +1,16 @@
 """All that needs a GPU, in one command under ten minutes: correctness first, then speed; a table and a JSON file.
 
-    python -m xfast.benchmarks.gpu_battery --out benchmarks/results
+    python -P -m xfast.benchmarks.gpu_battery --out benchmarks/results
 
-On a machine without a package registry: ``pip install --no-build-isolation --no-deps .`` in a copy of this repository
-(needs cmake, ninja and pybind11), then the command above. Sections that no longer fit the time are named as skipped.
+``-P``: in a checkout, ``xfast`` must mean the installed package. On a machine without a package registry:
+``pip install --no-build-isolation --no-deps .`` in a copy of this repository (needs cmake, ninja and pybind11).
+Sections that no longer fit the time are named as skipped.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -40,48 +42,56 @@ def correctness(tests: Path) -> dict[str, Any]:
     """The GPU tests of the suite, on the GPU: counts and the names of failures."""
     files = [str(tests / f"test_{name}.py") for name in TESTS]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=25", *files]
+    # -W default: a warning of that machine's older or newer packages is no failure of a kernel
+    command = [sys.executable, "-P", "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     try:
         result = subprocess.run(
-            command,
-            env=environment,
-            cwd=tests.parent,
-            capture_output=True,
-            text=True,
-            timeout=TEST_SECONDS,
+            [*command, *files], env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=TEST_SECONDS,
             check=False,
-        )
+        )  # fmt: skip
+        output, ended = result.stdout, result.returncode
     except subprocess.TimeoutExpired as error:
-        return {"passed": 0, "failed": [f"not finished within {TEST_SECONDS} s"], "output": _tail(error.stdout)}
-    passed = re.search(r"(\d+) passed", result.stdout)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+        output, ended = _text(error.stdout), -1
+    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests\S+)", output)))
+    if ended == -1:
+        failed.append(f"not finished within {TEST_SECONDS} s")
+    elif ended != 0 and not failed:
+        failed.append(f"pytest ended with {ended}")
     return {
-        "passed": int(passed[1]) if passed else 0,
-        "failed": failed or ([] if result.returncode == 0 else [f"pytest ended with {result.returncode}"]),
-        "output": "" if result.returncode == 0 else _tail(result.stdout),
+        "passed": output.count(" PASSED") + output.count("PASSED tests"),
+        "failed": failed,
+        "output": output[-6000:],
     }
 
 
-def _tail(text: str | bytes | None) -> str:
-    if isinstance(text, bytes):
-        text = text.decode(errors="replace")
-    return (text or "")[-6000:]
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
-def section(
-    document: dict[str, Any], name: str, clock: Clock, rows: Callable[[Clock], Iterable[Any]], console: Console
-) -> None:
-    """Runs one section; what fails is recorded and the rest goes on."""
-    document[name] = found = []
-    try:
-        for row in rows(clock):
-            found.append(row)
-            console.print(name, row)
-    except Exception:  # the lease is short: one broken section must not cost the others
-        document.setdefault("errors", {})[name] = traceback.format_exc()[-4000:]
-        console.print_exception()
-    if clock.left <= 0:
-        document.setdefault("skipped", []).append(f"{name}: cut short, no time left")
+class Report:
+    """The document and its file, written after every row: the machine may be taken back at any moment."""
+
+    def __init__(self, path: Path, document: dict[str, Any], console: Console) -> None:
+        self.document = document
+        self._path, self._console = path, console
+
+    def add(self, name: str, row: Any) -> None:
+        """One more row of a section."""
+        self.document.setdefault(name, []).append(row)
+        self._console.print(name, row)
+        self._path.write_text(json.dumps(self.document, indent=1))
+
+    def section(self, name: str, clock: Clock, rows: Callable[[Clock], Iterable[Any]]) -> None:
+        """Runs one section; what fails is recorded and the rest goes on: the lease is short."""
+        try:
+            for row in rows(clock):
+                self.add(name, row)
+        except Exception:
+            self.add("errors", {name: traceback.format_exc()[-4000:]})
+        if clock.left <= 0:
+            self.add("skipped", f"{name}: cut short, no time left")
 
 
 @app.command()
@@ -97,27 +107,26 @@ def main(
         console.print("no CUDA device: this battery needs one; kernels are tested without by `make test`")
         raise typer.Exit(1)
     clock = Clock(seconds)
-    document = _header()
-    wanted = set(filter(None, only.split(",")))
-    if not wanted or "correctness" in wanted:
-        document["correctness"] = correctness(tests.resolve())
-        console.print("correctness", document["correctness"])
+    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"gpu-{device}-{datetime.date.today().isoformat()}.json"
+    report = Report(path, _header(), console)
     sections: dict[str, Callable[[Clock], Iterable[Any]]] = {
+        "correctness": lambda _: [correctness(tests.resolve())],
         "ceilings": lambda _: [gpu_kernels.ceilings()],
-        "attention": gpu_kernels.attention_rows,
         "models": gpu_models.models,
+        "attention": gpu_kernels.attention_rows,
         "rows": gpu_kernels.row_kernels,
         "gemm": gpu_kernels.gemm_rows,
+        "compiled": gpu_models.compiled,
     }
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
-    path = out / f"gpu-{device}-{datetime.date.today().isoformat()}.json"
-    out.mkdir(parents=True, exist_ok=True)
+    wanted = set(filter(None, only.split(",")))
     for name, rows in sections.items():
         if not wanted or name in wanted:
-            section(document, name, clock, rows, console)
-            path.write_text(json.dumps(document, indent=1))  # after every section: the machine may be taken back
+            report.section(name, clock, rows)
     console.print(f"written: {path}")
-    raise typer.Exit(1 if document.get("errors") or document.get("correctness", {}).get("failed") else 0)
+    wrong = [row for row in report.document.get("correctness", []) if row["failed"]]
+    raise typer.Exit(1 if wrong or report.document.get("errors") else 0)
 
 
 def _header() -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Case:
 def cases(capability: int) -> Iterator[Case]:
     """All forms for one compute capability."""
     yield from _attention(capability)
-    yield from _backward(capability)
+    yield from _backward()
     yield from _rows(capability)
     yield from _gemm(capability)
     yield from _packing()
@@ -98,9 +98,9 @@ def cases(capability: int) -> Iterator[Case]:
 def _attention(capability: int) -> Iterator[Case]:
     lengths = (1, 64, 512)
     for (dtype, (pointer, size)), head_dim, length in itertools.product(TYPES.items(), attention.HEAD_DIMS, lengths):
-        tile = tiles.attention_tile(head_dim, size, capability, length)
         main, rest = attention.split_head_dim(head_dim)
         for shared, lse, dropout in ((False, False, False), (True, False, False), (False, True, True)):
+            tile = tiles.attention_tile(head_dim, size, capability, length, training=lse)
             if (shared and length != 64) or (lse and length != 512):
                 continue
             form = "-shared" if shared else "-training" if lse else ""
@@ -113,17 +113,16 @@ def _attention(capability: int) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def _backward(capability: int) -> Iterator[Case]:
+def _backward() -> Iterator[Case]:
     for (dtype, (pointer, size)), head_dim in itertools.product(TYPES.items(), attention.HEAD_DIMS):
-        tile = tiles.attention_backward_tile(head_dim, size, capability)
         main, rest = attention.split_head_dim(head_dim)
-        sizes = {"D_MAIN": main, "D_REST": rest, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ACC": tl.float32}
-        for name, kernel in (("dkdv", attention_grad.keys_kernel), ("dq", attention_grad.queries_kernel)):
-            for dropout in (False, True):
-                yield Case(
-                    f"attention-{name}{'-dropout' if dropout else ''} {dtype} d{head_dim}", kernel, pointer,
-                    {**sizes, "DROPOUT": dropout}, tile, {"scale": "fp32"}, mma=size == 2,
-                )  # fmt: skip
+        for dropout in (False, True):
+            tile = tiles.attention_backward_tile(head_dim, size, dropout)
+            sizes = {"D_MAIN": main, "D_REST": rest, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+            sizes |= {"ACC": tl.float32, "DROPOUT": dropout}
+            for name, kernel in (("dkdv", attention_grad.keys_kernel), ("dq", attention_grad.queries_kernel)):
+                label = f"attention-{name}{'-dropout' if dropout else ''} {dtype} d{head_dim}"
+                yield Case(label, kernel, pointer, sizes, tile, {"scale": "fp32"}, mma=size == 2)
         block = main * (2 if rest else 1)
         yield Case(
             f"attention-delta {dtype} d{head_dim}", attention_grad.delta_kernel, pointer,

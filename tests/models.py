@@ -149,7 +149,7 @@ def arguments(family: str, head: str, lengths: Sequence[int] = LENGTHS, *, seed:
 def labels(head: str, batch: dict[str, torch.Tensor], *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Labels for the head's loss; padding is labelled -100, as data collators do."""
     generator = torch.Generator().manual_seed(seed)
-    mask = batch["attention_mask"]
+    mask = batch["attention_mask"].cpu()
     rows = mask.shape[0]
     if head in FIRST_HEADS:
         count = CHOICES if head == "multiple-choice" else LABELS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from gpu import DTYPES, FP8, randn
+from gpu import DTYPES, FP8, INTERPRETED, randn
 from reference import assert_within
 from torch.nn import functional as F
 
@@ -45,7 +45,8 @@ def test_e4m3_is_exact_but_for_quantisation(shape: tuple[int, int, int]) -> None
     got = kernels.scaled_gemm(x8, w8, torch.bfloat16, bias).cpu()
     assert reference.max_error(got, truth) <= 2.0**-8 * float(truth.abs().max())
     alone = kernels.gemm(x8, w8, bias=bias, dtype=torch.float32).cpu()
-    assert reference.max_error(alone, truth) <= 1e-5 * float(truth.abs().max())
+    bound = 1e-5 if INTERPRETED else 2.0**-9  # tensor cores keep about 14 bits of an e4m3 sum
+    assert reference.max_error(alone, truth) <= bound * float(truth.abs().max())
 
 
 def test_no_rows() -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from xfast.errors import InvalidInputError, UnsupportedModelError
 
 NAME = "xfast"
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")  # arguments that would change the result
 _recent = threading.local()  # .packing: the last mask (weakly), its version and its packing; all layers share a mask
 
 
@@ -31,7 +32,7 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function, from [batch, heads, length, head_dim] to [batch, length, heads, head_dim].
 
@@ -41,6 +42,8 @@ def attention_forward(
         UnsupportedModelError: causal attention, or queries and keys of different lengths.
         InvalidInputError: a mask that is not [batch, length].
     """
+    if unknown := [name for name in _UNSUPPORTED if others.get(name) is not None]:
+        raise UnsupportedModelError(f"attn_implementation='xfast' does not know {unknown[0]}={others[unknown[0]]!r}")
     if getattr(module, "is_causal", False):
         raise UnsupportedModelError(f"{type(module).__name__} is causal; attn_implementation='xfast' is for encoders")
     if query.shape != key.shape:
@@ -62,7 +65,7 @@ def attention_forward(
 
 def dropout_seed(dropout: float) -> int:
     """Which probabilities are dropped: drawn from torch's CPU generator, so ``torch.manual_seed`` repeats it."""
-    return int(torch.randint(0, 2**31 - 1, ())) if dropout > 0.0 else 0
+    return int(torch.randint(0, 2**31 - 1, (), device="cpu")) if dropout > 0.0 else 0
 
 
 def _kernel_runs(query: torch.Tensor) -> bool:
@@ -95,34 +98,44 @@ def _varlen(
 
     batch, heads, length, head_dim = q.shape
     rows = [t.transpose(1, 2).reshape(batch * length, heads, head_dim) for t in (q, k, v)]
+    if rows[1].stride() != rows[2].stride():
+        rows[1:] = [t.contiguous() for t in rows[1:]]
     seed = dropout_seed(dropout)
     if mask is None:
         cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=q.device)
         cu_seqlens = cu_seqlens[: batch + 1]
         out = VarlenAttention.apply(*rows, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
         return out.view(batch, length, heads, head_dim)
-    source, slot, cu_seqlens = _packing(mask)
+    source, slot, real, cu_seqlens = _packing(mask)
     packed = [t[source] for t in rows]
     out = VarlenAttention.apply(*packed, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
-    padded = torch.where((slot >= 0)[:, None, None], out[slot.clamp_min(0)], 0.0)
+    padded = torch.where(real[:, None, None], out[slot], 0.0)
     return padded.view(batch, length, heads, head_dim)
 
 
-def _packing(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(source of each packed row, packed row of each place or -1, cu_seqlens) of a mask, kept for the next layer."""
+_Packing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _packing(mask: torch.Tensor) -> _Packing:
+    """Of a mask, kept for the next layer: source of each packed row, packed row of each place, is a token, cu_seqlens.
+
+    Rows without a token point to themselves: backward would serialise tens of thousands that all point to one.
+    """
     from xfast.kernels.packing import unpad
 
     recent = getattr(_recent, "packing", None)
     if recent is not None and recent[0]() is mask and recent[1] == mask._version:
-        kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = recent[2]
+        kept: _Packing = recent[2]
         return kept
     batch, length = mask.shape
-    view = mask.view(torch.uint8) if mask.dtype == torch.bool else mask.contiguous()
-    limits = {"pad_id": -1, "vocab": 1, "positions": length, "types": 1}
-    rows = unpad(batch, length, mask.device, None, view, None, None, **limits)
+    dense = mask.contiguous()
+    view = dense.view(torch.uint8) if dense.dtype == torch.bool else dense
+    rows = unpad(batch, length, mask.device, None, view, None, None, pad_id=-1, vocab=1, positions=length, types=1)
+    places = torch.arange(batch * length, device=mask.device)
+    real = rows.slot >= 0
     # Past the last token ``source`` is undefined; how many there are is known to the device alone.
-    filled = torch.arange(batch * length, device=mask.device) < rows.info[0]
-    packing = (torch.where(filled, rows.source, 0).long(), rows.slot.long(), rows.cu_seqlens)
+    source = torch.where(places < rows.info[0], rows.source[: batch * length], places)
+    packing = (source.long(), torch.where(real, rows.slot, places).long(), real, rows.cu_seqlens)
     if not mask.is_inference():
         _recent.packing = (weakref.ref(mask), mask._version, packing)
     return packing

@@ -93,7 +93,9 @@ def unpad(
         if place != kernels.FINE:
             at = [place // length, place % length]
             _raise(spec, kind, at, {"mask": mask, "token": ids, "type": types, "position": positions}[kind])
-    embeds = None if inputs_embeds is None else inputs_embeds.detach().reshape(batch * length, spec.hidden_size)
+    embeds = (
+        None if inputs_embeds is None else inputs_embeds.detach().reshape(batch * length, spec.hidden_size).contiguous()
+    )
     return DevicePacked(batch, length, total, longest, first_masked, rows, embeds)
 
 
@@ -102,7 +104,8 @@ def _read(info: torch.Tensor) -> list[int]:
     if info.device.type == "cpu":
         return [int(value) for value in info]
     if not hasattr(_pinned, "buffer"):
-        _pinned.buffer = torch.empty(info.shape, dtype=info.dtype, pin_memory=True)
+        with torch.inference_mode(False):  # it is written to in later calls, whatever mode these are in
+            _pinned.buffer = torch.empty(info.shape, dtype=info.dtype, device="cpu", pin_memory=True)
     _pinned.buffer.copy_(info, non_blocking=True)
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(info.device))

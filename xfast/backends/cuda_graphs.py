@@ -5,14 +5,14 @@ A batch of T tokens runs in the smallest bucket that holds it: its arrays are co
 replayed, the result's first T rows are copied out. Larger batches keep the device busy without: they run ungraphed, on
 exactly T rows.
 
-Graphs are captured when a bucket is first met, share one memory pool, and the least recently used one goes when there
+Graphs are captured when a bucket is met again, share one memory pool, and the least recently used one goes when there
 are too many. Replays of one engine take turns (a lock on the host, an event between streams), since they share memory.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,10 @@ BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,
 """Token counts, in steps of at most 1.5 from 64 on: the rows that a bucket adds to a batch cost products."""
 
 MAX_GRAPHS = 32
+MEETINGS_BEFORE_CAPTURE = 2
+"""A shape that comes up once is not worth a capture, which stops the device and takes as long as many launches."""
+
+_SEQUENCE_STEPS = (1, 8, 64, 512, 4096)
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
@@ -61,25 +65,38 @@ def bucket_for(tokens: int) -> int | None:
     return next((size for size in BUCKETS if size >= tokens), None)
 
 
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
+
+
 def capture_cuda() -> Capture:
     """Captures on a side stream, after a run that compiles kernels and makes library workspaces.
 
     All graphs captured by the returned function share a memory pool: none may run while another does.
     """
     pool = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()  # one: torch reuses a pool's memory within a stream only
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                output = function()
-        torch.cuda.current_stream().wait_stream(side)
+        with _capturing:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                function()
+                graph = torch.cuda.CUDAGraph()
+                _forget_workspaces()
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    output = function()
+                _forget_workspaces()
+            torch.cuda.current_stream().wait_stream(side)
         return graph.replay, output
 
     return capture
+
+
+def _forget_workspaces() -> None:
+    """Makes cuBLAS take its workspace from the graph's pool: one that lives outside may be freed under the graph."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 class GraphCache:
@@ -92,6 +109,7 @@ class GraphCache:
         self._capture = capture
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
         self._refused: dict[Key, str] = {}
+        self._met: Counter[Key] = Counter()
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
@@ -129,8 +147,8 @@ class GraphCache:
         tokens = bucket_for(packed.total_tokens)
         if tokens is None or packed.batch > tokens:
             return None
-        # Sequences and selected rows in powers of two: empty sequences cost nothing.
-        sequences = min(1 << (packed.batch - 1).bit_length(), tokens)
+        # Room for sequences and selected rows in coarse steps: empty sequences cost next to nothing.
+        sequences = min(next(step for step in _SEQUENCE_STEPS if step >= packed.batch), tokens)
         rows = None if selected is None else sequences
         return Key(tokens, sequences, rows, *self._forward.plan(packed.max_seqlen, packed.batch), layers)
 
@@ -159,9 +177,13 @@ class GraphCache:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        batch = self._buffers(key)
+        self._met[key] += 1
+        if self._met[key] <= MEETINGS_BEFORE_CAPTURE:
+            return None
         try:
-            replay, output = self._capture(lambda: self._forward(batch, key.layers)[0])
+            with torch.inference_mode(False), torch.no_grad():  # buffers are written to in later calls, in any mode
+                batch = self._buffers(key)
+                replay, output = self._capture(lambda: self._forward(batch, key.layers)[0])
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
             self._refused[key] = " ".join(str(error).split())[:200]
             return None

@@ -9,8 +9,7 @@ batch that fits its bucket (``backends/cuda_graphs.py``).
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -100,7 +99,7 @@ class TritonEngine:
         """See :class:`xfast.backends.base.Engine`."""
         from xfast.device_packing import unpad
 
-        with _on(self.device):
+        with torch.no_grad():
             return unpad(self.spec, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
 
     def run(
@@ -112,8 +111,10 @@ class TritonEngine:
         hidden_states: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :class:`xfast.backends.base.Engine`."""
+        from xfast.kernels.launch import on
+
         layers = self.spec.num_layers if layers is None else layers
-        with _on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._graphs.run(packed, rows, layers, hidden_states)
 
     def own_word_table(self) -> bool:
@@ -139,8 +140,3 @@ class TritonEngine:
             state = "on" if torch.backends.cuda.matmul.allow_tf32 else "off"
             lines.append(f"TF32 in matrix products: {state} (torch.backends.cuda.matmul.allow_tf32); attention: off")
         return lines
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels launch on the current device, which must be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -78,7 +78,8 @@ class TritonForward:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[R or N, hidden_size] and, if asked for, [layers + 1, R, hidden_size], in ``dtype``."""
         hidden = self._embed(batch, layers)
-        states = [hidden.values]
+        # Kept states are copies: a layer adds its projections to the residual stream in place.
+        states = [hidden.values.clone()] if hidden_states else []
         if layers == 0:
             values = hidden.values if batch.selected is None else hidden.values[batch.selected.long()]
             return values, torch.stack(states) if hidden_states else None
@@ -91,7 +92,8 @@ class TritonForward:
                 hidden = self._last_layer(layer, hidden, batch, batch.selected)
             else:
                 hidden = self._layer(layer, hidden, tiles, next_fp8)
-            states.append(hidden.values)
+            if hidden_states:
+                states.append(hidden.values.clone())
         return hidden.values, torch.stack(states) if hidden_states else None
 
     def _embed(self, batch: DeviceBatch, layers: int) -> _Hidden:
@@ -166,11 +168,14 @@ class TritonForward:
         return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
 
     def _projected(self, x: torch.Tensor, weight: Weight, residual: torch.Tensor, fp8: bool) -> torch.Tensor:
-        """x W^T, with the residual added in the product's accumulator unless it is e4m3 (LayerNorm adds it then)."""
+        """x W^T added to the residual, in place, in the product's accumulator; alone if e4m3 (LayerNorm adds it then).
+
+        In place, because out of place torch first copies the residual.
+        """
         if fp8:
             return self._product(quantize(x), weight, None)
         assert isinstance(weight, torch.Tensor)
-        return torch.addmm(residual, x, weight.t())
+        return residual.addmm_(x, weight.t())
 
     def _product(self, x: torch.Tensor | Scaled, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias, [rows, out]."""

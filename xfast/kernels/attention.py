@@ -107,7 +107,7 @@ def _forward_step(
     return acc, acc_rest, new_m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "seed"])
 def forward_kernel(
     q, k, v, out, lse, table, count, row_lo, row_hi,  # q/out [Q, H, D], k/v [K, H, D], lse [H, Q], table [*, 4]
     stride_q, stride_kv, stride_out, queries, heads, scale, seed, dropout,

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from xfast.kernels.attention import attention, keep, products, split_head_dim
-from xfast.kernels.launch import accumulator, capability_of, cast, dot, load_rows, next_power_of_2
+from xfast.kernels.launch import accumulator, capability_of, cast, dot, load_rows, next_power_of_2, on
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import attention_backward_tile, attention_tile
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
     out, grad, delta, rows, heads, stride_out, stride_grad,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
@@ -57,7 +58,7 @@ def _store_rows(base, main, rest, rows, stride, mask, D_MAIN: tl.constexpr, D_RE
         tl.store(place + D_MAIN + tl.arange(0, D_REST)[None, :], cast(rest, base.dtype.element_ty), mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "seed"])
 def keys_kernel(
     q, k, v, grad, lse, delta, dk, dv, table, count,
     stride_q, stride_kv, stride_grad, stride_out, queries, heads, scale, seed, dropout,
@@ -103,7 +104,7 @@ def keys_kernel(
     _store_rows(dv + offset, dv_main, dv_rest, keys, stride_out, valid, D_MAIN, D_REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "seed"])
 def queries_kernel(
     q, k, v, grad, lse, delta, dq, table, count,
     stride_q, stride_kv, stride_grad, stride_out, queries, heads, scale, seed, dropout,
@@ -159,18 +160,20 @@ class VarlenAttention(torch.autograd.Function):
         seed: int,
     ) -> torch.Tensor:
         """Runs the forward kernel and keeps the logsumexp."""
-        capability = capability_of(q.device)
-        tile = attention_tile(q.shape[2], q.element_size(), capability, max_q)
-        tiles = attention_tiles(cu_q, cu_k, q.shape[0], tile)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
-        # Rows without keys are in no tile of the backward; zeros keep their delta finite.
-        out = attention(q, k, v, tiles, scale=scale, lse=lse, out=torch.zeros_like(q), dropout=dropout, seed=seed)
+        with on(q.device):
+            capability = capability_of(q.device)
+            tile = attention_tile(q.shape[2], q.element_size(), capability, max_q, training=True)
+            tiles = attention_tiles(cu_q, cu_k, q.shape[0], tile)
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
+            # Rows without keys are in no tile of the backward; zeros keep their delta finite.
+            out = attention(q, k, v, tiles, scale=scale, lse=lse, out=torch.zeros_like(q), dropout=dropout, seed=seed)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.settings = (scale, dropout, seed, capability)
+        ctx.settings = (scale, dropout, seed)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         """Gradients of q, k and v."""
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
@@ -190,7 +193,6 @@ def attention_backward(
     scale: float,
     dropout: float,
     seed: int,
-    capability: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ [Q, H, D], dK and dV [K, H, D] from the forward's inputs and results (lse in base 2, [H, Q])."""
     queries, heads, head_dim = q.shape
@@ -199,7 +201,7 @@ def attention_backward(
     dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if queries == 0 or k.shape[0] == 0:
         return dq, dk, dv
-    tile = attention_backward_tile(head_dim, q.element_size(), capability)
+    tile = attention_backward_tile(head_dim, q.element_size(), dropout > 0.0)
     main, rest = split_head_dim(head_dim)
     sizes = {"D_MAIN": main, "D_REST": rest, "DROPOUT": dropout > 0.0, "ACC": accumulator(q.dtype)}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.warps, "num_stages": tile.stages}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +35,11 @@ def check_device(name: str, tensor: torch.Tensor) -> None:
     expected = "cpu" if INTERPRETED else "cuda"
     if tensor.device.type != expected:
         raise ValueError(f"{name}: expected a tensor on {expected}, got {tensor.device}")
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which must be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capability_of(device: torch.device) -> int:

@@ -8,15 +8,20 @@ computed anew by every program: B is small, and it saves a scan with launches of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from xfast.kernels.attention import Tiles
-from xfast.kernels.launch import cast, check_device, next_power_of_2
+from xfast.kernels.launch import cast, check_device, next_power_of_2, on
 from xfast.kernels.tiles import Tile
 
+_SIZES = [
+    *("batch", "length", "capacity", "vocab", "table_positions", "type_count"),
+    *("id_stride", "position_stride", "type_stride"),
+]
 FINE = 2**31 - 1
 """Value of an error column when there is no error."""
 
@@ -77,7 +82,8 @@ def _row(
     return here, bad_mask, kept, token, position, kind
 
 
-@triton.jit
+# Not specialised on any size: servers see every batch shape, and each compilation takes a second.
+@triton.jit(do_not_specialize=_SIZES)
 def count_kernel(
     ids, mask, positions, types, lengths, errors,  # lengths int32 [B], errors int32 [B, 5]
     length, vocab, table_positions, type_count, id_stride, position_stride, type_stride, PAD_ID: tl.constexpr,
@@ -106,7 +112,7 @@ def count_kernel(
     tl.store(errors + row * 5 + 4, bad_position)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def fill_kernel(
     ids, mask, positions, types, lengths, errors,
     out_ids, out_positions, out_types, source, slot, cu_seqlens, row_keys, info,
@@ -177,13 +183,14 @@ def unpad(
     room = batch * length
     ints = {"dtype": torch.int32, "device": device}
     lengths, errors = torch.empty(batch, **ints), torch.empty(batch, 5, **ints)
-    filled = torch.empty(7, room, **ints)
+    # Rows of a multiple of 16 bytes: pointers that are now aligned and now not would each be compiled anew.
+    filled = torch.empty(7, triton.cdiv(room, 4) * 4, **ints)
     rows = PackedRows(
         ids=filled[0],
         position_ids=filled[1],
         type_ids=filled[2],
         source=filled[3],
-        slot=filled[4],
+        slot=filled[4, :room],
         cu_seqlens=torch.empty(batch + 1, **ints),
         row_keys=filled[5:7],
         info=torch.zeros(8, **ints),
@@ -195,20 +202,19 @@ def unpad(
     given = [(t if t is not None else lengths) for t in (ids, mask, position_ids, type_ids)]
     check_device("input_ids", given[0])
     strides = [length if t is not None and t.shape[0] == batch else 0 for t in (ids, position_ids, type_ids)]
-    flags = {
-        "HAS_IDS": ids is not None,
-        "HAS_MASK": mask is not None,
-        "HAS_POSITIONS": position_ids is not None,
-        "HAS_TYPES": type_ids is not None,
-        "BLOCK": next_power_of_2(length),
-        "PAD_ID": pad_id,
+    names = ("HAS_IDS", "HAS_MASK", "HAS_POSITIONS", "HAS_TYPES")
+    flags: dict[str, Any] = {
+        name: t is not None for name, t in zip(names, (ids, mask, position_ids, type_ids), strict=True)
     }
+    flags |= {"BLOCK": max(128, next_power_of_2(length)), "PAD_ID": pad_id}
     limits = (vocab, positions, types, *strides)
-    count_kernel[(batch,)](*given, lengths, errors, length, *limits, **flags)
-    fill_kernel[(batch,)](
-        *given, lengths, errors, rows.ids, rows.position_ids, rows.type_ids, rows.source, rows.slot, rows.cu_seqlens,
-        rows.row_keys, rows.info, batch, length, room, *limits, **flags, BLOCK_B=next_power_of_2(batch),
-    )  # fmt: skip
+    with on(device):
+        count_kernel[(batch,)](*given, lengths, errors, length, *limits, **flags)
+        fill_kernel[(batch,)](
+            *given, lengths, errors, rows.ids, rows.position_ids, rows.type_ids, rows.source, rows.slot,
+            rows.cu_seqlens, rows.row_keys, rows.info, batch, length, filled.shape[1], *limits, **flags,
+            BLOCK_B=max(64, next_power_of_2(batch)),
+        )  # fmt: skip
     return rows
 
 
@@ -230,13 +236,14 @@ def pad(packed: torch.Tensor, slot: torch.Tensor, dtype: torch.dtype | None = No
     out = torch.empty(slot.shape[0], columns, dtype=dtype or packed.dtype, device=packed.device)
     if out.numel():
         block = min(next_power_of_2(columns), 2048)
-        pad_kernel[(slot.shape[0], triton.cdiv(columns, block))](
-            packed, slot, out, columns, packed.stride(0), BLOCK=block, num_warps=4 if block >= 512 else 1
-        )
+        with on(packed.device):
+            pad_kernel[(slot.shape[0], triton.cdiv(columns, block))](
+                packed, slot, out, columns, packed.stride(0), BLOCK=block, num_warps=4 if block >= 512 else 1
+            )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def tiles_kernel(cu_q, cu_k, table, count, sequences, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     """Tiles of one sequence, at the place after those of all sequences with more keys."""
     sequence = tl.program_id(0)
@@ -261,7 +268,7 @@ def tiles_kernel(cu_q, cu_k, table, count, sequences, BLOCK_M: tl.constexpr, BLO
         tl.store(count, tl.sum(tiles, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "capacity"])
 def shared_tiles_kernel(cu_seqlens, row_keys, table, count, sequences, capacity, BLOCK_M: tl.constexpr):
     """Tile ``i`` holds rows ``i * BLOCK_M ...`` and the keys of every sequence that these belong to."""
     total = tl.load(cu_seqlens + sequences)
@@ -300,9 +307,11 @@ def attention_tiles(
     ints = {"dtype": torch.int32, "device": cu_q.device}
     table, count = torch.empty(max(room, 1), 4, **ints), torch.zeros(1, **ints)
     if sequences and queries and row_keys is None:
+        block = max(64, next_power_of_2(sequences))
         tiles_kernel[(sequences,)](
-            cu_q, cu_k, table, count, sequences, BLOCK_M=tile.block_m, BLOCK_S=next_power_of_2(sequences), num_warps=1
-        )
+            cu_q, cu_k, table, count, sequences, BLOCK_M=tile.block_m, BLOCK_S=block,
+            num_warps=min(16, max(1, block // 256)),
+        )  # fmt: skip
     elif sequences and queries:
         assert row_keys is not None
         shared_tiles_kernel[(room,)](

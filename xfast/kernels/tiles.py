@@ -29,11 +29,12 @@ def shared_memory_limit(capability: int) -> int:
     return SHARED_MEMORY_LIMIT[max(known, default=80)]
 
 
-def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: int) -> Tile:
+def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: int, *, training: bool = False) -> Tile:
     """Tile of the attention forward: block_m queries, block_n keys.
 
     Few queries a sequence (a last layer that computes one row, short sentences) take the smallest tile that tensor
-    cores accept; block_k is head_dim's padded part and only informative.
+    cores accept; block_k is head_dim and only informative. ``training`` leaves
+    registers for dropout.
     """
     small = shared_memory_limit(capability) < 128 * 1024
     if itemsize >= 4:  # no tensor cores: registers bound the tile
@@ -42,19 +43,21 @@ def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: i
         return Tile(16, 64, head_dim, 4, 2)
     if max_queries <= 64:
         return Tile(64, 64, head_dim, 4, 2 if small or head_dim > 64 else 3)
+    if head_dim > 64 and training:
+        return Tile(64, 32, head_dim, 4, 2)
     if head_dim > 64:
         return Tile(64, 64, head_dim, 4, 2) if small else Tile(128, 64, head_dim, 8, 2)
-    # One warpgroup with 250 registers a thread on Hopper; elsewhere that many would spill.
-    return Tile(128, 64, head_dim, 4 if capability == 90 else 8, 2 if small else 3)
+    # One warpgroup with 250 registers a thread on Hopper; elsewhere, and with dropout, that many would spill.
+    return Tile(128, 64, head_dim, 4 if capability == 90 and not training else 8, 2 if small else 3)
 
 
-def attention_backward_tile(head_dim: int, itemsize: int, capability: int) -> Tile:
+def attention_backward_tile(head_dim: int, itemsize: int, dropout: bool) -> Tile:
     """Tile of the attention backward: block_m rows that a program owns, block_n rows that it walks over."""
     if itemsize >= 4:
         return Tile(32, 16, head_dim, 4, 1)
-    if head_dim > 64:
-        return Tile(64, 32, head_dim, 8, 2)
-    return Tile(64, 32 if head_dim == 64 or shared_memory_limit(capability) < 128 * 1024 else 64, head_dim, 4, 2)
+    if head_dim >= 64:
+        return Tile(32, 32, head_dim, 4, 2) if dropout else Tile(64, 32, head_dim, 8, 2)
+    return Tile(64, 32, head_dim, 4, 2)
 
 
 def gemm_tile(rows: int, columns: int, itemsize: int, capability: int) -> Tile:
@@ -67,9 +70,8 @@ def gemm_tile(rows: int, columns: int, itemsize: int, capability: int) -> Tile:
         return Tile(16, 64, depth, 4, 4 if not small else 3)
     if rows <= 64:
         return Tile(64, 64, depth, 4, 4 if not small else 3)
-    if small or columns < 256:
-        return Tile(128, 128, depth // 2 if small else depth, 8, 3)
-    return Tile(128, 256, depth, 8, 3)
+    # Not 128 x 256: its fp32 sums and the epilogue's operands would not fit 255 registers.
+    return Tile(128, 128, depth // 2 if small else depth, 8, 3)
 
 
 def row_warps(columns: int, itemsize: int = 2) -> int:
