@@ -79,13 +79,15 @@ class TritonEngine:
     def __init__(self, weights: EncoderWeights, precision: str) -> None:
         from xfast.backends.cuda_graphs import GraphCache
         from xfast.backends.triton_forward import TritonForward
+        from xfast.kernels.launch import on
 
         self.precision = precision
         self.spec = weights.spec
         self.device = weights.modules[-1, "word"].weight.device
         packer = Packer(weights, precision)
         self._forward: TritonForward = TritonForward(self.spec, packer.pack(), DTYPES[precision], self.device)
-        self._graphs = GraphCache(self._forward)
+        with on(self.device):  # its stream and memory pool belong to a device
+            self._graphs = GraphCache(self._forward)
         self._copied_bytes = packer.copied_bytes
 
     def unpad(
