@@ -38,7 +38,8 @@ def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: i
     """
     small = shared_memory_limit(capability) < 128 * 1024
     if itemsize >= 4:  # no tensor cores: registers bound the tile
-        return Tile(16 if max_queries <= 16 else 32, 16, head_dim, 4, 1)
+        rows = 16 if max_queries <= 16 or head_dim >= 64 else 32
+        return Tile(rows, 16, head_dim, 8 if head_dim >= 64 else 4, 1)
     if max_queries <= 16:
         return Tile(16, 64, head_dim, 4, 2)
     if max_queries <= 64:
