@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from xfast.device_packing import DevicePacked
 
 MIN_CAPABILITY, MIN_FP8_CAPABILITY = 80, 89
-_HEAD_DIMS = (16, 32, 64, 80, 128)  # of kernels/attention.py, which cannot be imported without triton
 
 
 class TritonBackend:
@@ -38,8 +37,10 @@ class TritonBackend:
             return f"precision {precision} is not available on the GPU; available: {', '.join(DTYPES)}"
         if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
             return "pre-norm encoders are not supported yet"
-        if spec.head_dim not in _HEAD_DIMS:
-            return f"head_dim {spec.head_dim} is not supported; supported: {', '.join(map(str, _HEAD_DIMS))}"
+        from xfast.kernels.attention import HEAD_DIMS  # not before triton is known to be there
+
+        if spec.head_dim not in HEAD_DIMS:
+            return f"head_dim {spec.head_dim} is not supported; supported: {', '.join(map(str, HEAD_DIMS))}"
         if precision == "fp8" and (spec.hidden_size % 16 or spec.intermediate_size % 16):
             return "fp8 needs hidden_size and intermediate_size that are multiples of 16"
         return None

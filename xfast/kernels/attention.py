@@ -66,6 +66,13 @@ def products(a, a_rest, b, b_rest, COLUMNS: tl.constexpr, D_REST: tl.constexpr, 
 
 
 @triton.jit
+def work_item(table, item, heads):
+    """What the ``item``-th (tile, head) is: head, first row, rows, begin and end of the rows to walk over."""
+    entry = table + item // heads * 4
+    return item % heads, tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
 def _forward_step(
     q, q_rest, acc, acc_rest, m, total, k, v, start, end, stride_kv, scale, lo, hi, query_rows, head, seed, dropout,
     D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr,
@@ -119,10 +126,7 @@ def forward_kernel(
     columns = tl.arange(0, D_MAIN)
     rest_columns = tl.arange(0, D_REST if D_REST > 0 else 16)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        entry = table + item // heads * 4
-        head = item % heads
-        first, rows_here = tl.load(entry), tl.load(entry + 1)
-        k_begin, k_end = tl.load(entry + 2), tl.load(entry + 3)
+        head, first, rows_here, k_begin, k_end = work_item(table, item, heads)
         offset = head * (D_MAIN + D_REST)
         rows = first + tl.arange(0, BLOCK_M)
         valid = tl.arange(0, BLOCK_M) < rows_here

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from xfast.kernels.attention import attention, keep, products, split_head_dim
+from xfast.kernels.attention import attention, keep, products, split_head_dim, work_item
 from xfast.kernels.launch import accumulator, capability_of, cast, dot, load_rows, next_power_of_2, on
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import attention_backward_tile, attention_tile
@@ -69,8 +69,7 @@ def keys_kernel(
     item = tl.program_id(0)
     if item >= tl.load(count) * heads:
         return
-    entry, head = table + item // heads * 4, item % heads
-    first, rows_here, begin, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    head, first, rows_here, begin, end = work_item(table, item, heads)
     offset = head * (D_MAIN + D_REST)
     keys = first + tl.arange(0, BLOCK_M)
     valid = tl.arange(0, BLOCK_M) < rows_here
@@ -115,8 +114,7 @@ def queries_kernel(
     item = tl.program_id(0)
     if item >= tl.load(count) * heads:
         return
-    entry, head = table + item // heads * 4, item % heads
-    first, rows_here, begin, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    head, first, rows_here, begin, end = work_item(table, item, heads)
     offset = head * (D_MAIN + D_REST)
     rows = first + tl.arange(0, BLOCK_M)
     valid = tl.arange(0, BLOCK_M) < rows_here

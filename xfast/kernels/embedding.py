@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from xfast.kernels.launch import cast, check_device, next_power_of_2
-from xfast.kernels.norm import normalize
-from xfast.kernels.quantize import fp8_rows, to_fp8
+from xfast.kernels.launch import check_device, next_power_of_2
+from xfast.kernels.norm import store_normalized
+from xfast.kernels.quantize import fp8_rows
 from xfast.kernels.tiles import row_warps
 
 
@@ -25,7 +25,6 @@ def embedding_kernel(
     """One token."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < columns
     there = row < tl.load(count)
     real = column < tl.where(there, columns, 0)
     token = tl.load(ids + row, mask=there, other=0).to(tl.int64)
@@ -35,14 +34,7 @@ def embedding_kernel(
     values = tl.load(word + token * word_stride + column, mask=real, other=0.0).to(tl.float32)
     values += tl.load(type_table + kind * columns + column, mask=real, other=0.0).to(tl.float32)
     values += tl.load(position_table + position * columns + column, mask=real, other=0.0).to(tl.float32)
-    g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
-    y = normalize(values, g, b, inside, columns, eps)
-    tl.store(out + row * columns + column, cast(y, out.dtype.element_ty), mask=inside)
-    if QUANTIZE:
-        y8, s = to_fp8(cast(y, out.dtype.element_ty).to(tl.float32))
-        tl.store(q + row * columns + column, y8, mask=inside)
-        tl.store(scale + row, s)
+    store_normalized(values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE, BLOCK)
 
 
 def embed(

@@ -25,6 +25,24 @@ def normalize(values, gamma, beta, inside, columns, eps):
 
 
 @triton.jit
+def store_normalized(
+    values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes LayerNorm of one row [BLOCK], and its e4m3 form."""
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
+    y = cast(normalize(values, g, b, inside, columns, eps), out.dtype.element_ty)
+    tl.store(out + row * columns + column, y, mask=inside)
+    if QUANTIZE:
+        # From the rounded value, which is what an unfused pass would read.
+        y8, s = to_fp8(y.to(tl.float32))
+        tl.store(q + row * columns + column, y8, mask=inside)
+        tl.store(scale + row, s)
+
+
+@triton.jit
 def norm_kernel(
     x, bias, residual, gamma, beta, out, q, scale,  # x, residual, out [rows, columns]; bias, gamma, beta [columns]
     columns, stride, residual_stride, eps,
@@ -39,15 +57,7 @@ def norm_kernel(
         values += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         values += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
-    y = normalize(values, g, b, inside, columns, eps)
-    tl.store(out + row * columns + column, cast(y, out.dtype.element_ty), mask=inside)
-    if QUANTIZE:
-        # From the rounded value, which is what an unfused pass would read.
-        y8, s = to_fp8(cast(y, out.dtype.element_ty).to(tl.float32))
-        tl.store(q + row * columns + column, y8, mask=inside)
-        tl.store(scale + row, s)
+    store_normalized(values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE, BLOCK)
 
 
 def add_norm(
