@@ -1,7 +1,7 @@
 """Word + type + position embeddings and their LayerNorm in one pass: nothing but the result is written.
 
-Rows from ``count`` on (a bucket that is not full) become LayerNorm's image of zeros, so that no later kernel meets
-whatever the memory held before.
+Rows from ``count`` on (a bucket that is not full) become LayerNorm's image of zeros: ids past the count, which may be
+anything, are never looked up.
 """
 
 from __future__ import annotations
