@@ -6,6 +6,7 @@ from xfast import _C
 from xfast.api import accelerate, accelerated, explain, restore
 from xfast.errors import (
     BackendUnavailableError,
+    DataFileError,
     InvalidInputError,
     InvalidOptionError,
     InvalidWeightsError,
@@ -29,6 +30,7 @@ def available_isas() -> list[str]:
 
 __all__ = [
     "BackendUnavailableError",
+    "DataFileError",
     "Explanation",
     "InvalidInputError",
     "InvalidOptionError",

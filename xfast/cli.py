@@ -15,6 +15,7 @@ from rich.table import Table
 import xfast
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.machine import backends, ceilings, machine
+from xfast.stilts.cli import app as stilts
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Fast inference for XLM-RoBERTa-family encoders.",
 )
+app.add_typer(stilts, name="stilts")
 
 
 def _complain(text: str) -> None:

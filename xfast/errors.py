@@ -15,6 +15,10 @@ class InvalidInputError(XfastError, ValueError):
     """A tensor or file has the wrong shape, dtype or values."""
 
 
+class DataFileError(InvalidInputError):
+    """A data file is missing, truncated or not in the expected format; names the file and, where it can, the line."""
+
+
 class TokenIdError(InvalidInputError, IndexError):
     """A token or token-type id lies outside its embedding table."""
 

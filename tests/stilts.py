@@ -1,0 +1,174 @@
+"""Small tokenizers, checkpoints and data for the STILTs tests: everything is made here, nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+WORDS = [
+    *(
+        "river",
+        "stone",
+        "green",
+        "seven",
+        "window",
+        "market",
+        "slowly",
+        "bread",
+        "winter",
+        "teacher",
+        "yellow",
+        "garden",
+    ),
+    *("silent", "engine", "north", "paper", "ship", "lamp", "bright", "copper", "village", "song", "early", "table"),
+    *("horse", "cloud", "letter", "quiet", "forest", "glass", "road", "island", "morning", "coat", "bridge", "salt"),
+]
+
+
+def tokenizer(texts: Iterable[str], folder: Path, size: int = 600) -> Any:
+    """A unigram tokenizer in XLM-R's manner (▁, ``<s> A </s></s> B </s>``), trained on the texts and saved."""
+    core = Tokenizer(models.Unigram())
+    core.normalizer = normalizers.NFKC()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), SPECIAL, strict=True))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        cls_token="<s>",
+        sep_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+        **names,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def checkpoint(folder: Path, vocabulary: int, *, seed: int = 0, **changes: Any) -> Path:
+    """An untrained XLM-R with a masked language model's head."""
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 514,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **changes,
+    }
+    config = transformers.XLMRobertaConfig(
+        vocab_size=vocabulary,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.05,
+        **sizes,
+    )
+    torch.manual_seed(seed)
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentences(rng: Any, count: int, words: int = 8) -> list[str]:
+    """Made-up sentences."""
+    return [" ".join(rng.choice(WORDS, words)) for _ in range(count)]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    return write_lines(path, [json.dumps(value, ensure_ascii=False)])
+
+
+def nli(rng: Any, path: Path, count: int, labels: bool = True) -> Path:
+    """Pairs whose label can only be memorised or, for entailment, seen: XTREME's TSV."""
+    rows = []
+    for i in range(count):
+        first = " ".join(rng.choice(WORDS, 7))
+        label = ("entailment", "neutral", "contradiction")[i % 3]
+        second = {
+            "entailment": " ".join(first.split()[:3]),
+            "neutral": " ".join(rng.choice(WORDS, 4)),
+            "contradiction": "not " + " ".join(first.split()[:3]),
+        }[label]
+        rows.append("\t".join([first, second, label][: 3 if labels else 2]))
+    return write_lines(path, rows)
+
+
+def squad(rng: Any, path: Path, count: int) -> Path:
+    """One paragraph a question: the answer is the word after the one asked for."""
+    paragraphs = []
+    for i in range(count):
+        words = list(rng.permutation(WORDS)[:12])
+        at = int(rng.integers(1, 10))
+        context = " ".join(words)
+        start = len(" ".join(words[: at + 1])) + 1
+        answer = {"text": words[at + 1], "answer_start": start}
+        qas = [{"id": f"q{i}", "question": f"what follows {words[at]}", "answers": [answer]}]
+        paragraphs.append({"context": context, "qas": qas})
+    return write_json(path, {"data": [{"title": "t", "paragraphs": paragraphs}]})
+
+
+def tagged(rng: Any, path: Path, count: int, tags: tuple[str, ...] = ("NOUN", "VERB", "ADJ")) -> Path:
+    """Each word always has the same tag."""
+    lines: list[str] = []
+    for sentence in sentences(rng, count, 6):
+        lines += [f"{word}\t{tags[WORDS.index(word) % len(tags)]}" for word in sentence.split()] + [""]
+    return write_lines(path, lines)
+
+
+def hellaswag(rng: Any, path: Path, count: int) -> Path:
+    """The right ending repeats the last word of the story."""
+    rows = []
+    for i in range(count):
+        words = list(rng.permutation(WORDS)[:12])
+        label = int(rng.integers(0, 4))
+        endings = [" ".join(rng.choice(WORDS, 3)) for _ in range(4)]
+        endings[label] = f"{words[3]} {words[3]} {words[3]}"
+        row = {"ind": i, "ctx_a": " ".join(words[:4]), "ctx_b": "then", "endings": endings, "label": label}
+        rows.append(json.dumps(row))
+    return write_lines(path, rows)
+
+
+def mewslix_pairs(rng: Any, path: Path, count: int) -> Path:
+    """Mentions whose entity's description begins with the mention."""
+    rows = []
+    for i in range(count):
+        name = " ".join(rng.permutation(WORDS)[:2])
+        text = f"{name} " + " ".join(rng.choice(WORDS, 4))
+        spans = [{"start": 0, "end": len(text)}]
+        context = {
+            "document_title": "t", "document_url": "u", "document_id": str(i), "language": "en", "text": text,
+            "sentence_spans": spans,
+        }  # fmt: skip
+        mention = {
+            "example_id": f"m{i}", "entity_id": f"Q{i}", "mention_span": {"start": 0, "end": len(name), "text": name}
+        }  # fmt: skip
+        description = f"{name} is {' '.join(rng.choice(WORDS, 3))}"
+        entity = {
+            "entity_id": f"Q{i}", "title": name, "description": description, "description_language": "en",
+            "description_url": "u", "sentence_spans": [{"start": 0, "end": len(description)}],
+        }  # fmt: skip
+        row = {"contextual_mention": {"context": context, "mention": mention}, "entity": entity}
+        rows.append(json.dumps(row))
+    return write_lines(path, rows)

@@ -1,0 +1,308 @@
+"""Training: every type learns, interrupted runs continue exactly, packed equals padded, errors name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import stilts
+import torch
+import transformers
+
+from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts.config import RunConfig
+from xfast.stilts.model import build, load_task_model
+from xfast.stilts.tasks import get
+from xfast.stilts.training import CheckpointError, train
+
+DATA = {
+    "xnli": (stilts.nli, "mnli", "train.tsv"),
+    "xquad": (stilts.squad, "squad_v1", "train.json"),
+    "udpos": (stilts.tagged, "udpos", "train.tsv"),
+    "hellaswag": (stilts.hellaswag, "hellaswag", "train.jsonl"),
+    "mewslix": (stilts.mewslix_pairs, "mewslix", "train.jsonl"),
+}
+SETTINGS = {
+    "batch_size": 16,
+    "device_batch_size": 16,
+    "learning_rate": 2e-3,
+    "max_length": 64,
+    "eval_steps": 1000,
+    "warmup_share": 0.05,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and an untrained checkpoint in one folder."""
+    folder = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(0)
+    made = stilts.tokenizer([*stilts.sentences(rng, 200), "not what follows is then"], folder)
+    return stilts.checkpoint(folder, len(made))
+
+
+def config(base: Path, output: Path, tasks: list[str], rng: Any, count: int = 64, **changes: Any) -> RunConfig:
+    files = {}
+    for task in tasks:
+        make, origin, name = DATA[task]
+        path = make(rng, output.parent / "data" / origin / name, count)
+        files[origin] = {"train": [str(path)], "dev": [str(path)]}
+    return RunConfig(str(base), tuple(tasks), str(output), files=files, **{**SETTINGS, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(next(folder.glob("**/model.safetensors")))
+
+
+@pytest.mark.parametrize("task", list(DATA))
+def test_a_model_learns_64_examples(task: str, base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    run = config(base, tmp_path / "run", [task], rng, epochs=25 if task == "hellaswag" else 40)
+    trained = train(run)
+    metrics = {name.removeprefix(f"{task}_"): value for name, value in trained.metrics.items()}
+    score = metrics.get("f1") if task == "xquad" else metrics.get("token_accuracy", trained.score)
+    assert score is not None and score >= 95, metrics
+    assert trained.steps >= 100
+
+
+def test_several_tasks_share_an_encoder(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    text = stilts.write_lines(tmp_path / "sw.txt", stilts.sentences(rng, 60))
+    other = stilts.write_lines(tmp_path / "yo.txt", stilts.sentences(rng, 20))
+    run = config(
+        base, tmp_path / "run", list(DATA), rng, 32, epochs=24, mlm_files=(str(text), str(other)), device_batch_size=8
+    )
+    trained = train(run)
+    assert trained.metrics["udpos_token_accuracy"] >= 75 and trained.metrics["xnli_accuracy"] >= 80, trained.metrics
+    assert {"mlm:sw_perplexity", "mlm:yo_perplexity"} <= trained.metrics.keys()
+    encoder = weights(trained.folder / "encoder")
+    for task in ("xnli", "xquad", "udpos", "hellaswag", "mewslix", "mlm"):
+        model = load_task_model(str(trained.folder / "tasks" / task), get(task))
+        own = {k.removeprefix("roberta."): v for k, v in model.state_dict().items() if "pooler" not in k}
+        assert torch.equal(own["encoder.layer.0.output.dense.weight"], encoder["encoder.layer.0.output.dense.weight"])
+    before = weights(base)["roberta.encoder.layer.0.output.dense.weight"]
+    assert not torch.equal(before, encoder["encoder.layer.0.output.dense.weight"])
+
+
+def test_masked_language_modelling_lowers_perplexity(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    text = stilts.write_lines(tmp_path / "text.txt", [" ".join(stilts.WORDS[i % 5 : i % 5 + 8]) for i in range(200)])
+    values = {**SETTINGS, "epochs": 20, "mlm_files": [str(text)], "eval_steps": 60}
+    trained = train(RunConfig(str(base), ("mlm",), str(tmp_path / "run"), **values))
+    log = json.loads((trained.folder / "result.json").read_text())["log"]
+    first = next(entry["eval_mlm:text_perplexity"] for entry in log if "eval_mlm:text_perplexity" in entry)
+    assert trained.metrics["mlm:text_perplexity"] < min(first, 30)
+    continued = transformers.AutoModelForMaskedLM.from_pretrained(trained.folder / "tasks" / "mlm")
+    assert not torch.equal(continued.lm_head.dense.weight, weights(base)["lm_head.dense.weight"])
+    assert continued.lm_head.decoder.weight is continued.roberta.embeddings.word_embeddings.weight
+
+
+# --- continuing ----------------------------------------------------------------------------------------
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from xfast.stilts.config import from_dict, load
+from xfast.stilts.training import train
+from pathlib import Path
+train(from_dict(load(Path(sys.argv[1]))))
+"""
+
+
+def test_a_killed_run_continues_to_the_same_weights(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """SIGKILL somewhere after the first checkpoint; dropout, order and masking go on as if nothing had happened."""
+    dropout = tmp_path / "dropout"
+    made = transformers.AutoTokenizer.from_pretrained(base)
+    made.save_pretrained(dropout)
+    stilts.checkpoint(dropout, len(made), hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    text = stilts.write_lines(tmp_path / "sw.txt", stilts.sentences(rng, 60))
+    changes = {"epochs": 6, "eval_steps": 10, "mlm_files": (str(text),), "device_batch_size": 8}
+    whole = config(dropout, tmp_path / "whole", ["xnli", "udpos"], rng, **changes)
+    cut = RunConfig(**{**{k: getattr(whole, k) for k in whole.__dataclass_fields__}, "output": str(tmp_path / "cut")})
+    expected = train(whole)
+    cut.save(tmp_path / "cut.yaml")
+    command = [sys.executable, "-P", "-c", RUN, str(tmp_path / "cut.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("checkpoint-*/complete.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "result.json").exists()
+    continued = train(cut)
+    assert continued.steps == expected.steps and continued.score == expected.score
+    a, b = weights(expected.folder / "encoder"), weights(continued.folder / "encoder")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_is_not_repeated_and_another_is_refused(base: Path, tmp_path: Path, rng: Any) -> None:
+    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=2)
+    first = train(run)
+    stamp = (first.folder / "result.json").stat().st_mtime_ns
+    assert train(run) == first and (first.folder / "result.json").stat().st_mtime_ns == stamp
+    assert not list(first.folder.glob("checkpoint-*"))
+    changed = RunConfig(**{**{k: getattr(run, k) for k in run.__dataclass_fields__}, "learning_rate": 1e-4})
+    with pytest.raises(InvalidOptionError, match=r"another learning_rate"):
+        train(changed)
+
+
+def test_a_truncated_checkpoint_is_passed_over(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=4)
+    broken = tmp_path / "run" / "checkpoint-2"
+    broken.mkdir(parents=True)
+    (broken / "model.safetensors").write_bytes(b"cut")
+    assert train(run).steps == 4
+
+
+LIMITED = """
+import resource, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from xfast.stilts.config import from_dict, load
+from xfast.stilts.training import CheckpointError, train
+run = from_dict(load(Path(sys.argv[1])))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train(run)
+except CheckpointError as error:
+    print("CheckpointError:", error)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path, tmp_path: Path, rng: Any) -> None:
+    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=4, eval_steps=2)
+    run.save(tmp_path / "run.yaml")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LIMITED, str(tmp_path / "run.yaml")], capture_output=True, text=True, check=False
+    )
+    assert "CheckpointError:" in done.stdout, done.stderr[-2000:]
+    assert str(tmp_path / "run") in done.stdout and "no complete checkpoint" in done.stdout
+    assert issubclass(CheckpointError, RuntimeError)
+
+
+# --- what it computes ------------------------------------------------------------------------------------
+
+
+def test_accumulation_changes_no_gradient(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """16 examples at once or 4 x 4: the same optimizer steps, to rounding."""
+    runs = [
+        config(base, tmp_path / f"run{size}", ["xnli"], np.random.default_rng(1), max_steps=6, device_batch_size=size,
+               batching="random")
+        for size in (16, 4)
+    ]  # fmt: skip
+    a, b = (weights(train(run).folder / "encoder") for run in runs)
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-4), name
+
+
+def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Without padding, on the varlen kernels (in Triton's interpreter where there is no GPU): the same losses."""
+    pytest.importorskip("triton", reason="packed training needs triton")
+    small = {
+        "max_steps": 3,
+        "batch_size": 2,
+        "device_batch_size": 2,
+        "trainer": {"logging_steps": 1},
+        "dev_examples": 0,
+    }
+    losses = []
+    for batching in ("length", "packed"):
+        run = config(base, tmp_path / batching, ["udpos"], np.random.default_rng(2), 16, batching=batching, **small)
+        log = json.loads((train(run).folder / "result.json").read_text())["log"]
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert np.allclose(losses[0], losses[1], rtol=2e-4), losses
+
+
+def test_two_processes_train_as_one(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """torchrun with two CPU processes and half the examples in each: the same weights, to rounding."""
+    settings = {"max_steps": 4, "batch_size": 8, "batching": "random", "trainer": {"use_cpu": True}}
+    one = config(base, tmp_path / "one", ["xnli", "udpos"], np.random.default_rng(3), device_batch_size=8, **settings)
+    two = RunConfig(
+        **{
+            **{k: getattr(one, k) for k in one.__dataclass_fields__},
+            "output": str(tmp_path / "two"),
+            "device_batch_size": 4,
+        }
+    )
+    two.save(tmp_path / "two.yaml")
+    script = tmp_path / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "two.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = weights(train(one).folder / "encoder"), weights(tmp_path / "two" / "encoder")
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=2e-4), name
+
+
+def test_new_heads_depend_on_the_seed_alone(base: Path) -> None:
+    tasks = {"xnli": (get("xnli"), get("xnli").labels), "hellaswag": (get("hellaswag"), ())}
+    first, same, other = (build(str(base), tasks, seed).heads.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_gradient_checkpointing_changes_no_weight(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    runs = [
+        config(base, tmp_path / str(on), ["xnli"], np.random.default_rng(4), max_steps=3, gradient_checkpointing=on)
+        for on in (False, True)
+    ]
+    a, b = (weights(train(run).folder / "encoder") for run in runs)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+# --- errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"max_length": 600}, InvalidOptionError, r"max_length: 600.*512"),
+        ({"batch_size": 20}, InvalidOptionError, r"batch_size: 20 is no multiple"),
+        ({"trainer": {"nonsense": 1}}, InvalidOptionError, r"TrainingArguments has no nonsense"),
+        ({"model": "/nowhere/at/all"}, DataFileError, r"/nowhere/at/all"),
+        ({"tokenizer": "/nowhere/at/all"}, DataFileError, r"tokenizer: /nowhere/at/all"),
+        ({"mlm_files": ("/nowhere.txt",)}, DataFileError, r"/nowhere.txt"),
+    ],
+)
+def test_bad_input_is_refused(
+    changes: dict[str, Any], error: type, match: str, base: Path, tmp_path: Path, rng: Any
+) -> None:
+    run = config(base, tmp_path / "run", ["xnli"], rng)
+    values = {k: getattr(run, k) for k in run.__dataclass_fields__}
+    with pytest.raises(error, match=match):
+        train(RunConfig(**{**values, **changes}))
+
+
+def test_a_checkpoint_of_another_size_is_refused(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The configuration says one size, the weights have another."""
+    other = stilts.checkpoint(tmp_path / "other", 64, hidden_size=32)
+    made = transformers.AutoTokenizer.from_pretrained(base)
+    made.save_pretrained(other)
+    with pytest.raises(InvalidOptionError, match=r"vocabulary of 64"):
+        train(config(other, tmp_path / "run", ["xnli"], rng))
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "hidden_size": 64, "vocab_size": 5000}))
+    with pytest.raises(DataFileError, match=r"model: "):
+        train(config(other, tmp_path / "run2", ["xnli"], rng))

@@ -1,0 +1,267 @@
+"""Where a task's examples come from: a data folder, files named by the user, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError
+from xfast.stilts import readers
+from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample
+from xfast.stilts.languages import NAMES
+from xfast.stilts.task import BITEXT, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
+from xfast.stilts.tasks import get
+
+SPLITS = ("train", "dev", "test")
+
+Files = Mapping[str, Mapping[str, Sequence[str | Path]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything that says where examples come from.
+
+    Attributes:
+        folder: data folder: XTREME's download folder, or one that holds it as ``xtreme/`` beside ``intermediate/``.
+        files: by task and split, files to read instead; ``{language}`` in a name is replaced. Their format is one that
+            the task's reader knows, told by the suffix (``.conllu`` works for every tagging task). Labels must be in
+            them: gold files of the folder belong to the folder's own.
+        hub: by task, the name of a Hub dataset (or a folder in its format) to read instead; "" for the task's own.
+            Where ``files`` names files of a split, these are read.
+    """
+
+    folder: Path | None = None
+    files: Files = field(default_factory=dict)
+    hub: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, relative: str) -> Path | None:
+        """The file of that relative name in the data folder, or None."""
+        if self.folder is None:
+            return None
+        for path in (self.folder / "xtreme" / relative, self.folder / relative):
+            if path.is_file():
+                return path
+        return None
+
+    def paths(self, task: Task, split: str, language: str = "en") -> tuple[Path, ...] | None:
+        """The files of one split, the first alternative that is complete; None where there is none."""
+        named = self._named(task, split)
+        if named is not None:
+            return tuple(Path(name.replace("{language}", language)) for name in named)
+        for alternative in task.files.get(split, ()):
+            found = [self.find(relative.format(language=language)) for relative in alternative]
+            if all(found):
+                return tuple(path for path in found if path is not None)
+        return None
+
+    def _named(self, task: Task, split: str) -> list[str] | None:
+        names = self.files.get(task.name, {}).get(split)
+        return None if names is None else [str(name) for name in names]
+
+    def _of_parts(self, task: Task) -> Source:
+        """The source of a joined task's parts: its own Hub datasets are theirs."""
+        if task.name not in self.hub:
+            return self
+        if self.hub[task.name]:
+            raise InvalidOptionError(f"hub: {task.name} joins {', '.join(task.parts)}: name the datasets of these")
+        return replace(self, hub={**dict.fromkeys(task.parts, ""), **self.hub})
+
+    def has(self, task: Task, split: str, language: str = "en") -> bool:
+        """Whether the split can be loaded (a Hub dataset counts without being asked)."""
+        named = self._named(task, split)
+        if named is not None:
+            # one language's file may be missing; any other name that is wrong is an error when it is loaded
+            paths = self.paths(task, split, language) or ()
+            return all(path.is_file() for path, name in zip(paths, named, strict=True) if "{language}" in name)
+        if task.parts:
+            source = self._of_parts(task)
+            return all(source.has(get(part), split, language) for part in task.parts)
+        if task.name in self.hub:
+            return task.hub is not None and split in task.hub.splits
+        return self.paths(task, split, language) is not None
+
+    def load(self, task: Task, split: str, language: str = "en") -> Examples[Any]:
+        """The examples of one split.
+
+        Raises:
+            DataFileError: a file is missing or malformed; says which and where its owner publishes it.
+            InvalidOptionError: no such split.
+        """
+        if split not in SPLITS:
+            raise InvalidOptionError(f"split: {split!r}; accepted: {', '.join(SPLITS)}")
+        if task.type == BITEXT:
+            raise InvalidOptionError(f"task: {task.name} has sentence files; see xfast.stilts.retrieval")
+        named = self._named(task, split) is not None
+        if task.parts and not named:
+            source = self._of_parts(task)
+            return Examples.of(source.load(get(part), split, language) for part in task.parts)
+        if task.name in self.hub and not named:
+            return load_hub(task, split, language, self.hub[task.name])
+        paths = self.paths(task, split, language)
+        if paths is None:
+            raise DataFileError(self._missing(task, split, language))
+        examples = Examples.of(read_file(path, task, language) for path in paths)
+        if named or split not in task.gold or task.type in (SPAN, MATCHING):
+            return examples
+        gold = self.find(task.gold[split].format(language=language))
+        if gold is not None and _unlabelled(examples):
+            return readers.with_gold(examples, gold, task)
+        return examples
+
+    def _missing(self, task: Task, split: str, language: str) -> str:
+        names = [
+            " + ".join(name.format(language=language) for name in alternative)
+            for alternative in task.files.get(split, ())
+        ]
+        if not names:
+            return f"{task.name}: the task has no {split} split; it has {', '.join(task.files) or 'none'}"
+        where = self.folder or "no data folder given"
+        return f"{task.name} {split} {language}: not found in {where}: {' or '.join(names)}; published at {task.owner}"
+
+
+def read_file(path: Path, task: Task, language: str) -> Examples[Any]:
+    """One file with the reader that its task and suffix call for."""
+    if task.type == TAGGING and path.suffix == ".conllu":
+        return readers.read_conllu(path, task, language)
+    if task.name == "lareqa":
+        return _question_pairs(readers.read_squad(path, task, language))
+    if task.name == "mewslix":
+        from xfast.stilts.retrieval import mewslix_pairs
+
+        return mewslix_pairs(path)
+    return readers.READERS[task.reader](path, task, language)
+
+
+def _unlabelled(examples: Examples[Any]) -> bool:
+    def label(example: Any) -> Any:
+        return example.tags if isinstance(example, TaggedExample) else example.label
+
+    return bool(examples) and all(label(example) is None for example in examples.items)
+
+
+_SENTENCE_ENDS = (". ", "? ", "! ", "\n")
+
+
+def _question_pairs(examples: Examples[SpanExample]) -> Examples[MatchExample]:
+    """LAReQA trains on SQuAD: a question finds the sentence that holds its answer, in its paragraph.
+
+    Sentences end at ``. ``, ``? ``, ``! `` or a line's end: simpler than the sentence breaker of the paper's authors,
+    and used for English training alone (the evaluation's sentences are given).
+    """
+    pairs: Examples[MatchExample] = Examples(skipped=examples.skipped)
+    for example in examples.items:
+        if not example.answers:
+            pairs.skipped["a question without an answer"] += 1
+            continue
+        answer, context = example.answers[0], example.context
+        at, last_character = answer.start, answer.start + len(answer.text) - 1
+        first = max((context.rfind(end, 0, at) + len(end) for end in _SENTENCE_ENDS if end in context[:at]), default=0)
+        ends = [context.find(end, last_character) for end in _SENTENCE_ENDS]
+        last = min((end + 1 for end in ends if end >= 0), default=len(context))
+        pairs.items.append(MatchExample(example.id, example.question, context[first:last].strip(), context))
+    return pairs
+
+
+# --- the Hub -----------------------------------------------------------------------------------------
+
+
+def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[Any]:
+    """The split of a Hub dataset, converted row by row with the converters that the file readers use.
+
+    Args:
+        name: another dataset (or a folder of parquet files) with the same columns; "" for the task's own.
+
+    Raises:
+        BackendUnavailableError: ``datasets`` is not installed.
+        DataFileError: the task has no Hub dataset, or its columns are not what is expected.
+    """
+    hub = task.hub
+    if hub is None or split not in hub.splits:
+        raise DataFileError(f"{task.name} {split}: known to no Hub dataset; give the data folder or files")
+    try:
+        import datasets
+    except ImportError:
+        raise BackendUnavailableError('datasets is not installed: pip install "xfast[stilts]"') from None
+    config = hub.config and hub.config.format(language=language, name=NAMES.get(language, language))
+    if name and Path(name).is_dir():
+        config = None  # a folder holds one configuration
+    where = f"{name or hub.name}{':' + config if config else ''}:{hub.splits[split]}"
+    try:
+        rows = datasets.load_dataset(name or hub.name, config, split=hub.splits[split])
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # a RuntimeError: the dataset needs a script, which datasets 4 and later do not run
+        raise DataFileError(f"{where}: {error}; a copy as parquet can be named instead") from None
+    names = _label_names(rows, hub.labels)
+    converted: Examples[Any] = Examples()
+    for index, row in enumerate(rows):
+        example = _hub_row(row, task, language, f"{where}[{index}]", names)
+        if isinstance(example, Examples):
+            converted.extend(example)
+        elif isinstance(example, str):
+            converted.skipped[example] += 1
+        else:
+            converted.items.append(example)
+    return converted
+
+
+_SAME_LABEL = {"not_duplicate": "0", "duplicate": "1"}
+"""Names that a Hub dataset gives to a task's labels (QQP)."""
+
+
+def _label_names(rows: Any, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the integer labels: those of the dataset's features, whatever their order; ours where it has none."""
+    for column in ("label", "ner_tags", "pos_tags"):
+        feature = rows.features.get(column)
+        feature = getattr(feature, "feature", feature)
+        if hasattr(feature, "names"):
+            return tuple(_SAME_LABEL.get(name, name) for name in feature.names)
+    return given
+
+
+def _hub_row(row: Mapping[str, Any], task: Task, language: str, where: str, names: tuple[str, ...]) -> Any:
+    if task.type == SPAN:
+        return _hub_question(row, task, language, where)
+    if task.type == TAGGING:
+        return _hub_sentence(row, task, where, names)
+    label = row.get("label")
+    if label == -1 and task.name == "snli":
+        return readers.UNLABELLED
+    if task.type == CLASSIFICATION and isinstance(label, int) and label >= 0:
+        if label >= len(names):
+            raise DataFileError(f"{where}: label {label}; accepted: 0 to {len(names) - 1}: {', '.join(names)}")
+        row = {**row, "label": names[label]}
+    return readers.ROWS[task.reader](row, task, where)
+
+
+def _hub_question(row: Mapping[str, Any], task: Task, language: str, where: str) -> Examples[SpanExample]:
+    """None, one, and what was left out: as the reader of SQuAD's format has it."""
+    answers = readers.pick(row, ("answers",), where)
+    try:
+        if isinstance(answers, Mapping):
+            pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+        else:
+            pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
+    except (KeyError, TypeError, ValueError):
+        raise DataFileError(f"{where}: answers {answers!r}; expected a text and an answer_start for each") from None
+    question = {
+        "id": readers.pick(row, ("id",), where),
+        "question": readers.text(row, ("question",), where),
+        "answers": [{"text": text, "answer_start": start} for text, start in pairs],
+        "is_impossible": task.name == "squad_v2" and not pairs,
+    }
+    found: Examples[SpanExample] = Examples()
+    readers._add(found, readers.text(row, ("context",), where), question, task, language)
+    return found
+
+
+def _hub_sentence(row: Mapping[str, Any], task: Task, where: str, names: tuple[str, ...]) -> TaggedExample:
+    words = readers.pick(row, ("tokens",), where)
+    given = readers.pick(row, ("ner_tags", "pos_tags"), where)
+    tags = tuple(names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in given)
+    if len(words) != len(tags) or not set(tags) <= set(task.labels):
+        raise DataFileError(
+            f"{where}: {len(words)} words, tags {tags}; expected one each, accepted: {', '.join(task.labels)}"
+        )
+    return TaggedExample(where, tuple(words), tags)

@@ -1,0 +1,273 @@
+"""Zero-shot evaluation: a trained model on a target task in every language, with the accelerated encoder.
+
+Predictions are written in XTREME's submission layout, ``<output>/<task>/<split>-<language>.<suffix>``; where the gold
+is at hand they are scored with the official metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import xfast
+from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts import prediction, scoring, search
+from xfast.stilts.data import Source
+from xfast.stilts.examples import Examples
+from xfast.stilts.features import encode
+from xfast.stilts.model import load_task_model
+from xfast.stilts.prediction import padding_of
+from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
+from xfast.stilts.tasks import get
+
+Progress = Callable[[str, int, int], None]
+"""Called with (language, features done, features in all)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate.
+
+    Attributes:
+        model: folder of a trained task model, or of an encoder for Tatoeba and BUCC.
+        task: a target task.
+        output: folder for predictions; None writes none.
+        source: where examples come from.
+        split: "test" or "dev".
+        benchmark: whose languages: "xtreme" or "xtreme-r".
+        languages: these instead.
+        precision, backend: of :func:`xfast.accelerate`; backend "none" runs the stock model.
+        device: "cpu", "cuda", ...; None: a GPU where there is one.
+        layer: hidden state that Tatoeba and BUCC use, counted from 1; None: 14 of 24, in proportion.
+        pooling: "mean" or "cls", for the same.
+        limit: examples per language, for a quick look; a score on fewer examples is marked as such.
+        tokenizer: folder or Hub id; None: the model's own.
+    """
+
+    model: str
+    task: str
+    output: Path | None = None
+    source: Source = field(default_factory=Source)
+    split: str = "test"
+    benchmark: str = "xtreme"
+    languages: tuple[str, ...] | None = None
+    precision: str = "model"
+    backend: str = "auto"
+    device: str | None = None
+    layer: int | None = None
+    pooling: str = "mean"
+    limit: int | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("mean", "cls"):
+            raise InvalidOptionError(f"pooling: {self.pooling!r}; accepted: mean, cls")
+        if self.split not in ("dev", "test"):
+            raise InvalidOptionError(f"split: {self.split!r}; accepted: dev, test")
+        if self.benchmark not in scoring.TARGETS:
+            raise InvalidOptionError(f"benchmark: {self.benchmark!r}; accepted: {', '.join(scoring.TARGETS)}")
+        if self.limit is not None and self.limit < 1:
+            raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
+
+
+@dataclass
+class Language:
+    """One language's predictions, and its gold where it is at hand."""
+
+    predicted: Any
+    gold: Any
+    examples: int
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any]:
+    """Predict, write, score.
+
+    Returns:
+        ``score`` (None where no gold is at hand), ``languages``, ``metrics`` as :func:`scoring.summarize_task` has
+        them; ``withheld`` (languages without gold), ``missing`` (languages without data), ``notes`` by language,
+        ``explain`` (what the accelerated model ran), ``seconds`` and ``examples``.
+
+    Raises:
+        DataFileError: no language has data, or a file is malformed.
+        InvalidOptionError: the task is no target.
+    """
+    task = get(run.task)
+    if task.metric not in scoring.METRICS:
+        known = ", ".join(dict.fromkeys((*scoring.TARGETS["xtreme"], *scoring.TARGETS["xtreme-r"])))
+        raise InvalidOptionError(f"task: {run.task}; accepted: {known}")
+    wanted = run.languages or task.languages(run.benchmark) or task.languages("xtreme-r")
+    started = time.perf_counter()
+    predictor = _Predictor(run, task)
+    found: dict[str, Language] = {}
+    missing: dict[str, str] = {}
+    for language in wanted:
+        outcome = predictor(language, progress)
+        if isinstance(outcome, Language):
+            found[language] = outcome
+        else:
+            missing[language] = outcome
+    if not found:
+        first = next(iter(missing.values()))
+        raise DataFileError(f"{run.task} {run.split}: no data in any of {', '.join(wanted)}: {first}")
+    if run.output is not None:
+        for language, part in found.items():
+            write_predictions(run.output, task, run.split, language, part.predicted)
+    return {
+        **_scores(task, found),
+        "task": run.task,
+        "split": run.split,
+        "missing": missing,
+        "notes": {language: part.notes for language, part in found.items() if part.notes},
+        "examples": {language: part.examples for language, part in found.items()},
+        "limit": run.limit,
+        "model": run.model,
+        "explain": predictor.explain(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _scores(task: Task, found: Mapping[str, Language]) -> dict[str, Any]:
+    metric = scoring.metric_of(task.name)
+    by_language = {}
+    for language, part in found.items():
+        if part.gold is not None:
+            scores = metric.score(part.gold, part.predicted, language)
+            by_language[language] = scoring.without_mean(task.name, scores)
+    withheld = [language for language, part in found.items() if part.gold is None]
+    if not by_language:
+        return {"score": None, "languages": {}, "metrics": {}, "withheld": withheld}
+    return {**scoring.summarize_task(task.name, by_language), "withheld": withheld}
+
+
+class _Predictor:
+    """A loaded, accelerated model of one task."""
+
+    def __init__(self, run: Evaluation, task: Task) -> None:
+        from xfast.stilts.training import load_tokenizer
+
+        self.run, self.task = run, task
+        self.device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = load_task_model(run.model, task).to(self.device)
+        self.tokenizer = load_tokenizer(run.tokenizer or run.model)
+        self.padding = padding_of(self.model, self.tokenizer)
+        self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
+        self.forward: Any = self.model
+        if run.backend == "none":
+            if self.layer is not None:
+                self.forward = search.Truncated(self.model, self.layer)
+        else:
+            xfast.accelerate(self.model, backend=run.backend, precision=run.precision, layers=self.layer)
+
+    def explain(self) -> str:
+        return "stock transformers" if self.run.backend == "none" else str(xfast.explain(self.model))
+
+    def __call__(self, language: str, progress: Progress | None) -> Language | str:
+        """The language's predictions, or why there is nothing to predict."""
+        run = self.run
+        if self.task.type in (BITEXT, MATCHING):
+            return self._search(language, progress)
+        if not run.source.has(self.task, run.split, language):
+            return f"{self.task.name} {run.split} {language}: no file; published at {self.task.owner}"
+        examples = run.source.load(self.task, run.split, language)
+        if run.limit is not None:
+            del examples.items[run.limit :]
+        return self._predict(language, examples, progress)
+
+    def _predict(self, language: str, examples: Examples[Any], progress: Progress | None) -> Language:
+        recipe, items = self.task.recipe, examples.items
+        names = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
+        features = encode(examples, self.task, self.tokenizer, recipe)
+        report = _counter(progress, language, len(features))
+        common = (self.padding, self.device, report)
+        predicted: Any
+        gold: Any
+        if self.task.type in (CLASSIFICATION, CHOICE):
+            best = prediction.classes(self.forward, features, self.task.type, *common).argmax(-1).tolist()
+            predicted = [names[i] for i in best] if self.task.type == CLASSIFICATION else best
+            self._check_labels(names)
+            gold = _all_or_none([item.label for item in items])
+        elif self.task.type == SPAN:
+            answered = prediction.answers(self.forward, features, items, *common)
+            predicted = {item.id: best.text for item, best in zip(items, answered, strict=True)}
+            gold = self._answers(language, examples)
+        else:
+            predicted = prediction.tags(self.forward, features, [len(item.words) for item in items], names, *common)
+            gold = _all_or_none([item.tags for item in items])
+        return Language(predicted, gold, len(items), dict(features.notes))
+
+    def _check_labels(self, names: Sequence[str]) -> None:
+        if self.task.type == CLASSIFICATION and set(names) != set(self.task.labels):
+            raise DataFileError(
+                f"model: {self.run.model} has the labels {', '.join(names)}; {self.task.name} has "
+                f"{', '.join(self.task.labels)}"
+            )
+
+    def _answers(self, language: str, examples: Examples[Any]) -> dict[str, list[str]] | None:
+        """Accepted answers by question; from the label folder where the data file has them blanked."""
+        gold = {item.id: [answer.text for answer in item.answers] for item in examples.items}
+        if all(gold.values()):
+            return gold
+        path = self.run.source.find(self.task.gold.get(self.run.split, "").format(language=language))
+        if path is None or self.run.split not in self.task.gold:
+            return None
+        labels = scoring.metric_of(self.task.name).read(path, True)
+        return {identity: labels[identity] for identity in gold if labels.get(identity)} or None
+
+    def _search(self, language: str, progress: Progress | None) -> Language | str:
+        engine = search.Engine(
+            self.forward, self.tokenizer, self.padding, self.device, self.task.recipe, self.run.pooling, progress
+        )
+        try:
+            found = search.run(engine, self.task.name, self.run.source, language, self.run.split, self.run.limit)
+        except FileNotFoundError as error:
+            return str(error)
+        return Language(found.predicted, found.gold, found.examples, dict(found.notes))
+
+
+def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
+    return None if any(value is None for value in values) else list(values)
+
+
+def _counter(progress: Progress | None, language: str, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(language, done, total)
+
+    return advance
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+def write_predictions(folder: Path, task: Task, split: str, language: str, predicted: Any) -> Path:
+    """Write one language's predictions as XTREME's evaluation reads them. The file appears whole or not at all."""
+    path = folder / task.name / f"{split}-{language}.{scoring.metric_of(task.name).suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(_text(task, predicted), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _text(task: Task, predicted: Any) -> str:
+    if task.type in (SPAN, MATCHING):
+        return json.dumps(predicted, ensure_ascii=False, indent=1) + "\n"
+    if task.type == TAGGING:
+        return "\n".join("".join(f"{tag}\n" for tag in sentence) for sentence in predicted)
+    if task.type == CHOICE:
+        return "".join(json.dumps({"idx": i, "label": label}) + "\n" for i, label in enumerate(predicted))
+    if task.name == "bucc2018":
+        return "".join(f"{source}\t{target}\n" for source, target in sorted(predicted))
+    return "".join(f"{value}\n" for value in predicted)

@@ -1,0 +1,395 @@
+"""A training run on transformers' ``Trainer``: its data, its evaluation on English dev sets, its checkpoints.
+
+``Trainer`` and ``accelerate`` bring devices, mixed precision, ``torchrun``, FSDP and DeepSpeed; what is here is the
+order of the batches, the heads and the scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset
+
+from xfast.errors import DataFileError, InvalidOptionError, XfastError
+from xfast.stilts import dev, mixture
+from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate
+from xfast.stilts.config import RunConfig
+from xfast.stilts.estimate import Estimate, estimate
+from xfast.stilts.features import Feature
+from xfast.stilts.mixture import TrainingSet
+from xfast.stilts.model import MultiTaskModel, build, head_name
+from xfast.stilts.prediction import padding_of
+from xfast.stilts.task import MLM
+
+COMPLETE = "complete.json"
+"""Written last into a checkpoint: a run that was killed while saving continues from the one before."""
+
+
+class CheckpointError(XfastError, RuntimeError):
+    """A checkpoint could not be written (a full disk, for instance); the earlier ones are untouched."""
+
+
+class _Examples(Dataset):
+    def __init__(self, sets: dict[str, TrainingSet]) -> None:
+        self.sets = sets
+
+    def __getitem__(self, key: Key) -> tuple[Key, Feature]:
+        return key, self.sets[key.task].features.items[key.example]
+
+
+@dataclass
+class _Collate:
+    types: dict[str, str]
+    padding: Padding
+    masking: Masking
+
+    def __call__(self, items: Sequence[tuple[Key, Feature]]) -> dict[str, Any]:
+        name = items[0][0].task
+        kind = self.types[head_name(name)]
+        features = [feature for _, feature in items]
+        if kind != MLM:
+            return {"task": name, **collate(features, kind, self.padding)}
+        masked = [self.masking(feature.rows[0], key.serial) for key, feature in items]
+        batch = collate([Feature((ids,), (len(ids),), None, 0) for ids, _ in masked], kind, self.padding)
+        labels = np.full(batch["input_ids"].shape, -100, np.int64)
+        for row, (_, wanted) in enumerate(masked):
+            labels[row, : len(wanted)] = wanted
+        return {"task": name, **batch, "labels": torch.from_numpy(labels)}
+
+
+class _MarkComplete(transformers.TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+
+
+class StiltsTrainer(transformers.Trainer):
+    """The Trainer with our batches and our evaluation.
+
+    Args:
+        schedule: every batch of the run.
+        sets: training sets by task.
+        evaluate_with: called with the model; returns metrics with ``score`` among them.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        sets: dict[str, TrainingSet],
+        collator: Callable[[Any], Any],
+        evaluate_with: Callable[[Any], dict[str, float]],
+        **arguments: Any,
+    ) -> None:
+        data = _Examples(sets)
+        # an evaluation set only because the Trainer insists on one
+        super().__init__(train_dataset=data, eval_dataset=data, data_collator=collator, **arguments)
+        self.remove_callback(transformers.PrinterCallback)  # its lines go to result.json and TensorBoard
+        self.schedule = schedule
+        self.evaluate_with = evaluate_with
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.schedule,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        # a sharded model runs only inside its wrapper, on every process alike
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        metrics = {f"eval_{name}": value for name, value in self.evaluate_with(model).items()}
+        model.train(training)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left behind.
+
+    Attributes:
+        folder: with ``encoder/`` (for the next phase), ``tasks/<name>/`` (ordinary transformers models), ``run.yaml``
+            and ``result.json``.
+        score: best dev score, the mean over tasks; None without evaluation.
+        metrics: of the best model.
+        steps: optimizer steps that were made.
+        notes: what was left out or changed in the data, counted.
+    """
+
+    folder: Path
+    score: float | None
+    metrics: dict[str, float]
+    steps: int
+    notes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    callbacks: Sequence[Any] = (),
+    announce: Callable[[Estimate], None] | None = None,
+) -> Trained:
+    """Train, or continue a run that was interrupted, or return at once what a finished run left.
+
+    Args:
+        config: the run.
+        resume: continue from the last complete checkpoint in ``config.output``; False starts anew.
+        callbacks: further ``TrainerCallback`` objects.
+        announce: called with what the run will cost, before it begins.
+
+    Raises:
+        DataFileError: data or checkpoint missing or malformed.
+        InvalidOptionError: ``output`` holds a run with another configuration.
+        CheckpointError: a checkpoint could not be written.
+    """
+    folder = Path(config.output)
+    finished = folder / "result.json"
+    _same_run(folder, config, resume)
+    if resume and finished.is_file():
+        return _read_result(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's; nothing distributed has begun yet
+        config.save(folder / "run.yaml")
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    sets = mixture.training_sets(config, tokenizer)
+    model = build(
+        config.model,
+        {head_name(name): (s.task, s.labels) for name, s in sets.items()},
+        config.seed,
+        keep_heads=config.heads == "checkpoint",
+    )
+    check_lengths(config, model, tokenizer)
+    trainer = _trainer(config, model, tokenizer, sets, callbacks)
+    if announce is not None:
+        announce(estimate(config, model, sets, trainer.schedule.steps, str(trainer.args.device)))
+    with _packed(config, model), _checkpoint_errors(folder):
+        trainer.train(resume_from_checkpoint=_last_complete(folder) if resume else None)
+        return _finish(config, trainer, model, tokenizer, sets)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A fast tokenizer from a folder or the Hub.
+
+    Raises:
+        DataFileError: there is none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataFileError(f"tokenizer: {name}: {error}") from None
+
+
+def check_lengths(config: RunConfig, model: MultiTaskModel, tokenizer: Any) -> None:
+    """Raises InvalidOptionError where the model cannot take what the tokenizer and the recipe will give it."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    room = positions and positions - (pad + 1 if model.config.model_type not in ("bert",) else 0)
+    if room and config.recipe.max_length > room:
+        raise InvalidOptionError(f"max_length: {config.recipe.max_length}; {config.model} has positions for {room}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise InvalidOptionError(
+            f"tokenizer: {len(tokenizer)} ids, but {config.model} has a vocabulary of {model.config.vocab_size}"
+        )
+
+
+def _trainer(
+    config: RunConfig, model: MultiTaskModel, tokenizer: Any, sets: dict[str, TrainingSet], callbacks: Sequence[Any]
+) -> StiltsTrainer:
+    padding = padding_of(model, tokenizer)
+    masking = Masking(tokenizer.mask_token_id, len(tokenizer), frozenset(tokenizer.all_special_ids), seed=config.seed)
+    arguments = _arguments(config)
+    schedule = _schedule(config, sets, arguments)
+    evaluator = dev.Evaluator(config, tokenizer, sets, padding, masking)
+    if not evaluator:
+        arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
+        arguments.load_best_model_at_end = False
+    stopping = transformers.EarlyStoppingCallback(config.patience) if evaluator else None
+    return StiltsTrainer(
+        model=model,
+        args=arguments,
+        schedule=schedule,
+        sets=sets,
+        collator=_Collate(model.types, padding, masking),
+        evaluate_with=evaluator,
+        callbacks=[*filter(None, [stopping]), *callbacks, _MarkComplete()],
+    )
+
+
+def _arguments(config: RunConfig) -> transformers.TrainingArguments:
+    given: dict[str, Any] = {
+        "output_dir": config.output,
+        "num_train_epochs": 1,  # the schedule is one pass over all steps
+        "per_device_train_batch_size": config.device_batch_size,
+        "learning_rate": config.recipe.learning_rate,
+        "weight_decay": config.weight_decay,
+        "adam_epsilon": config.adam_epsilon,
+        "max_grad_norm": config.max_grad_norm,
+        "lr_scheduler_type": "linear",
+        "seed": config.seed,
+        "bf16": config.precision == "bf16",
+        "fp16": config.precision == "fp16",
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": config.eval_steps,
+        "save_steps": config.eval_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+        "logging_steps": max(1, min(50, config.eval_steps)),
+        "report_to": ["tensorboard"] if config.tensorboard else [],
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": True,  # a step uses one task's head
+    }
+    if config.gradient_checkpointing:
+        given.update(_checkpointing())
+    if unknown := set(config.trainer) - set(transformers.TrainingArguments.__dataclass_fields__):
+        raise InvalidOptionError(f"trainer: TrainingArguments has no {', '.join(sorted(unknown))}")
+    return transformers.TrainingArguments(**{**given, **config.trainer})
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Transformers 5.23 renamed the option."""
+    name = "activation_checkpointing"
+    if name not in transformers.TrainingArguments.__dataclass_fields__:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _schedule(config: RunConfig, sets: dict[str, TrainingSet], arguments: transformers.TrainingArguments) -> Schedule:
+    batch, device = config.recipe.batch_size, config.device_batch_size
+    world = max(1, arguments.world_size)
+    per_step = world * device
+    if batch % per_step:
+        if batch > per_step or world > 1:
+            raise InvalidOptionError(
+                f"batch_size: {batch} is no multiple of device_batch_size x devices = {device} x {world}"
+            )
+        device = batch
+    micro = batch // device
+    arguments.gradient_accumulation_steps = micro // world
+    steps = mixture.steps(config, sets)
+    arguments.max_steps = steps
+    arguments.warmup_steps = math.ceil(config.warmup_share * steps)
+    return Schedule(
+        lengths={name: np.asarray([f.length for f in s.features.items]) for name, s in sets.items()},
+        probabilities=mixture.probabilities(config, sets),
+        steps=steps,
+        micro=micro,
+        batch_size=device,
+        seed=config.seed,
+        grouped=config.batching != "random",
+    )
+
+
+@contextlib.contextmanager
+def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
+    """``batching="packed"``: the encoder trains without padding, on the kernels of ``accelerate(training=True)``."""
+    if config.batching != "packed":
+        yield
+        return
+    import xfast
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    xfast.accelerate(model.encoder.to(device), training=True, backend="auto" if device == "cuda" else "triton")
+    try:
+        yield
+    finally:
+        xfast.restore(model.encoder)
+
+
+@contextlib.contextmanager
+def _checkpoint_errors(folder: Path) -> Any:
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch have their own types for what the system said
+        if not isinstance(error, OSError) and not any(
+            words in str(error) for words in ("No space left", "File too large", "PytorchStreamWriter")
+        ):
+            raise
+        last = _last_complete(folder)
+        state = f"continue from {last} with the same command" if last else "no complete checkpoint yet"
+        raise CheckpointError(f"{folder}: {error}; {state}") from error
+
+
+def _last_complete(folder: Path) -> str | None:
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+
+
+def _same_run(folder: Path, config: RunConfig, resume: bool) -> None:
+    from xfast.stilts.config import from_dict, load
+
+    stored = folder / "run.yaml"
+    if not (resume and stored.is_file()):
+        return
+    before = from_dict(load(stored), str(stored)).as_dict()
+    now = config.as_dict()
+    if changed := [name for name in now if now[name] != before[name]]:
+        raise InvalidOptionError(
+            f"output: {folder} holds a run with another {', '.join(changed)}; choose another folder, or start anew"
+        )
+
+
+def _finish(
+    config: RunConfig, trainer: StiltsTrainer, model: MultiTaskModel, tokenizer: Any, sets: dict[str, TrainingSet]
+) -> Trained:
+    """Save models and result. ``result.json`` comes last: a run is finished when it is there."""
+    folder = Path(config.output)
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    if trainer.is_world_process_zero():
+        model.save_encoder(folder / "encoder")
+        tokenizer.save_pretrained(folder / "encoder")
+        for name in model.types:
+            model.save_task(name, folder / "tasks" / name)
+            tokenizer.save_pretrained(folder / "tasks" / name)
+        notes = {name: dict(s.features.notes) for name, s in sets.items()}
+        result = {
+            "score": metrics.get("score"),
+            "metrics": metrics,
+            "steps": trainer.state.global_step,
+            "notes": notes,
+            "log": trainer.state.log_history,
+        }
+        _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not config.keep_checkpoints:  # three times the model each, and of no use from here on
+                shutil.rmtree(checkpoint)
+    trainer.accelerator.wait_for_everyone()  # the other processes read what the first one wrote
+    return _read_result(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_result(folder: Path) -> Trained:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return Trained(folder, result["score"], result["metrics"], result["steps"], result["notes"])
