@@ -39,6 +39,24 @@ def test_values_are_taken_as_they_are_written_in_yaml() -> None:
     assert from_dict({**MINIMAL, "dev_examples": None, "cap": None}).dev_examples is None
 
 
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """Another configuration, with lists that a run has not."""
+
+    seeds: tuple[int, ...] = (0,)
+    languages: tuple[str, ...] | None = None
+
+
+def test_other_configurations_are_read_alike() -> None:
+    assert from_dict({"seeds": [1, 2], "languages": None}, kind=Other) == Other((1, 2), None)
+    assert from_dict({"languages": ["sw"]}, kind=Other) == Other(languages=("sw",))
+    for wrong in ({"seeds": None}, {"seeds": [True]}, {"seeds": ["1"]}, {"seeds": "12"}):
+        with pytest.raises(InvalidOptionError, match="accepted: a list of int"):
+            from_dict(wrong, kind=Other)
+    with pytest.raises(InvalidOptionError, match="config: languages: 'sw'; accepted: a list of str"):
+        from_dict({"languages": "sw"}, kind=Other)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -128,6 +146,8 @@ def test_saving_and_loading_gives_the_same_run(tmp_path: Path) -> None:
     for config in (full(), run()):
         config.save(tmp_path / "run.yaml")
         assert from_dict(configs.load(tmp_path / "run.yaml")) == config
+    full().save(tmp_path / "run.yaml")
+    assert "ä.tsv" in (tmp_path / "run.yaml").read_text(encoding="utf-8")
     assert full().as_dict()["tasks"] == ["xnli", "mlm"]
     source = full().source
     assert (source.folder, source.files, source.hub) == (Path("d"), full().files, {"qqp": ""})
@@ -136,7 +156,7 @@ def test_saving_and_loading_gives_the_same_run(tmp_path: Path) -> None:
 
 def test_yaml_toml_and_json_say_the_same(tmp_path: Path) -> None:
     texts = {
-        "a.yaml": "\ufeffmodel: m\ntasks: [mnli]\noutput: o\nlearning_rate: 1e-5\nfiles: {mnli: {dev: [a]}}\n",
+        "a.yaml": "model: m\ntasks: [mnli]\noutput: o\nlearning_rate: 1e-5\nfiles: {mnli: {dev: [a]}}\n",
         "a.json": '{\n\t"model": "m", "tasks": ["mnli"], "output": "o",\n\t"learning_rate": 1e-5, '
         '"files": {"mnli": {"dev": ["a"]}}\n}',
     }
@@ -145,7 +165,7 @@ def test_yaml_toml_and_json_say_the_same(tmp_path: Path) -> None:
             'model = "m"\ntasks = ["mnli"]\noutput = "o"\nlearning_rate = 1e-5\n[files.mnli]\ndev = ["a"]\n'
         )
     for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
         found = from_dict(configs.load(tmp_path / name), name)
         assert found == run(learning_rate=1e-5, files={"mnli": {"dev": ["a"]}})
 
@@ -227,6 +247,10 @@ def test_a_target_is_trained_and_stopped_on_english_examples(pairs: Any, tokeniz
     assert [feature.label for feature in found.features.items] == [2, 1, 2]  # neutral, entailment, neutral
     (found,) = training_sets(run("xnli", files=files, dev_examples=None), tokenizer).values()
     assert len(found.features) == 5 and len(found.dev) == 4
+    # examples without a label stay in the dev set, so that its features match it one to one
+    files["mnli"]["dev"].append(pairs("unlabelled.tsv", 40, 2, ("",)))
+    (found,) = training_sets(run("xnli", files=files), tokenizer).values()
+    assert numbers(found.dev_features) == [30, 31, 32, 33, 40, 41] and found.dev_features.items[5].label is None
 
 
 def test_without_a_dev_set_examples_are_held_out_or_nothing_is_evaluated(pairs: Any, tokenizer: Any) -> None:

@@ -1,7 +1,7 @@
 """Retrieval scores of untouched XLM-R large beside those that the paper's authors found replicating XTREME.
 
-Opt-in: ``XFAST_XLMR_LARGE=folder-or-hub-id``. The figures (layer 14, mean pooling, at most 256 tokens) are from the pull
-request that brought XTREME's retrieval tasks to jiant, the only end-to-end reference at hand for this path.
+Opt-in: ``XFAST_XLMR_LARGE=folder-or-hub-id``. The figures (layer 14, mean pooling, at most 256 tokens) come from the
+change that brought these tasks to jiant, the only end-to-end reference at hand for this path.
 """
 
 from __future__ import annotations

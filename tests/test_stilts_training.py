@@ -19,6 +19,7 @@ import stilts
 import torch
 import transformers
 
+import xfast.training
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.config import RunConfig
 from xfast.stilts.model import build, load_task_model
@@ -213,7 +214,7 @@ def test_accumulation_changes_no_gradient(base: Path, tmp_path: Path, rng: np.ra
         assert torch.allclose(a[name], b[name], atol=2e-4), name
 
 
-def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without padding, on the varlen kernels (in Triton's interpreter where there is no GPU): the same losses."""
     pytest.importorskip("triton", reason="packed training needs triton")
     small = {
@@ -224,11 +225,14 @@ def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, rng
         "dev_examples": 0,
     }
     losses = []
+    calls: list[int] = []
+    packed_run = xfast.training.run
+    monkeypatch.setattr(xfast.training, "run", lambda *given: (calls.append(1), packed_run(*given))[1])
     for batching in ("length", "packed"):
         run = config(base, tmp_path / batching, ["udpos"], np.random.default_rng(2), 16, batching=batching, **small)
         log = json.loads((train(run).folder / "result.json").read_text())["log"]
         losses.append([entry["loss"] for entry in log if "loss" in entry])
-    assert len(losses[0]) == 3
+    assert len(losses[0]) == 3 and len(calls) == 3
     assert np.allclose(losses[0], losses[1], rtol=2e-4), losses
 
 
@@ -263,13 +267,99 @@ def test_new_heads_depend_on_the_seed_alone(base: Path) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_gradient_checkpointing_changes_no_weight(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+class _Checkpointing(transformers.TrainerCallback):
+    """Notes whether the encoder recomputes its activations."""
+
+    def __init__(self) -> None:
+        self.on: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.on.append(any(getattr(part, "gradient_checkpointing", False) for part in model.encoder.modules()))
+
+
+def test_gradient_checkpointing_changes_no_weight(base: Path, tmp_path: Path) -> None:
     runs = [
         config(base, tmp_path / str(on), ["xnli"], np.random.default_rng(4), max_steps=3, gradient_checkpointing=on)
         for on in (False, True)
     ]
-    a, b = (weights(train(run).folder / "encoder") for run in runs)
+    seen = _Checkpointing()
+    a, b = (weights(train(run, callbacks=[seen]).folder / "encoder") for run in runs)
+    assert seen.on == [False] * 3 + [True] * 3
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def _changed(run: RunConfig, **changes: Any) -> RunConfig:
+    return RunConfig(**{**{k: getattr(run, k) for k in run.__dataclass_fields__}, **changes})
+
+
+class _Stop(transformers.TrainerCallback):
+    """Ends the process's part of a run after a step, as a kill does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_early_stopping_goes_on_counting(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score that never gets better: stopped after 1 + patience evaluations, interrupted in between or not."""
+    monkeypatch.setattr("xfast.stilts.dev.Evaluator.__call__", lambda self, model: {"score": 50.0})
+    make = np.random.default_rng
+    whole = config(base, tmp_path / "whole", ["xnli"], make(6), max_steps=20, eval_steps=1, patience=3)
+    assert train(whole).steps == 4
+    cut = _changed(whole, output=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, callbacks=[_Stop(2)])
+    assert train(cut).steps == 4
+
+
+def test_the_best_checkpoint_is_what_is_saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([10.0, 30.0, 20.0, 30.0])
+    kept: list[torch.Tensor] = []
+
+    def judged(self: Any, model: Any) -> dict[str, float]:
+        kept.append(model.encoder.encoder.layer[0].output.dense.weight.detach().clone())
+        return {"score": next(scores)}
+
+    monkeypatch.setattr("xfast.stilts.dev.Evaluator.__call__", judged)
+    trained = train(config(base, tmp_path / "run", ["xnli"], np.random.default_rng(7), max_steps=6, eval_steps=2))
+    assert trained.score == 30 and len(kept) == 4  # the last evaluation is of the best model
+    saved = weights(trained.folder / "encoder")["encoder.layer.0.output.dense.weight"]
+    assert torch.equal(saved, kept[1]) and not torch.equal(saved, kept[2])
+
+
+def test_starting_anew_forgets_everything(base: Path, tmp_path: Path) -> None:
+    make = np.random.default_rng
+    first = config(base, tmp_path / "run", ["xnli"], make(8), max_steps=2)
+    train(first)
+    other = _changed(first, max_steps=4, eval_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(other, resume=False, callbacks=[_Stop(3)])
+    assert not (tmp_path / "run/result.json").exists()
+    assert train(other).steps == 4
+
+
+def test_a_refused_run_can_be_corrected(base: Path, tmp_path: Path) -> None:
+    run = config(base, tmp_path / "run", ["xnli"], np.random.default_rng(9), max_steps=2)
+    with pytest.raises(InvalidOptionError, match="max_length"):
+        train(_changed(run, max_length=600))
+    assert train(run).steps == 2
+
+
+def test_half_precision_checkpoints_train_in_fp32(base: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    transformers.AutoModelForMaskedLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    trained = train(config(half, tmp_path / "run", ["xnli"], np.random.default_rng(10), max_steps=2))
+    assert {t.dtype for t in weights(trained.folder / "encoder").values()} == {torch.float32}
+
+
+def test_tensorboard_logs(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    run = config(base, tmp_path / "run", ["xnli"], np.random.default_rng(11), max_steps=2, tensorboard=True)
+    assert list((train(run).folder / "logs").glob("events.out.tfevents.*"))
 
 
 # --- errors ----------------------------------------------------------------------------------------------
@@ -281,6 +371,8 @@ def test_gradient_checkpointing_changes_no_weight(base: Path, tmp_path: Path, rn
         ({"max_length": 600}, InvalidOptionError, r"max_length: 600.*512"),
         ({"batch_size": 20}, InvalidOptionError, r"batch_size: 20 is no multiple"),
         ({"trainer": {"nonsense": 1}}, InvalidOptionError, r"TrainingArguments has no nonsense"),
+        ({"trainer": {"learning_rate": 1}}, InvalidOptionError, r"learning_rate follows from the run's own options"),
+        ({"batching": "packed", "gradient_checkpointing": True}, InvalidOptionError, r"packed keeps all activations"),
         ({"model": "/nowhere/at/all"}, DataFileError, r"/nowhere/at/all"),
         ({"tokenizer": "/nowhere/at/all"}, DataFileError, r"tokenizer: /nowhere/at/all"),
         ({"mlm_files": ("/nowhere.txt",)}, DataFileError, r"/nowhere.txt"),

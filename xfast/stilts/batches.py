@@ -147,9 +147,7 @@ def stream(
         count = min(len(waiting) // batch_size, GROUPED_BATCHES) if grouped else 1
         taken, waiting = waiting[: count * batch_size], waiting[count * batch_size :]
         if grouped:
-            # a random number breaks ties, so that equal lengths keep no order
-            order = np.lexsort((rng.random(len(taken)), lengths[taken]))
-            taken = [taken[i] for i in order]
+            taken = [taken[i] for i in np.argsort(lengths[taken], kind="stable")]  # equal lengths stay in random order
         batches = [taken[i : i + batch_size] for i in range(0, len(taken), batch_size)]
         yield from (batches[i] for i in rng.permutation(len(batches)))
 

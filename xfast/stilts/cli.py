@@ -92,6 +92,7 @@ def train(
     data: Data = None,
     seed: Annotated[int | None, typer.Option(help="Of new weights, order and dropout.")] = None,
     changes: Set = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Delete the run in the folder and start again.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train on one task or several: an intermediate phase, a target, or continued masked language modelling."""
@@ -104,6 +105,7 @@ def train(
     with progress.quiet_transformers(), progress.bar(console) as bar:
         trained = training.train(
             run,
+            resume=not anew,
             callbacks=[progress.TrainingBar(bar)],
             announce=lambda estimate: console.print(progress.cost(estimate), highlight=False),
         )
@@ -172,7 +174,7 @@ def predict(
     precision: Precision = "model",
     backend: Backend = "auto",
 ) -> None:
-    """Write predictions in XTREME's submission layout, without scoring them."""
+    """Write predictions in XTREME's submission layout; no score is shown."""
     console = _console(stderr=True)
     result = _evaluated(
         console, model, task, data, output, split, benchmark, languages, precision, backend, None, "mean", None
@@ -234,7 +236,8 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         table.add_row("average", str(sum(result["examples"].values())), *averages, style="bold")
     console.print(table, highlight=False)
     if result["score"] is not None:
-        console.print(f"score {result['score']:.2f} in {result['seconds']:.1f} s", highlight=False)
+        part = f", on at most {result['limit']} examples a language" if result["limit"] else ""
+        console.print(f"score {result['score']:.2f} in {result['seconds']:.1f} s{part}", highlight=False)
     _show_missing(result, console)
     _show_notes(result["notes"], console)
 

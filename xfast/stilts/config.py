@@ -49,8 +49,10 @@ class RunConfig:
         mlm_share: share of the steps that are masked language modelling (the paper's 20 % is recalled, not confirmed).
         mlm_smoothing: files are drawn with probability proportional to lines^mlm_smoothing.
         files, hub: see :class:`xfast.stilts.data.Source`.
-        translated: by task, files of machine-translated training data, added to the English ones.
-        train_examples, dev_examples: at most so many; ``dev_examples`` is what early stopping looks at.
+        translated: by task (a target or the task it is fine-tuned on), files of machine-translated training data, added
+            to the English ones.
+        train_examples, dev_examples: at most so many, of joined tasks (ANLI+) some of each; ``dev_examples`` is what
+            early stopping looks at.
         holdout: examples taken from the end of the training set for a task whose English dev set is missing.
         eval_steps, patience: evaluate every so many steps; stop after so many evaluations without a better score.
         weight_decay, adam_epsilon, max_grad_norm, warmup_share: of AdamW and the linear schedule.

@@ -6,6 +6,7 @@ is at hand they are scored with the official metrics.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 
 import xfast
-from xfast.errors import DataFileError, InvalidOptionError
+from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
-from xfast.stilts.model import load_task_model
+from xfast.stilts.model import load_task_model, usable_positions
 from xfast.stilts.prediction import padding_of
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
@@ -109,16 +110,15 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     missing: dict[str, str] = {}
     for language in wanted:
         outcome = predictor(language, progress)
-        if isinstance(outcome, Language):
-            found[language] = outcome
-        else:
+        if not isinstance(outcome, Language):
             missing[language] = outcome
+            continue
+        found[language] = outcome
+        if run.output is not None:  # at once: a later language's failure loses nothing
+            write_predictions(run.output, task, run.split, language, outcome.predicted)
     if not found:
         first = next(iter(missing.values()))
         raise DataFileError(f"{run.task} {run.split}: no data in any of {', '.join(wanted)}: {first}")
-    if run.output is not None:
-        for language, part in found.items():
-            write_predictions(run.output, task, run.split, language, part.predicted)
     return {
         **_scores(task, found),
         "task": run.task,
@@ -157,16 +157,33 @@ class _Predictor:
         self.model = load_task_model(run.model, task).to(self.device)
         self.tokenizer = load_tokenizer(run.tokenizer or run.model)
         self.padding = padding_of(self.model, self.tokenizer)
+        self.recipe = task.recipe
+        if room := usable_positions(self.model.config):
+            self.recipe = dataclasses.replace(task.recipe, max_length=min(room, task.recipe.max_length))
+        self._check_labels()
         self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
         self.forward: Any = self.model
+        self.stock = "stock transformers" if run.backend == "none" else ""
         if run.backend == "none":
             if self.layer is not None:
                 self.forward = search.Truncated(self.model, self.layer)
         else:
+            self._accelerate()
+        self._engine: search.Engine | None = None
+
+    def _accelerate(self) -> None:
+        run = self.run
+        try:
             xfast.accelerate(self.model, backend=run.backend, precision=run.precision, layers=self.layer)
+        except UnsupportedModelError as error:
+            if run.backend != "auto":
+                raise
+            self.stock = f"stock transformers: {error}"
+            if self.layer is not None:
+                self.forward = search.Truncated(self.model, self.layer)
 
     def explain(self) -> str:
-        return "stock transformers" if self.run.backend == "none" else str(xfast.explain(self.model))
+        return self.stock or str(xfast.explain(self.model))
 
     def __call__(self, language: str, progress: Progress | None) -> Language | str:
         """The language's predictions, or why there is nothing to predict."""
@@ -180,8 +197,10 @@ class _Predictor:
             del examples.items[run.limit :]
         return self._predict(language, examples, progress)
 
-    def _predict(self, language: str, examples: Examples[Any], progress: Progress | None) -> Language:
-        recipe, items = self.task.recipe, examples.items
+    def _predict(self, language: str, examples: Examples[Any], progress: Progress | None) -> Language | str:
+        recipe, items = self.recipe, examples.items
+        if not items:
+            return f"{self.task.name} {self.run.split} {language}: no examples"
         names = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
         features = encode(examples, self.task, self.tokenizer, recipe)
         report = _counter(progress, language, len(features))
@@ -191,7 +210,6 @@ class _Predictor:
         if self.task.type in (CLASSIFICATION, CHOICE):
             best = prediction.classes(self.forward, features, self.task.type, *common).argmax(-1).tolist()
             predicted = [names[i] for i in best] if self.task.type == CLASSIFICATION else best
-            self._check_labels(names)
             gold = _all_or_none([item.label for item in items])
         elif self.task.type == SPAN:
             answered = prediction.answers(self.forward, features, items, *common)
@@ -202,8 +220,10 @@ class _Predictor:
             gold = _all_or_none([item.tags for item in items])
         return Language(predicted, gold, len(items), dict(features.notes))
 
-    def _check_labels(self, names: Sequence[str]) -> None:
-        if self.task.type == CLASSIFICATION and set(names) != set(self.task.labels):
+    def _check_labels(self) -> None:
+        names = list(self.model.config.id2label.values())
+        wrong = self.task.type == CLASSIFICATION and set(names) != set(self.task.labels)
+        if wrong or (self.task.type == TAGGING and not set(names) <= set(self.task.labels)):
             raise DataFileError(
                 f"model: {self.run.model} has the labels {', '.join(names)}; {self.task.name} has "
                 f"{', '.join(self.task.labels)}"
@@ -221,11 +241,12 @@ class _Predictor:
         return {identity: labels[identity] for identity in gold if labels.get(identity)} or None
 
     def _search(self, language: str, progress: Progress | None) -> Language | str:
-        engine = search.Engine(
-            self.forward, self.tokenizer, self.padding, self.device, self.task.recipe, self.run.pooling, progress
-        )
+        if self._engine is None:  # one for all languages: they share candidates
+            self._engine = search.Engine(
+                self.forward, self.tokenizer, self.padding, self.device, self.recipe, self.run.pooling, progress
+            )
         try:
-            found = search.run(engine, self.task.name, self.run.source, language, self.run.split, self.run.limit)
+            found = search.run(self._engine, self.task.name, self.run.source, language, self.run.split, self.run.limit)
         except FileNotFoundError as error:
             return str(error)
         return Language(found.predicted, found.gold, found.examples, dict(found.notes))

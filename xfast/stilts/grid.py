@@ -237,7 +237,7 @@ def _evaluated(config: GridConfig, cell: Cell, split: str, say: Report, callback
         )
     )
     (folder / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    if not config.keep_models:
+    if not config.keep_models and result["score"] is not None:
         for stage in folder.glob("stage*"):
             for part in ("encoder", "tasks"):
                 shutil.rmtree(stage / part, ignore_errors=True)

@@ -110,11 +110,11 @@ def _dev(config: RunConfig, task: Task, train: Examples[Any]) -> Examples[Any]:
         return Examples()
     if config.source.has(task, "dev"):
         dev = config.source.load(task, "dev")
-    elif config.holdout:
-        if config.holdout >= len(train):
-            raise InvalidOptionError(f"holdout: {config.holdout}; {task.name} has {len(train)} training examples")
-        dev = Examples(train.items[-config.holdout :])
-        del train.items[-config.holdout :]
+    elif holdout := config.holdout or task.recipe.holdout:
+        if holdout >= len(train):
+            raise InvalidOptionError(f"holdout: {holdout}; {task.name} has {len(train)} training examples")
+        dev = Examples(train.items[-holdout:])
+        del train.items[-holdout:]
     else:
         raise DataFileError(
             f"{task.name}: no English dev set; give its file, or `holdout` examples of the training set, "

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from xfast.errors import DataFileError, UnsupportedModelError
+from xfast.errors import DataFileError, UnsupportedModelError, XfastError
 from xfast.stilts.task import CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
 
 AUTO_CLASSES = {
@@ -84,7 +84,8 @@ class MultiTaskModel(nn.Module):
     def _match(self, query: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """In-batch softmax: each query against every target of the batch, by the cosine of the first token's states."""
         left, right = (first_token(self.encoder(**side).last_hidden_state) for side in (query, target))
-        logits = LOGIT_SCALE * left @ right.T
+        with torch.autocast(left.device.type, enabled=False):  # bf16's steps at 100 are as large as the differences
+            logits = LOGIT_SCALE * left @ right.T
         return {
             "loss": functional.cross_entropy(logits, torch.arange(len(logits), device=logits.device)),
             "logits": logits,
@@ -153,6 +154,7 @@ def _tie(head: Any, encoder: Any) -> None:
 def labels_config(config: Any, labels: Sequence[str]) -> Any:
     """A copy of a configuration that names these labels."""
     config = copy.deepcopy(config)
+    config.problem_type = None  # a regression checkpoint's would turn labels into numbers
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: i for i, name in enumerate(labels)}
@@ -165,17 +167,36 @@ def _head(task: Task, config: Any, labels: Sequence[str], model: str, keep: bool
         return None
     named = labels_config(config, labels or ("start", "end") if task.type == SPAN else labels)
     if task.type == MLM:
-        return AUTO_CLASSES[MLM].from_pretrained(model)  # the checkpoint's own head, if it has one
+        return _masked_head(model)
     if keep:
-        head = load_task_model(model, task)
+        head = load_task_model(model, task).float()
         if task.type in (CLASSIFICATION, TAGGING) and list(head.config.id2label.values()) != list(labels):
             raise DataFileError(f"heads: the labels in {model} are not those of {task.name}; use new heads")
         return head.train()
     small = copy.deepcopy(named)
     small.num_hidden_layers, small.vocab_size = 0, max(8, (config.pad_token_id or 0) + 1)
-    head = AUTO_CLASSES[task.type].from_config(small)
+    head = AUTO_CLASSES[task.type].from_config(small).float()  # the configuration may name a smaller type
     head.config = named
     return head
+
+
+def _masked_head(model: str) -> Any:
+    """The checkpoint's own head: a new one over 250,000 pieces would have to be learned from nothing."""
+    head, report = AUTO_CLASSES[MLM].from_pretrained(model, output_loading_info=True, dtype=torch.float32)
+    if new := sorted(name for name in report["missing_keys"] if not name.startswith(head.base_model_prefix)):
+        raise DataFileError(
+            f"model: {model}: no trained masked language model's head ({', '.join(new[:3])}); "
+            "start from a checkpoint with one, such as a run's tasks/mlm"
+        )
+    return head
+
+
+def usable_positions(config: Any) -> int | None:
+    """Tokens of the longest sequence that a model takes; None where its configuration does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    return int(positions) - (0 if config.model_type == "bert" else (getattr(config, "pad_token_id", None) or 0) + 1)
 
 
 def build(
@@ -201,14 +222,25 @@ def build(
     transformers.set_seed(seed)
     try:
         heads = {name: _head(task, config, labels, model, keep_heads) for name, (task, labels) in tasks.items()}
-    except ValueError as error:
-        raise UnsupportedModelError(f"model: {model}: {error}") from None
-    pooler = any(head is not None and getattr(head.base_model, "pooler", None) is not None for head in heads.values())
-    try:
-        encoder = transformers.AutoModel.from_pretrained(model, add_pooling_layer=pooler)
+        pooled = any(getattr(head and head.base_model, "pooler", None) is not None for head in heads.values())
+        encoder = _encoder(model, pooled)
+    except XfastError:
+        raise
     except (OSError, RuntimeError) as error:
         raise DataFileError(f"model: {model}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise UnsupportedModelError(f"model: {model}: {error}") from None
     return MultiTaskModel(encoder, heads, {name: task.type for name, (task, _) in tasks.items()})
+
+
+def _encoder(model: str, pooled: bool) -> Any:
+    """In fp32, whatever the file holds. A pooler stays if the checkpoint has one: a later phase's head may read it."""
+    encoder, report = transformers.AutoModel.from_pretrained(
+        model, add_pooling_layer=True, output_loading_info=True, dtype=torch.float32
+    )
+    if not pooled and any("pooler" in name for name in report["missing_keys"]):
+        encoder.pooler = None
+    return encoder
 
 
 def load_task_model(folder: str, task: Task) -> Any:

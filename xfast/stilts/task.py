@@ -24,6 +24,7 @@ class Recipe:
         learning_rate: peak of the linear schedule.
         query_length: tokens of a question (span tasks), or of a query with its special tokens (matching tasks).
         doc_stride: tokens between the starts of two windows over a long context.
+        holdout: training examples to hold out where there is no English dev set; a run may say otherwise.
     """
 
     max_length: int = 256
@@ -32,6 +33,7 @@ class Recipe:
     learning_rate: float = 1e-5
     query_length: int = 64
     doc_stride: int = 128
+    holdout: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ order of the batches, the heads and the scores.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -21,19 +22,29 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
-from xfast.errors import DataFileError, InvalidOptionError, XfastError
+from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, XfastError
 from xfast.stilts import dev, mixture
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
 from xfast.stilts.features import Feature
 from xfast.stilts.mixture import TrainingSet
-from xfast.stilts.model import MultiTaskModel, build, head_name
+from xfast.stilts.model import MultiTaskModel, build, head_name, usable_positions
 from xfast.stilts.prediction import padding_of
 from xfast.stilts.task import MLM
 
+FREE = {"logging_steps", "disable_tqdm", "dataloader_pin_memory", "ddp_find_unused_parameters", "save_total_limit"}
+"""Arguments of the Trainer that a run gives a value, but may be given another."""
+
+COMPUTED = {"max_steps", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "logging_dir"}
+"""Arguments that follow from the data."""
+
 COMPLETE = "complete.json"
 """Written last into a checkpoint: a run that was killed while saving continues from the one before."""
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+"""What the system says when a file cannot be written."""
 
 
 class CheckpointError(XfastError, RuntimeError):
@@ -75,6 +86,36 @@ class _MarkComplete(transformers.TrainerCallback):
             (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
 
 
+class _EarlyStopping(transformers.EarlyStoppingCallback):
+    """Counts again, when a run continues, how many evaluations have passed without a better score."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best: float | None = None
+        count = 0
+        for score in (entry["eval_score"] for entry in state.log_history if "eval_score" in entry):
+            count += 1
+            if best is None or score > best:
+                best, count = score, 0
+        self.early_stopping_patience_counter = count
+        control.should_training_stop = count >= self.early_stopping_patience
+
+
+class _EvaluateAtTheEnd(transformers.TrainerCallback):
+    """Transformers 4 evaluates at multiples of ``eval_steps`` alone and would never see the last steps' model."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BackendUnavailableError('tensorboard is not installed: pip install "xfast[stilts]"') from None
+    return transformers.integrations.TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
 class StiltsTrainer(transformers.Trainer):
     """The Trainer with our batches and our evaluation.
 
@@ -110,9 +151,7 @@ class StiltsTrainer(transformers.Trainer):
         return self.accelerator.prepare(loader)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        # a sharded model runs only inside its wrapper, on every process alike
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model = self.model_wrapped if sharded else self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         metrics = {f"eval_{name}": value for name, value in self.evaluate_with(model).items()}
@@ -163,13 +202,12 @@ def train(
         CheckpointError: a checkpoint could not be written.
     """
     folder = Path(config.output)
-    finished = folder / "result.json"
-    _same_run(folder, config, resume)
-    if resume and finished.is_file():
+    first = int(os.environ.get("RANK", "0")) == 0  # torchrun's; nothing distributed has begun yet
+    if first and not resume:
+        _clear(folder)
+    _same_run(folder, config)
+    if (folder / "result.json").is_file() and resume:
         return _read_result(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's; nothing distributed has begun yet
-        config.save(folder / "run.yaml")
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     sets = mixture.training_sets(config, tokenizer)
     model = build(
@@ -180,10 +218,14 @@ def train(
     )
     check_lengths(config, model, tokenizer)
     trainer = _trainer(config, model, tokenizer, sets, callbacks)
-    if announce is not None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if first:  # not before everything was checked: a refused run leaves nothing that a corrected one could not be
+        config.save(folder / "run.yaml")
+    trainer.accelerator.wait_for_everyone()
+    if announce is not None and first:
         announce(estimate(config, model, sets, trainer.schedule.steps, str(trainer.args.device)))
     with _packed(config, model), _checkpoint_errors(folder):
-        trainer.train(resume_from_checkpoint=_last_complete(folder) if resume else None)
+        trainer.train(resume_from_checkpoint=_last_complete(folder))
         return _finish(config, trainer, model, tokenizer, sets)
 
 
@@ -194,16 +236,17 @@ def load_tokenizer(name: str) -> Any:
         DataFileError: there is none.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise DataFileError(f"tokenizer: {name}: {error}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where the files are missing
+        raise DataFileError(f"tokenizer: {name}: no tokenizer files there; name the folder that has them")
+    return tokenizer
 
 
 def check_lengths(config: RunConfig, model: MultiTaskModel, tokenizer: Any) -> None:
     """Raises InvalidOptionError where the model cannot take what the tokenizer and the recipe will give it."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    pad = getattr(model.config, "pad_token_id", None) or 0
-    room = positions and positions - (pad + 1 if model.config.model_type not in ("bert",) else 0)
+    room = usable_positions(model.config)
     if room and config.recipe.max_length > room:
         raise InvalidOptionError(f"max_length: {config.recipe.max_length}; {config.model} has positions for {room}")
     if len(tokenizer) > model.config.vocab_size:
@@ -223,16 +266,21 @@ def _trainer(
     if not evaluator:
         arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
         arguments.load_best_model_at_end = False
-    stopping = transformers.EarlyStoppingCallback(config.patience) if evaluator else None
-    return StiltsTrainer(
+    own: list[Any] = [_EarlyStopping(config.patience), _EvaluateAtTheEnd()] if evaluator else []
+    if config.tensorboard:
+        own.append(_tensorboard(Path(config.output) / "logs"))
+    trainer = StiltsTrainer(
         model=model,
         args=arguments,
         schedule=schedule,
         sets=sets,
         collator=_Collate(model.types, padding, masking),
         evaluate_with=evaluator,
-        callbacks=[*filter(None, [stopping]), *callbacks, _MarkComplete()],
+        callbacks=[*own, *callbacks, _MarkComplete()],
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InvalidOptionError("trainer: FSDP and DeepSpeed shard the weights, which cannot be saved from here yet")
+    return trainer
 
 
 def _arguments(config: RunConfig) -> transformers.TrainingArguments:
@@ -257,7 +305,7 @@ def _arguments(config: RunConfig) -> transformers.TrainingArguments:
         "metric_for_best_model": "score",
         "greater_is_better": True,
         "logging_steps": max(1, min(50, config.eval_steps)),
-        "report_to": ["tensorboard"] if config.tensorboard else [],
+        "report_to": [],
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -268,7 +316,15 @@ def _arguments(config: RunConfig) -> transformers.TrainingArguments:
         given.update(_checkpointing())
     if unknown := set(config.trainer) - set(transformers.TrainingArguments.__dataclass_fields__):
         raise InvalidOptionError(f"trainer: TrainingArguments has no {', '.join(sorted(unknown))}")
-    return transformers.TrainingArguments(**{**given, **config.trainer})
+    if taken := set(config.trainer) & ((given.keys() - FREE) | COMPUTED):
+        raise InvalidOptionError(f"trainer: {', '.join(sorted(taken))} follows from the run's own options")
+    try:
+        arguments = transformers.TrainingArguments(**{**given, **config.trainer})
+    except ValueError as error:  # bf16 where there is none, for instance
+        raise InvalidOptionError(f"precision or trainer: {error}") from None
+    if arguments.n_gpu > 1:  # one process drives one GPU: replicas of a head would refer to the first GPU's encoder
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -311,6 +367,8 @@ def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
     if config.batching != "packed":
         yield
         return
+    if config.gradient_checkpointing:
+        raise InvalidOptionError("batching: packed keeps all activations; leave gradient_checkpointing out")
     import xfast
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -326,10 +384,9 @@ def _checkpoint_errors(folder: Path) -> Any:
     try:
         yield
     except Exception as error:
+        full = isinstance(error, OSError) and error.errno in UNWRITABLE
         # safetensors and torch have their own types for what the system said
-        if not isinstance(error, OSError) and not any(
-            words in str(error) for words in ("No space left", "File too large", "PytorchStreamWriter")
-        ):
+        if not full and not any(words in str(error) for words in ("No space left", "File too large", "PytorchStream")):
             raise
         last = _last_complete(folder)
         state = f"continue from {last} with the same command" if last else "no complete checkpoint yet"
@@ -341,17 +398,27 @@ def _last_complete(folder: Path) -> str | None:
     return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
 
 
-def _same_run(folder: Path, config: RunConfig, resume: bool) -> None:
+def _clear(folder: Path) -> None:
+    """Whatever an earlier run left that this one could take for its own."""
+    for path in (*folder.glob("checkpoint-*"), folder / "encoder", folder / "tasks"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("result.json", "run.yaml"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _same_run(folder: Path, config: RunConfig) -> None:
+    """A run that has not come to a checkpoint may be changed; where its folder lies does not matter."""
     from xfast.stilts.config import from_dict, load
 
     stored = folder / "run.yaml"
-    if not (resume and stored.is_file()):
+    if not stored.is_file() or not ((folder / "result.json").is_file() or _last_complete(folder)):
         return
     before = from_dict(load(stored), str(stored)).as_dict()
     now = config.as_dict()
-    if changed := [name for name in now if now[name] != before[name]]:
+    if changed := [name for name in now if name != "output" and now[name] != before[name]]:
         raise InvalidOptionError(
-            f"output: {folder} holds a run with another {', '.join(changed)}; choose another folder, or start anew"
+            f"output: {folder} holds a run with another {', '.join(changed)}; "
+            "choose another folder, or start anew (--anew)"
         )
 
 
