@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
+from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.machine import backends, ceilings, machine
-from xfast.stilts.cli import app as stilts
+from xfast.stilts.cli import app as stilts_app
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -51,7 +52,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Fast inference for XLM-RoBERTa-family encoders.",
 )
-app.add_typer(stilts, name="stilts")
+app.add_typer(stilts_app, name="stilts")
+app.add_typer(engine_app, name="engine")
 
 
 def _complain(text: str) -> None:

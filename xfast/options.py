@@ -9,7 +9,7 @@ from typing import Any
 from xfast.errors import InvalidOptionError
 
 PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "fp8", "auto")
-BACKENDS = ("auto", "native", "triton")
+BACKENDS = ("auto", "native", "triton", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Options:
             raise InvalidOptionError(f"keep_weights: expected True or False, got {self.keep_weights!r}")
         if not isinstance(self.training, bool):
             raise InvalidOptionError(f"training: expected True or False, got {self.training!r}")
+        if self.backend == "tensorrt" and not self.keep_weights:
+            raise InvalidOptionError('keep_weights: False is not accepted with backend="tensorrt", which builds later')
         if self.training and not self.keep_weights:
             raise InvalidOptionError("keep_weights: False is not accepted with training=True, which needs the weights")
         if self.training and self.layers is not None:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from xfast import training
 from xfast.architecture import family_of
-from xfast.backends.base import Batch, Engine
+from xfast.backends.base import Batch, CannotRunError, Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import HeadRule, head_module, is_plain
 from xfast.options import Options
@@ -181,7 +181,7 @@ class EncoderPatch(Patch):
         train = self.options.training and (module.training or torch.is_grad_enabled())
         try:
             return self._train(module, call) if train else self._run(module, call)
-        except _RunsOriginal as refusal:
+        except CannotRunError as refusal:
             reason = str(refusal)
         except PositionOverflowError:
             reason = "a position lies outside the position table"  # the original raises its own error
@@ -224,15 +224,15 @@ class EncoderPatch(Patch):
 
     def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
         if (reason := self._refusal(module, call)) is not None:
-            raise _RunsOriginal(reason)
+            raise CannotRunError(reason)
         engine = self.plan.current_engine(module)
         if engine is None:
-            raise _RunsOriginal("no backend runs this model")
+            raise CannotRunError("no backend runs this model")
         if (reason := self.plan.inner.refusal()) is not None:
-            raise _RunsOriginal(reason)
+            raise CannotRunError(reason)
         tensors = (t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None)
         if elsewhere := [t.device for t in tensors if t.device != engine.device]:
-            raise _RunsOriginal(f"an input is on {elsewhere[0]}, the model on {engine.device}")
+            raise CannotRunError(f"an input is on {elsewhere[0]}, the model on {engine.device}")
         return engine
 
     def _refusal(self, module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
@@ -292,10 +292,10 @@ class EncoderPatch(Patch):
     def _train(self, module: nn.Module, call: dict[str, Any]) -> Any:
         """A differentiable forward through the module's own parts, on packed tokens."""
         if (reason := self._refusal(module, call, train=True)) is not None:
-            raise _RunsOriginal(reason)
+            raise CannotRunError(reason)
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
         if (reason := training.refusal(module, given.device) or self.plan.inner.refusal(training=True)) is not None:
-            raise _RunsOriginal(reason)
+            raise CannotRunError(reason)
         packed = training.pack(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         pooler, context = getattr(module, "pooler", None), _context(self)
         _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
@@ -350,13 +350,9 @@ class EncoderPatch(Patch):
 
 def _refuse_batch(packed: Batch, reads_first: bool) -> None:
     if packed.first_masked and reads_first:
-        raise _RunsOriginal("column 0 is masked in a row whose first token is read")
+        raise CannotRunError("column 0 is masked in a row whose first token is read")
     if packed.length == 0:
-        raise _RunsOriginal("the batch has no columns")
-
-
-class _RunsOriginal(Exception):
-    """Found while running: this call needs the original code. The message says why."""
+        raise CannotRunError("the batch has no columns")
 
 
 _GRADIENTS = "gradients are enabled"

@@ -12,6 +12,7 @@ from torch import nn
 from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
 from xfast.backends.base import Engine, choose
 from xfast.backends.native import NativeBackend
+from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
 from xfast.errors import (
     BackendUnavailableError,
@@ -25,7 +26,7 @@ from xfast.options import Options
 from xfast.packing import PositionOverflowError
 from xfast.watch import InnerWatch, WeightWatch
 
-BACKENDS = (NativeBackend(), TritonBackend())
+BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
 _DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Fastest first. bf16 stands behind int8 even where it is native; fp32 always meets a tolerance above rounding.

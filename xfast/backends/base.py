@@ -11,6 +11,10 @@ from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.errors import BackendUnavailableError
 
 
+class CannotRunError(Exception):
+    """Not an error to the user: an engine cannot run this one call, so the original code does. The message says why."""
+
+
 class Batch(Protocol):
     """A batch without its padding, T tokens: :class:`xfast.packing.Packed` or its twin on a device."""
 
@@ -75,6 +79,9 @@ class Engine(Protocol):
             rows: int32, ascending packed rows wanted from the last layer, or None for all T.
             layers: number of layers to run.
             hidden_states: also return every layer's output (then ``rows`` must be None).
+
+        Raises:
+            CannotRunError: the original code must run this call.
 
         Returns:
             [len(rows) or T, hidden_size], and [layers + 1, T, hidden_size] or None, in the dtype it computes in.

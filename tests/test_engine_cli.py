@@ -1,0 +1,87 @@
+"""``xfast engine``: real engines built for GPUs that are not here, listed, damaged, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import build
+from typer.testing import CliRunner
+
+from xfast.cli import app
+
+trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+def _run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["engine", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("xlm-roberta", "sequence-classification", num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_build_and_inspect(precision: str, model: Path, tmp_path: Path) -> None:
+    done = _run("build", model, tmp_path, "--precision", precision, "--target", "SM89", "--json")
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert Path(made["path"]).is_file() and made["target"] == "SM89" and made["bytes"] > 10_000
+    (row,) = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert (row["family"], row["layers"], row["precision"], row["target"]) == ("xlm-roberta", 2, precision, "SM89")
+    assert row["state"].startswith("intact") and row["header"]["targets"] == ["SM89"]
+    assert precision in _run("inspect", tmp_path).stdout
+    again = json.loads(_run("build", model, tmp_path, "--precision", precision, "--target", "SM89", "--json").stdout)
+    assert again["path"] == made["path"]  # the same key, replaced
+
+
+def test_layers_and_targets_are_other_engines(model: Path, tmp_path: Path) -> None:
+    for extra in (["--target", "SM80"], ["--target", "SM89"], ["--target", "SM89", "--layers", "1"]):
+        assert _run("build", model, tmp_path, *extra).exit_code == 0
+    rows = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert sorted((row["target"], row["layers"]) for row in rows) == [("SM80", 2), ("SM89", 1), ("SM89", 2)]
+
+
+def test_damage_is_seen(model: Path, tmp_path: Path) -> None:
+    made = json.loads(_run("build", model, tmp_path, "--target", "SM89", "--json").stdout)
+    path = Path(made["path"])
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    path.write_bytes(blob)
+    (row,) = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert row["state"].startswith("damaged")
+    path.write_bytes(b"nonsense")
+    (row,) = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert row["state"].startswith("unusable")
+
+
+def test_errors(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    transformers.ViTConfig(num_hidden_layers=1).save_pretrained(other)
+    for arguments, words in (
+        (("build", "/nowhere/at/all", tmp_path, "--target", "SM89"), "/nowhere/at/all"),
+        (("build", model, tmp_path, "--target", "SM12"), "target: 'SM12'"),
+        (("build", model, tmp_path, "--target", "SM89", "--precision", "int3"), "int3"),
+        (("build", model, tmp_path, "--target", "SM89", "--layers", "7"), "layers"),
+        (("inspect", tmp_path / "none"), "no such folder"),
+        (("build", other, tmp_path, "--target", "SM89"), "model"),
+    ):
+        done = _run(*arguments)
+        assert done.exit_code == 2 and words in done.stderr, (arguments, done.output)
+
+
+@NO_GPU
+def test_what_needs_a_gpu_says_so(model: Path, tmp_path: Path) -> None:
+    done = _run("build", model, tmp_path)
+    assert done.exit_code == 2 and "there is no GPU here" in done.stderr and "SM89" in done.stderr
+    done = _run("verify", model, tmp_path)
+    assert done.exit_code == 2 and "there is no GPU here" in done.stderr

@@ -1,0 +1,205 @@
+"""``accelerate(model, backend="tensorrt")`` without a GPU: everything but the device's own run is the real thing.
+
+The network is the one that would be built; in place of an engine, the tests' interpreter evaluates it. Padding is
+dropped by the Triton kernels in their interpreter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from gpu import DEVICE, NO_NUMPY_WARNINGS
+from models import FAMILIES, HEADS, arguments, at_tokens, build, left_padded, norm_error, quick_settings, ragged
+
+import xfast
+from xfast.backends import tensorrt as backend
+from xfast.backends import tensorrt_check as judge
+from xfast.backends import tensorrt_network as networks
+from xfast.errors import BackendUnavailableError, InvalidOptionError
+
+trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
+pytestmark = NO_NUMPY_WARNINGS
+_settings = pytest.fixture(autouse=True)(quick_settings)
+
+LAYERS = 2
+
+
+class Simulated:
+    """Stands in for a loaded engine."""
+
+    def __init__(self, weights: Any, precision: str, layers: int) -> None:
+        from tensorrt_interpreter import Interpreter
+
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self.kept = builder, network, networks.build_network(trt, network, weights, precision, layers)
+        self.interpreter = Interpreter(trt, network, self.kept[2])
+
+    def run(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
+        assert all(t.dtype == torch.int32 and t.is_contiguous() for t in inputs.values())
+        assert inputs.keys() == networks.INPUTS.keys() and profile >= 0
+        outputs = self.interpreter({name: value.cpu() for name, value in inputs.items()})
+        return outputs[networks.OUTPUT].to(DEVICE)
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Engines that were made, as (precision, layers)."""
+    made: list[tuple[str, int]] = []
+
+    def make(self: backend.TensorRTEngine, layers: int) -> Any:
+        made.append((self.precision, layers))
+        runner = Simulated(self._weights, self.precision, layers)
+        self._notes.append(f"simulated, {self._check(runner, layers)}")
+        return runner
+
+    monkeypatch.setattr(backend.TensorRTEngine, "_made", make)
+    monkeypatch.setattr(
+        backend.TensorRTBackend, "supports", lambda self, spec, device, precision: networks.refusal(spec, precision)
+    )
+    return made
+
+
+def _model(family: str = "xlm-roberta", head: str = "base", **changes: Any) -> Any:
+    return build(family, head, **{"num_hidden_layers": LAYERS, **changes}).to(DEVICE)
+
+
+def _same(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor, limit: float = 1e-5) -> None:
+    if got.shape[: mask.dim()] == mask.shape:
+        got, want = at_tokens(got, mask), at_tokens(want, mask)
+    assert norm_error(got, want) <= limit
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [*(("xlm-roberta", head) for head in HEADS), *((family, "base") for family in FAMILIES[1:])]
+)
+def test_every_head_and_family(family: str, head: str, simulated: list[tuple[str, int]]) -> None:
+    model = _model(family, head)
+    batch = arguments(family, head)
+    want = model(**batch)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    got = fast(**batch)[0]
+    _same(got, want, batch["attention_mask"])
+    assert simulated == [("fp32", LAYERS)]
+    text = str(xfast.explain(fast))
+    assert "tensorrt" in text and "relative error" in text
+    xfast.restore(fast)
+    assert torch.equal(fast(**batch)[0], want)
+
+
+def test_holes_left_padding_and_empty_sequences(simulated: list[tuple[str, int]]) -> None:
+    model = _model(head="base-no-pooler")
+    batch = ragged("xlm-roberta")
+    holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    holes["attention_mask"][0, 3:5] = 0
+    empty = {**batch, "attention_mask": batch["attention_mask"].clone()}
+    empty["attention_mask"][1] = 0
+    for case in (holes, empty, left_padded(batch)):
+        xfast.restore(model)
+        want = model(**case)[0]
+        got = xfast.accelerate(model, backend="tensorrt")(**case)[0]
+        _same(got, want, case["attention_mask"])
+        assert torch.isfinite(got).all()
+
+
+def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
+    model = _model(head="sequence-classification")
+    batch = ragged("xlm-roberta")
+    want = model(**batch).logits
+    for precision, limit in (("fp16", 5e-3), ("bf16", 5e-2)):
+        got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch).logits
+        assert got.dtype == want.dtype and norm_error(got, want) < limit
+    bare = _model(head="base-no-pooler")
+    states = bare(**batch, output_hidden_states=True).hidden_states
+    got = xfast.accelerate(bare, backend="tensorrt", layers=1)(**batch).last_hidden_state
+    _same(got, states[1], batch["attention_mask"])
+    assert simulated == [("fp16", LAYERS), ("bf16", LAYERS), ("fp32", 1)]
+
+
+def test_what_an_engine_cannot_do_runs_the_original(simulated: list[tuple[str, int]]) -> None:
+    model = _model(head="base-no-pooler")
+    batch = ragged("xlm-roberta")
+    states = model(**batch, output_hidden_states=True).hidden_states
+    embeds = model.embeddings.word_embeddings(batch["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    want = model(**given)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(fast(**batch, output_hidden_states=True).hidden_states, states, strict=True)
+    )
+    assert torch.equal(fast(**given)[0], want)
+    text = str(xfast.explain(fast))
+    assert "hidden states were asked for" in text and "inputs_embeds were given" in text and not simulated
+
+
+def test_a_batch_outside_the_profiles_runs_the_original(
+    simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MAX_BATCH", 2)
+    model = _model(head="base-no-pooler")
+    batch = ragged("xlm-roberta")
+    want = model(**batch)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    assert torch.equal(fast(**batch)[0], want) and "outside the profiles" in str(xfast.explain(fast))
+
+
+def test_a_refused_engine_is_not_built_again(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def refuse(*_: Any) -> None:
+        tries.append(1)
+        raise judge.EngineRejectedError(judge.Report(0.5, 0.01, 0.3, True))
+
+    monkeypatch.setattr(backend.TensorRTEngine, "_check", refuse)
+    model = _model(head="base-no-pooler")
+    batch = ragged("xlm-roberta")
+    want = model(**batch)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    for _ in range(3):
+        assert torch.equal(fast(**batch)[0], want)
+    assert len(tries) == 1 and "relative error 5.00e-01 (allowed 1.00e-02)" in str(xfast.explain(fast))
+
+
+def test_changed_weights_make_another_engine(simulated: list[tuple[str, int]]) -> None:
+    model = _model(head="base-no-pooler")
+    batch = ragged("xlm-roberta")
+    fast = xfast.accelerate(model, backend="tensorrt")
+    before = fast(**batch)[0]
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+    after = fast(**batch)[0]
+    xfast.restore(model)
+    _same(after, model(**batch)[0], batch["attention_mask"])
+    assert norm_error(before, after) > 1e-3 and len(simulated) == 2
+
+
+def test_places_by_brute_force() -> None:
+    for lengths in ((1,), (3, 1, 4), (2, 0, 5), (7, 7)):
+        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        total, longest = sum(lengths), max(lengths)
+        made = backend.places(offsets, total, longest)
+        token = 0
+        for row, count in enumerate(lengths):
+            for column in range(longest):
+                inside = column < count
+                assert made["padded_rows"][row, column] == (token if inside else 0)
+                if inside:
+                    assert made["packed_columns"][token] == row * longest + column
+                    token += 1
+            assert made["lengths"][row] == max(count, 1)
+        assert {value.dtype for value in made.values()} == {torch.int32}
+
+
+def test_reasons_without_a_gpu() -> None:
+    model = build("xlm-roberta", "base")
+    with pytest.raises(BackendUnavailableError, match=r"tensorrt: the model is on cpu"):
+        xfast.accelerate(model, backend="tensorrt")
+    with pytest.raises(InvalidOptionError, match=r"keep_weights: False is not accepted with backend"):
+        xfast.accelerate(model, backend="tensorrt", keep_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        xfast.accelerate(model)  # auto takes the native backend and says nothing
+    assert "native" in str(xfast.explain(model))

@@ -1,0 +1,182 @@
+"""An engine is compared with plain PyTorch before it is trusted: finite, within its precision's error, same labels.
+
+The reference reads the model's own modules by role. It is slow and simple on purpose: by sequence, nothing fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.errors import XfastError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+FACTOR = 2.0
+"""An engine may be this many times as far from fp32 as PyTorch in the same dtype."""
+
+FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
+"""Relative error that is always accepted: about one rounding of the output."""
+
+LABELS, AGREEMENT = 3, 0.99
+"""Classes of the seeded random head, and the share of the tokens with a clear label that must get the same one."""
+
+CLEAR = 4.0
+"""A label is clear whose margin is this many times what the allowed error can move a logit."""
+
+
+class EngineRejectedError(XfastError, RuntimeError):
+    """An engine's results differ from PyTorch's by more than its precision explains; ``report`` has the figures."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(f"the engine was refused: {report}")
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample batch, packed.
+
+    Attributes:
+        ids, positions, types: int32 [T].
+        lengths: tokens of each sequence, T together.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    types: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        error: worst relative error ||y - y32|| / ||y32|| over the batches.
+        bound: what was allowed in that batch.
+        agreement: share of the clearly labelled tokens with the reference's label.
+        finite: no NaN and no infinity.
+    """
+
+    error: float
+    bound: float
+    agreement: float
+    finite: bool
+
+    @property
+    def accepted(self) -> bool:
+        return self.finite and self.error <= self.bound and self.agreement >= AGREEMENT
+
+    def __str__(self) -> str:
+        if not self.finite:
+            return "NaN or infinity in its output"
+        return f"relative error {self.error:.2e} (allowed {self.bound:.2e}), labels agree in {self.agreement:.1%}"
+
+
+def cases(spec: EncoderSpec, longest: int, device: torch.device, seed: int = 0) -> list[Case]:
+    """Seeded batches: one token, ragged, one long sequence (at most ``longest`` tokens)."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = min(longest, usable_positions(spec))
+    shapes = ((1,), tuple(min(n, longest) for n in (9, 1, 17, 33, 2)), (longest,))
+    return [_case(spec, lengths, generator, device) for lengths in shapes]
+
+
+def usable_positions(spec: EncoderSpec) -> int:
+    """Tokens of the longest sequence."""
+    return spec.max_positions - (spec.pad_token_id + 1 if spec.position_rule == "padding" else 0)
+
+
+def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Case:
+    total = sum(lengths)
+    first = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
+    positions = torch.cat([torch.arange(first, first + length) for length in lengths])
+    ids = torch.randint(0, spec.vocab_size, (total,), generator=generator)
+    types = torch.randint(0, spec.type_vocab_size, (total,), generator=generator)
+    ids, positions, types = (values.to(device, torch.int32) for values in (ids, positions, types))
+    return Case(ids, positions, types, lengths)
+
+
+def reference(weights: EncoderWeights, case: Case, dtype: torch.dtype, layers: int) -> torch.Tensor:
+    """fp32 [T, hidden_size] after the encoder's first ``layers`` layers, computed by plain PyTorch in ``dtype``."""
+    spec, modules = weights.spec, weights.modules
+
+    def parameter(layer: int, role: str, name: str) -> torch.Tensor | None:
+        value = getattr(modules[layer, role], name, None)
+        return None if value is None else value.detach().to(dtype)
+
+    def linear(layer: int, role: str, x: torch.Tensor) -> torch.Tensor:
+        weight = parameter(layer, role, "weight")
+        assert weight is not None
+        return functional.linear(x, weight, parameter(layer, role, "bias"))
+
+    def norm(layer: int, role: str, x: torch.Tensor) -> torch.Tensor:
+        shape = (spec.hidden_size,)
+        return functional.layer_norm(
+            x, shape, parameter(layer, role, "weight"), parameter(layer, role, "bias"), spec.layer_norm_eps
+        )
+
+    def table(role: str, index: torch.Tensor) -> torch.Tensor:
+        weight = parameter(-1, role, "weight")
+        assert weight is not None
+        return weight[index.long()]
+
+    x = table("word", case.ids) + table("position", case.positions) + table("type", case.types)
+    x = norm(-1, "embedding_norm", x)
+    for layer in range(layers):
+        heads = [linear(layer, role, x).split(case.lengths) for role in ("query", "key", "value")]
+        parts = [_attend(spec, *parts) for parts in zip(*heads, strict=True)]
+        x = norm(layer, "attention_norm", x + linear(layer, "attention_out", torch.cat(parts)))
+        inner = functional.gelu(linear(layer, "ffn_in", x))
+        x = norm(layer, "ffn_norm", x + linear(layer, "ffn_out", inner))
+    return x.float()
+
+
+def _attend(spec: EncoderSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.view(-1, spec.num_heads, spec.head_dim).transpose(0, 1) for t in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(len(query), -1)
+
+
+def check(
+    run: Callable[[Case], torch.Tensor], weights: EncoderWeights, precision: str, layers: int, samples: Sequence[Case]
+) -> Report:
+    """Compare an engine with PyTorch on sample batches.
+
+    Args:
+        run: the engine: a case to [T, hidden_size].
+        weights: of the model.
+        precision: of the engine.
+        layers: that it runs.
+        samples: see :func:`cases`.
+
+    Raises:
+        EngineRejectedError: it differs by more than its precision explains.
+    """
+    spec = weights.spec
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(spec.hidden_size, LABELS, generator=generator)
+    worst, finite, same, clear = (0.0, FLOOR[precision]), True, 0, 0
+    with torch.no_grad():
+        for case in samples:
+            exact = reference(weights, case, torch.float32, layers).cpu()
+            found = run(case).float().cpu()
+            rounded = reference(weights, case, DTYPES[precision], layers).cpu()
+            finite = finite and bool(torch.isfinite(found).all())
+            scale = exact.norm()
+            error, own = float((found - exact).norm() / scale), float((rounded - exact).norm() / scale)
+            bound = FACTOR * own + FLOOR[precision]
+            if error / bound > worst[0] / worst[1]:
+                worst = error, bound
+            top = (exact @ head).topk(2, -1)
+            moved = bound * exact.norm(dim=-1) / spec.hidden_size**0.5 * head.norm(dim=0).max()
+            sure = top.values[:, 0] - top.values[:, 1] > CLEAR * moved
+            same += int(((found @ head).argmax(-1) == top.indices[:, 0])[sure].sum())
+            clear += int(sure.sum())
+    report = Report(*worst, same / clear if clear else 1.0, finite)
+    if not report.accepted:
+        raise EngineRejectedError(report)
+    return report

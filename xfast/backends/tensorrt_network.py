@@ -1,0 +1,384 @@
+"""An encoder as a TensorRT network, straight from its description: strongly typed, no exporter between.
+
+Products, LayerNorm and GELU see packed tokens only, [T, hidden_size]. Attention alone needs a padded batch: the fused
+product's rows are gathered to [B, L, 3 * hidden_size], and what attention returns is gathered back. Every precision is
+one a reader can see in the network: the residual stream and the products' operands are in the computing dtype, while
+LayerNorm with the sum before it, GELU and softmax are float32. The casts are no kernels: release 1.7.1 makes nine of a
+layer in fp16 or bf16: QKV with its bias, gather, attention, gather, product, sum with LayerNorm, product with bias and
+GELU, product, sum with LayerNorm (read off the builder's log, for 8.9).
+
+No shape is known but the model's: T tokens, B sequences, L columns, R rows wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.errors import BackendUnavailableError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+INPUTS = {
+    "token_ids": ("T",),
+    "position_ids": ("T",),
+    "type_ids": ("T",),
+    "padded_rows": ("B", "L"),
+    "lengths": ("B",),
+    "packed_columns": ("T",),
+    "rows": ("R",),
+}
+"""The network's int32 inputs and what their dimensions count. All are there in every network, read or not.
+
+``padded_rows`` holds the packed row of each padded position (any valid row, 0 say, where there is none), ``lengths``
+the tokens of each sequence (1 or more), ``packed_columns`` the padded position ``b * L + column`` of each packed token,
+and ``rows`` the packed rows wanted, in any order, repeated or not. No value is checked on the device.
+"""
+
+OUTPUT = "hidden"
+"""The network's output, [R, hidden_size] in the precision's dtype."""
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+_SWAP_HEADS = (0, 2, 1, 3)  # [B, L, heads, head_dim] to [B, heads, L, head_dim] and back
+_MASKED = torch.finfo(torch.float32).min  # finite: a row of nothing but padding must not become NaN
+
+
+def refusal(spec: EncoderSpec, precision: str) -> str | None:
+    """Why no network can be built for this encoder, or None."""
+    if precision not in PRECISIONS:
+        return f"precision {precision} is not available with TensorRT; available: {', '.join(PRECISIONS)}"
+    if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
+        return "pre-norm encoders are not supported yet"
+    if spec.activation != "gelu":
+        return f"activation {spec.activation!r} is not supported; supported: 'gelu' (exact)"
+    if spec.num_heads * spec.head_dim != spec.hidden_size:
+        return f"{spec.num_heads} heads of {spec.head_dim} are not hidden_size {spec.hidden_size}"
+    return None
+
+
+def has_fused_attention(trt: Any, network: Any, head_dim: int, precision: str) -> bool:
+    """Whether attention becomes TensorRT's attention layer; else products and a softmax that TensorRT may fuse."""
+    if not hasattr(network, "add_attention_v2") or not hasattr(getattr(trt, "IAttention", None), "key_value_lengths"):
+        return False
+    # The kernels' head sizes, found by building (1.7.1, 8.0 to 12.0). float32 has no kernel: the layer is decomposed,
+    # which changes nothing there, but is never allowed in fp16 and bf16, where softmax would lose its float32.
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+
+
+def build_network(
+    trt: Any, network: Any, weights: EncoderWeights, precision: str, layers: int | None = None
+) -> list[torch.Tensor]:
+    """Adds the encoder's first ``layers`` layers to a network.
+
+    Args:
+        trt: the module, ``tensorrt`` or ``tensorrt_rtx``.
+        network: an empty, strongly typed ``INetworkDefinition``.
+        weights: the encoder; parameters on any device and in any floating dtype.
+        precision: one of ``PRECISIONS``.
+        layers: 0 to the number of layers, None for all; 0 is the normalised embeddings.
+
+    Returns:
+        What TensorRT reads from, one tensor for each constant layer, in the network's order. They must outlive the
+        build. In fp32, those of a CPU model share its memory.
+
+    Raises:
+        UnsupportedModelError: see ``refusal``.
+        InvalidOptionError: so many layers there are not.
+        InvalidWeightsError: a parameter is missing, holds NaN or infinity, or would in this precision; named.
+        BackendUnavailableError: TensorRT would not add a layer; named.
+    """
+    spec = weights.spec
+    reason = refusal(spec, precision)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    layers = spec.num_layers if layers is None else layers
+    if not 0 <= layers <= spec.num_layers:
+        raise InvalidOptionError(f"layers is {layers}; accepted: 0 to {spec.num_layers}")
+    graph = _Graph(trt, network, _DTYPES[precision])
+    encoder = _Encoder(graph, weights, precision)
+    hidden = encoder.embeddings()
+    for layer in range(layers):
+        hidden = encoder.layer(layer, hidden, last=layer + 1 == layers)
+    if layers == 0:
+        hidden = graph.gather(hidden, encoder.inputs["rows"], "rows_of_embeddings")
+    hidden.name = OUTPUT
+    network.mark_output(hidden)
+    return graph.arrays
+
+
+class _Graph:
+    """Adds single layers, each named and checked. ``ITensor`` in, ``ITensor`` out."""
+
+    def __init__(self, trt: Any, network: Any, dtype: torch.dtype) -> None:
+        self.trt, self.network, self.dtype = trt, network, dtype
+        self.arrays: list[torch.Tensor] = []
+
+    def named(self, layer: Any, name: str) -> Any:
+        """The layer, named like its output."""
+        if layer is None:
+            raise BackendUnavailableError(f"TensorRT would not add layer {name}; its log says why")
+        layer.name = name
+        layer.get_output(0).name = name
+        return layer
+
+    def constant(self, values: torch.Tensor, name: str) -> Any:
+        """A CPU tensor, in its dtype. By pointer: NumPy has no bfloat16."""
+        values = values.contiguous()
+        self.arrays.append(values)
+        described = self.trt.Weights(self._type(values.dtype), values.data_ptr(), values.numel())
+        return self.named(self.network.add_constant(tuple(values.shape), described), name).get_output(0)
+
+    def cast(self, x: Any, dtype: torch.dtype, name: str) -> Any:
+        to = self._type(dtype)
+        return x if x.dtype == to else self.named(self.network.add_cast(x, to), name).get_output(0)
+
+    def elementwise(self, a: Any, b: Any, operation: str, name: str) -> Any:
+        kind = getattr(self.trt.ElementWiseOperation, operation)
+        return self.named(self.network.add_elementwise(a, b, kind), name).get_output(0)
+
+    def gather(self, x: Any, indices: Any, name: str) -> Any:
+        """Rows of x: [*indices, ...]."""
+        return self.named(self.network.add_gather(x, indices, 0), name).get_output(0)
+
+    def shuffle(self, x: Any, dims: tuple[int, ...], name: str, *, before: Any = None, after: Any = None) -> Any:
+        """Transposes by ``before``, reshapes (0 keeps a dimension, -1 is what is left), transposes by ``after``."""
+        layer = self.named(self.network.add_shuffle(x), name)
+        if before is not None:
+            layer.first_transpose = self.trt.Permutation(list(before))
+        layer.reshape_dims = dims
+        if after is not None:
+            layer.second_transpose = self.trt.Permutation(list(after))
+        return layer.get_output(0)
+
+    def matmul(self, a: Any, b: Any, name: str, *, transposed: bool) -> Any:
+        """A b^T or a b, batched over leading dimensions."""
+        kinds = self.trt.MatrixOperation
+        second = kinds.TRANSPOSE if transposed else kinds.NONE
+        return self.named(self.network.add_matrix_multiply(a, kinds.NONE, b, second), name).get_output(0)
+
+    def linear(self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> Any:
+        """x W^T + b, [rows, out] in the computing dtype. ``weight`` is [out, in], ``bias`` [out]."""
+        weights = self.constant(weight, f"{name}.weight")
+        y = self.matmul(x, weights, name, transposed=True)
+        if bias is None:
+            return y
+        return self.elementwise(y, self.constant(bias[None], f"{name}.bias"), "SUM", f"{name}.with_bias")
+
+    def norm(self, x: Any, gain: torch.Tensor, bias: torch.Tensor, eps: float, name: str) -> Any:
+        """LayerNorm of float32 [rows, columns], rounded to the computing dtype. ``gain`` and ``bias`` are float32."""
+        constants = (self.constant(gain[None], f"{name}.weight"), self.constant(bias[None], f"{name}.bias"))
+        # Older releases have only the first; for one row of gains they are the same.
+        add = getattr(self.network, "add_normalization_v2", None) or self.network.add_normalization
+        layer = self.named(add(x, *constants, 1 << 1), name)
+        layer.epsilon = eps
+        return self.cast(layer.get_output(0), self.dtype, f"{name}.rounded")
+
+    def _type(self, dtype: torch.dtype) -> Any:
+        return getattr(self.trt, _TYPE_NAMES[dtype])
+
+
+class _Encoder:
+    """The encoder's parts, in the order of its forward."""
+
+    def __init__(self, graph: _Graph, weights: EncoderWeights, precision: str) -> None:
+        self.graph, self.spec = graph, weights.spec
+        self.parameters = _Parameters(weights, graph.dtype)
+        trt, network = graph.trt, graph.network
+        self.inputs = {name: network.add_input(name, trt.int32, (-1,) * len(dims)) for name, dims in INPUTS.items()}
+        self.fused = has_fused_attention(trt, network, weights.spec.head_dim, precision)
+        self._shared: dict[str, Any] = {}
+
+    def embeddings(self) -> Any:
+        """[T, hidden_size]: the tables' rows, summed and normalised in float32."""
+        graph, tables = self.graph, ["word", "position"]
+        if self.spec.type_vocab_size > 1:
+            tables.append("type")
+        total = None
+        for table, ids in zip(tables, ("token_ids", "position_ids", "type_ids"), strict=False):
+            values = graph.constant(self._table(table), f"embeddings.{table}.weight")
+            rows = graph.gather(values, self.inputs[ids], f"embeddings.{table}")
+            rows = graph.cast(rows, torch.float32, f"embeddings.{table}.float")
+            total = rows if total is None else graph.elementwise(total, rows, "SUM", f"embeddings.with_{table}")
+        return graph.norm(total, *self._norm(-1, "embedding_norm"), "embeddings.norm")
+
+    def layer(self, layer: int, x: Any, last: bool) -> Any:
+        """One layer over x [T, hidden_size]. The ``last`` is [R, hidden_size]: after attention, only rows wanted."""
+        graph, read, name = self.graph, self.parameters, f"layer{layer}"
+        qkv = graph.linear(x, *self._qkv(layer), f"{name}.qkv")
+        columns = self.inputs["packed_columns"]
+        if last:
+            columns = graph.gather(columns, self.inputs["rows"], f"{name}.columns_of_rows")
+            x = graph.gather(x, self.inputs["rows"], f"{name}.rows")
+        context = graph.gather(self._attention(qkv, name), columns, f"{name}.context")
+        out = graph.linear(context, *read.linear(layer, "attention_out"), f"{name}.attention_out")
+        x = self._add_norm(x, out, layer, "attention")
+        inner = graph.linear(x, *read.linear(layer, "ffn_in"), f"{name}.ffn_in")
+        inner = self._gelu(inner, f"{name}.gelu")
+        out = graph.linear(inner, *read.linear(layer, "ffn_out"), f"{name}.ffn_out")
+        return self._add_norm(x, out, layer, "ffn")
+
+    def _table(self, role: str) -> torch.Tensor:
+        """A table in the computing dtype. Types of a model that has but one are part of every position."""
+        if role == "position" and self.spec.type_vocab_size == 1:
+            both = [self.parameters.read(-1, each, "weight") for each in ("position", "type")]
+            return self.parameters.rounded(both[0].float() + both[1].float(), -1, "position", "weight")
+        return self.parameters.rounded(self.parameters.read(-1, role, "weight"), -1, role, "weight")
+
+    def _norm(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        gain, bias = (self.parameters.read(layer, role, name).float() for name in ("weight", "bias"))
+        return gain, bias, self.spec.layer_norm_eps
+
+    def _qkv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[3 * hidden_size, hidden_size] and [3 * hidden_size]: one product for all three.
+
+        The scores' scale is the queries': TensorRT's attention has no parameter for it. It enters in float32, before
+        the weights are rounded, so it costs no rounding of its own.
+        """
+        read, hidden = self.parameters, self.spec.hidden_size
+        weights, biases = [], []
+        for role in ("query", "key", "value"):
+            scale = self.spec.head_dim**-0.5 if role == "query" else 1.0
+            weights.append(read.rounded(read.read(layer, role, "weight").float() * scale, layer, role, "weight"))
+            bias = torch.zeros(hidden) if not read.has(layer, role, "bias") else read.read(layer, role, "bias")
+            biases.append(read.rounded(bias.float() * scale, layer, role, "bias"))
+        return torch.cat(weights), torch.cat(biases)
+
+    def _attention(self, qkv: Any, name: str) -> Any:
+        """[T, 3 * hidden_size] to [B * L, hidden_size]; rows of padding hold anything finite."""
+        graph, spec = self.graph, self.spec
+        padded = graph.gather(qkv, self.inputs["padded_rows"], f"{name}.padded")
+        q, k, v = (
+            self._heads(padded, index * spec.hidden_size, f"{name}.{role}")
+            for index, role in enumerate(("query", "key", "value"))
+        )
+        context = (self._fused_attention if self.fused else self._plain_attention)(q, k, v, f"{name}.attention")
+        return graph.shuffle(context, (-1, spec.hidden_size), f"{name}.heads_joined", before=_SWAP_HEADS)
+
+    def _heads(self, padded: Any, begin: int, name: str) -> Any:
+        """hidden_size columns from ``begin`` of [B, L, 3 * hidden_size] as [B, heads, L, head_dim]."""
+        graph, spec = self.graph, self.spec
+        # The sizes here are those of an example: the third input replaces them, as B and L are not known yet.
+        sizes = self._once("sizes", self._sizes)
+        layer = graph.network.add_slice(padded, (0, 0, begin), (1, 1, spec.hidden_size), (1, 1, 1))
+        graph.named(layer, f"{name}.columns").set_input(2, sizes)
+        return graph.shuffle(layer.get_output(0), (0, 0, spec.num_heads, spec.head_dim), name, after=_SWAP_HEADS)
+
+    def _fused_attention(self, q: Any, k: Any, v: Any, name: str) -> Any:
+        trt = self.graph.trt
+        softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+        attention = self.graph.named(self.graph.network.add_attention_v2(q, k, v, softmax, causal), name)
+        attention.key_value_lengths = self.inputs["lengths"]
+        attention.decomposable = self.graph.dtype == torch.float32
+        return attention.get_output(0)
+
+    def _plain_attention(self, q: Any, k: Any, v: Any, name: str) -> Any:
+        """Two products with a float32 softmax over the keys that exist between them."""
+        graph = self.graph
+        scores = graph.matmul(q, k, f"{name}.scores", transposed=True)  # [B, heads, L, L]
+        scores = graph.cast(scores, torch.float32, f"{name}.scores.float")
+        exists, masked = self._once("mask", self._mask), self._once("masked", self._masked)
+        scores = graph.named(graph.network.add_select(exists, scores, masked), f"{name}.masked").get_output(0)
+        softmax = graph.named(graph.network.add_softmax(scores), f"{name}.softmax")
+        softmax.axes = 1 << 3
+        shares = graph.cast(softmax.get_output(0), graph.dtype, f"{name}.shares")
+        return graph.matmul(shares, v, name, transposed=False)
+
+    def _add_norm(self, x: Any, out: Any, layer: int, part: str) -> Any:
+        """LayerNorm(x + out). The sum is float32, as LayerNorm reads it: one rounding less, no byte more to move."""
+        graph, name = self.graph, f"layer{layer}.{part}"
+        x = graph.cast(x, torch.float32, f"{name}_residual.float")
+        out = graph.cast(out, torch.float32, f"{name}_out.float")
+        total = graph.elementwise(x, out, "SUM", f"{name}_residual")
+        return graph.norm(total, *self._norm(layer, f"{part}_norm"), f"{name}_norm")
+
+    def _gelu(self, x: Any, name: str) -> Any:
+        """Exact GELU, in float32 whatever x is: TensorRT does not promise what an activation computes in."""
+        graph = self.graph
+        x = graph.cast(x, torch.float32, f"{name}.float")
+        x = graph.named(graph.network.add_activation(x, graph.trt.ActivationType.GELU_ERF), name).get_output(0)
+        return graph.cast(x, graph.dtype, f"{name}.rounded")
+
+    def _once(self, key: str, make: Any) -> Any:
+        """What all layers share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def _shape(self) -> Any:
+        """[B, L] as int64 [2]."""
+        shape = self.graph.network.add_shape(self.inputs["padded_rows"])
+        return self.graph.named(shape, "padded_shape").get_output(0)
+
+    def _sizes(self) -> Any:
+        """[B, L, hidden_size] as int64 [3]."""
+        graph = self.graph
+        hidden = graph.constant(torch.tensor([self.spec.hidden_size]), "hidden_size")
+        layer = graph.network.add_concatenation([self._once("shape", self._shape), hidden])
+        graph.named(layer, "padded_sizes").axis = 0
+        return layer.get_output(0)
+
+    def _mask(self) -> Any:
+        """Which keys exist: bool [B, 1, 1, L]."""
+        graph, trt = self.graph, self.graph.trt
+        length = graph.network.add_slice(self._once("shape", self._shape), (1,), (1,), (1,))
+        length = graph.named(length, "padded_length").get_output(0)
+        first = graph.constant(torch.tensor(0, dtype=torch.int32), "first_column")
+        step = graph.constant(torch.tensor([1], dtype=torch.int32), "column_step")
+        layer = graph.named(graph.network.add_fill((1,), trt.FillOperation.LINSPACE, trt.int32), "columns")
+        for index, value in enumerate((length, first, step)):
+            layer.set_input(index, value)
+        columns = graph.shuffle(layer.get_output(0), (1, 1, 1, -1), "columns_of_keys")
+        lengths = graph.shuffle(self.inputs["lengths"], (-1, 1, 1, 1), "lengths_of_sequences")
+        return graph.elementwise(columns, lengths, "LESS", "key_exists")
+
+    def _masked(self) -> Any:
+        return self.graph.constant(torch.full((1, 1, 1, 1), _MASKED), "masked_score")
+
+
+class _Parameters:
+    """An encoder's parameters on the CPU, looked at before they are handed on."""
+
+    def __init__(self, weights: EncoderWeights, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def has(self, layer: int, role: str, parameter: str) -> bool:
+        return getattr(self._weights.modules[layer, role], parameter, None) is not None
+
+    def linear(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [out, in] and bias [out], if any, in the computing dtype."""
+        weight = self.rounded(self.read(layer, role, "weight"), layer, role, "weight")
+        if not self.has(layer, role, "bias"):
+            return weight, None
+        return weight, self.rounded(self.read(layer, role, "bias"), layer, role, "bias")
+
+    def read(self, layer: int, role: str, parameter: str) -> torch.Tensor:
+        """The parameter as it is; itself where it can be, not a copy."""
+        name = self._name(layer, role, parameter)
+        if not self.has(layer, role, parameter):
+            raise InvalidWeightsError(f"{name} is missing")
+        tensor: torch.Tensor = getattr(self._weights.modules[layer, role], parameter).detach()
+        if tensor.is_meta:
+            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidWeightsError(f"{name} holds NaN or infinity")
+        return tensor.cpu()
+
+    def rounded(self, tensor: torch.Tensor, layer: int, role: str, parameter: str) -> torch.Tensor:
+        """The values, made from that parameter, in the computing dtype."""
+        out = tensor.to(self._dtype)
+        if out is not tensor and not bool(torch.isfinite(out).all()):
+            name = self._name(layer, role, parameter)
+            raise InvalidWeightsError(f"{name} holds values too large for {self._dtype}; use bf16 or fp32")
+        return out
+
+    def _name(self, layer: int, role: str, parameter: str) -> str:
+        return f"{self._weights.names[layer, role]}.{parameter}"

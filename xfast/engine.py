@@ -1,0 +1,221 @@
+"""``xfast engine``: TensorRT engines built, read and judged; with ``tensorrt_rtx`` building needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from xfast.architecture import EncoderWeights, describe, find_encoders, supported_families
+from xfast.backends import tensorrt as backend
+from xfast.backends import tensorrt_build as builder
+from xfast.backends import tensorrt_check as judge
+from xfast.backends import tensorrt_runtime as runtimes
+from xfast.backends import tensorrt_store as stores
+from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, UnsupportedModelError
+
+app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of engines; XFAST_CACHE=FOLDER makes accelerate use it.")]
+PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+LayersOption = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def load_weights(model: str) -> EncoderWeights:
+    """The encoder's weights of a checkpoint, on the CPU.
+
+    Raises:
+        DataFileError: there is no such checkpoint.
+        UnsupportedModelError: it is none of the supported families.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataFileError(f"model: {model}: {error}") from None
+    found = find_encoders(loaded)
+    if not found:
+        raise UnsupportedModelError(f"model: {config.model_type} is not supported; supported: {supported_families()}")
+    _, module, family = found[0]
+    return describe(module, family)
+
+
+def key_of(
+    weights: EncoderWeights, precision: str, layers: int | None, profiles: tuple[builder.Profile, ...], target: str
+) -> stores.Key:
+    """The store's key of an engine."""
+    runtime = runtimes.find()
+    count = weights.spec.num_layers if layers is None else layers
+    digest = stores.digest(weights)
+    return stores.Key(digest, weights.spec, precision, count, profiles, runtime.name, runtime.version_text, target)
+
+
+def build_engine(
+    model: str,
+    folder: Path,
+    precision: str = "bf16",
+    layers: int | None = None,
+    target: str | None = None,
+    progress: builder.Progress | None = None,
+) -> dict[str, Any]:
+    """Build an engine and put it into a store.
+
+    Args:
+        model: folder or Hub id.
+        folder: of the store.
+        precision: "fp32", "fp16" or "bf16".
+        layers: None for all.
+        target: a compute capability such as "SM89" (``tensorrt_rtx`` only); None: the GPU that is there.
+        progress: called by TensorRT's builder.
+
+    Returns:
+        ``path``, ``bytes``, ``seconds``, ``target``, ``runtime``.
+
+    Raises:
+        XfastError: no TensorRT, no such model, not supported, not built, or the folder cannot be written.
+    """
+    runtime = runtimes.find()
+    weights = load_weights(model)
+    if target is None:
+        if not torch.cuda.is_available():
+            known = ", ".join(runtime.targets()) or "none: this runtime builds on the GPU only"
+            raise InvalidOptionError(f"target: there is no GPU here, so one must be named; accepted: {known}")
+        target = torch.cuda.get_device_name()
+    named = target if target in runtime.targets() else None
+    if named is None and not torch.cuda.is_available():
+        raise InvalidOptionError(f"target: {target!r}; accepted: {', '.join(runtime.targets())}")
+    profiles = backend.default_profiles(weights.spec)
+    started = time.perf_counter()
+    blob = builder.build(weights, precision, layers, profiles, named, progress, runtime=runtime)
+    seconds = time.perf_counter() - started
+    store = stores.Store(folder)
+    path = store.save(key_of(weights, precision, layers, profiles, target), blob)
+    if path is None:
+        raise DataFileError(f"{folder}: the engine could not be written: {'; '.join(map(str, store.notes))}")
+    return {
+        "path": str(path),
+        "bytes": len(blob),
+        "seconds": round(seconds, 2),
+        "target": target,
+        "runtime": f"{runtime.name} {runtime.version_text}",
+    }
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+@app.command()
+def build(
+    model: Model,
+    folder: Folder,
+    precision: PrecisionOption = "bf16",
+    layers: LayersOption = None,
+    target: Annotated[
+        str | None, typer.Option(help="Compute capability, SM89 for example; default: the GPU that is there.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build an engine into a folder, for the GPU that is there or a named compute capability."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = _console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        phases: dict[str, Any] = {}
+
+        def report(phase: str, step: int, total: int) -> bool:
+            if phase not in phases:
+                phases[phase] = bar.add_task(phase, total=total)
+            bar.update(phases[phase], completed=step, total=total)
+            return True
+
+        made = build_engine(model, folder, precision, layers, target, report)
+    if as_json:
+        typer.echo(json.dumps(made, indent=1))
+        return
+    size = made["bytes"] / 2**20
+    Console(width=200).print(
+        f"{made['path']}: {size:.1f} MiB for {made['target']} by {made['runtime']} in {made['seconds']:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def inspect(folder: Folder, as_json: JsonFlag = False) -> None:
+    """List the engines of a folder and what can be read of them here; their layers need a GPU."""
+    if not folder.is_dir():
+        raise DataFileError(f"{folder}: no such folder")
+    store = stores.Store(folder)
+    rows = [_entry(store, entry) for entry in store.entries()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("engine", "MiB", "family", "layers", "precision", "for", "by", "state"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["file"],
+            f"{row['bytes'] / 2**20:.1f}",
+            *(str(row.get(name, "-")) for name in ("family", "layers", "precision", "target", "runtime", "state")),
+        )
+    Console(width=140).print(table, highlight=False)
+
+
+def _entry(store: stores.Store, entry: stores.Entry) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": entry.path.name, "bytes": entry.bytes}
+    key = entry.key
+    if key is None:
+        return {**row, "state": f"unusable: {entry.reason}"}
+    row |= {
+        "family": key.spec.family,
+        "layers": key.layers,
+        "precision": key.precision,
+        "target": key.target,
+        "runtime": f"{key.runtime} {key.version}",
+        "profiles": [profile.to_json() for profile in key.profiles],
+    }
+    blob = store.load(key)
+    if blob is None:
+        return {**row, "state": f"damaged: {'; '.join(map(str, store.notes)) or 'refused'}"}
+    try:
+        runtime = runtimes.find(key.runtime)
+    except BackendUnavailableError as error:
+        return {**row, "state": f"intact; not read: {error}"}
+    facts = builder.inspect(runtime, blob)
+    state = "intact, read by this GPU" if facts["engine"] else f"intact; layers not read: {facts['reason']}"
+    return {**row, "state": state, "header": facts["header"], "engine": facts["engine"]}
+
+
+@app.command()
+def verify(
+    model: Model,
+    folder: Folder,
+    precision: PrecisionOption = "bf16",
+    layers: LayersOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare the folder's engine for this model and GPU with PyTorch: finite, within its precision, same labels."""
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("verify runs the engine, and there is no GPU here")
+    weights = load_weights(model)
+    for module in weights.modules.values():
+        module.to("cuda")
+    engine = backend.TensorRTEngine(weights, precision, stores.Store(folder))
+    count = weights.spec.num_layers if layers is None else layers
+    report: judge.Report = engine.verify(count)
+    if as_json:
+        facts = {"error": report.error, "bound": report.bound, "agreement": report.agreement}
+        typer.echo(json.dumps({**facts, "accepted": report.accepted}, indent=1))
+        return
+    Console(width=140).print(f"{'accepted' if report.accepted else 'refused'}: {report}", highlight=False)
