@@ -33,7 +33,10 @@ from xfast.benchmarks import gpu_kernels, gpu_models
 from xfast.benchmarks.gpu_time import Clock
 
 FORMAT = 1
-TESTS = ("packing_triton", "attention_triton", "rows_triton", "gemm_triton", "triton_backend", "attention_interface")
+TESTS = (
+    *("packing_triton", "attention_triton", "rows_triton", "gemm_triton", "triton_backend", "attention_interface"),
+    "tensorrt_backend",
+)
 TEST_SECONDS = 240
 app = typer.Typer(add_completion=False)
 
@@ -115,6 +118,7 @@ def main(
         "correctness": lambda _: [correctness(tests.resolve())],
         "ceilings": lambda _: [gpu_kernels.ceilings()],
         "models": gpu_models.models,
+        "tensorrt": gpu_models.tensorrt,
         "attention": gpu_kernels.attention_rows,
         "rows": gpu_kernels.row_kernels,
         "gemm": gpu_kernels.gemm_rows,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import xfast
+from xfast.backends.tensorrt_runtime import find
 from xfast.benchmarks.gpu_kernels import Row, mixed_lengths
 from xfast.benchmarks.gpu_time import Clock, alternate, wall
 from xfast.benchmarks.models import random_model
@@ -18,6 +20,7 @@ WORKLOADS = {"squad-like": (256, 177, 384), "tatoeba-like": (1024, 11, 40)}
 
 Batch = dict[str, torch.Tensor]
 COMPILE_SECONDS = 150
+BUILD_SECONDS = 60
 
 
 def models(clock: Clock) -> Iterator[Row]:
@@ -47,6 +50,36 @@ def compiled(clock: Clock) -> Iterator[Row]:
     }
     for name, shape in WORKLOADS.items():
         yield {"model": "large", "workload": name, **_throughput(stock, engines, _batch(*shape))}
+
+
+def tensorrt(clock: Clock) -> Iterator[Row]:
+    """TensorRT beside Triton: time to build, what its check found, speed. Where it is missing, a row that says why."""
+    try:
+        runtime = find()
+    except xfast.XfastError as error:
+        yield str(error)
+        return
+    yield {"runtime": runtime.name, "version": runtime.version_text, "targets": list(runtime.targets())}
+    for size in ("base", "large"):
+        stock: Any = random_model(size).to("cuda", torch.bfloat16)
+        engines = {"xfast bf16": xfast.accelerate(copy.deepcopy(stock), backend="triton", precision="bf16")}
+        for precision in ("bf16", "fp16"):
+            if clock.left < BUILD_SECONDS:
+                break
+            model = xfast.accelerate(copy.deepcopy(stock), backend="tensorrt", precision=precision)
+            started = time.perf_counter()
+            _runner(model, _batch(4, 20, 32))()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            yield {"model": size, "precision": precision, "first_call_s": seconds, "explain": str(xfast.explain(model))}
+            engines[f"tensorrt {precision}"] = model
+        for name, shape in WORKLOADS.items():
+            if clock.left > 0:
+                yield {"model": size, "workload": name, **_throughput(stock, engines, _batch(*shape))}
+        if clock.left > 0:
+            yield {"model": size, "workload": "1x32", **_latency(stock, engines)}
+        del stock, engines
+        torch.cuda.empty_cache()
 
 
 def _engines(stock: Any) -> dict[str, Any]:

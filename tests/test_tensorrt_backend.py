@@ -7,6 +7,7 @@ dropped by the Triton kernels in their interpreter.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,10 @@ def _model(family: str = "xlm-roberta", head: str = "base", **changes: Any) -> A
     return build(family, head, **{"num_hidden_layers": LAYERS, **changes}).to(DEVICE)
 
 
+def _moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(DEVICE) for name, value in batch.items()}
+
+
 def _same(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor, limit: float = 1e-5) -> None:
     if got.shape[: mask.dim()] == mask.shape:
         got, want = at_tokens(got, mask), at_tokens(want, mask)
@@ -78,7 +83,7 @@ def _same(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor, limit: floa
 )
 def test_every_head_and_family(family: str, head: str, simulated: list[tuple[str, int]]) -> None:
     model = _model(family, head)
-    batch = arguments(family, head)
+    batch = _moved(arguments(family, head))
     want = model(**batch)[0]
     fast = xfast.accelerate(model, backend="tensorrt")
     got = fast(**batch)[0]
@@ -92,7 +97,7 @@ def test_every_head_and_family(family: str, head: str, simulated: list[tuple[str
 
 def test_holes_left_padding_and_empty_sequences(simulated: list[tuple[str, int]]) -> None:
     model = _model(head="base-no-pooler")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
     holes["attention_mask"][0, 3:5] = 0
     empty = {**batch, "attention_mask": batch["attention_mask"].clone()}
@@ -107,7 +112,7 @@ def test_holes_left_padding_and_empty_sequences(simulated: list[tuple[str, int]]
 
 def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
     model = _model(head="sequence-classification")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     want = model(**batch).logits
     for precision, limit in (("fp16", 5e-3), ("bf16", 5e-2)):
         got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch).logits
@@ -121,7 +126,7 @@ def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
 
 def test_what_an_engine_cannot_do_runs_the_original(simulated: list[tuple[str, int]]) -> None:
     model = _model(head="base-no-pooler")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     states = model(**batch, output_hidden_states=True).hidden_states
     embeds = model.embeddings.word_embeddings(batch["input_ids"])
     given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
@@ -140,7 +145,7 @@ def test_a_batch_outside_the_profiles_runs_the_original(
 ) -> None:
     monkeypatch.setattr(backend, "MAX_BATCH", 2)
     model = _model(head="base-no-pooler")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     want = model(**batch)[0]
     fast = xfast.accelerate(model, backend="tensorrt")
     assert torch.equal(fast(**batch)[0], want) and "outside the profiles" in str(xfast.explain(fast))
@@ -155,7 +160,7 @@ def test_a_refused_engine_is_not_built_again(simulated: list[tuple[str, int]], m
 
     monkeypatch.setattr(backend.TensorRTEngine, "_check", refuse)
     model = _model(head="base-no-pooler")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     want = model(**batch)[0]
     fast = xfast.accelerate(model, backend="tensorrt")
     for _ in range(3):
@@ -165,7 +170,7 @@ def test_a_refused_engine_is_not_built_again(simulated: list[tuple[str, int]], m
 
 def test_changed_weights_make_another_engine(simulated: list[tuple[str, int]]) -> None:
     model = _model(head="base-no-pooler")
-    batch = ragged("xlm-roberta")
+    batch = _moved(ragged("xlm-roberta"))
     fast = xfast.accelerate(model, backend="tensorrt")
     before = fast(**batch)[0]
     with torch.no_grad():
@@ -193,6 +198,21 @@ def test_places_by_brute_force() -> None:
         assert {value.dtype for value in made.values()} == {torch.int32}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; none has run an engine yet")
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 5e-2)])
+def test_a_real_engine_on_a_gpu(precision: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built, checked, run, stored; then found in the store."""
+    monkeypatch.setenv("XFAST_CACHE", str(tmp_path))
+    batch = _moved(ragged("xlm-roberta"))
+    for origin in ("built", "from the cache"):
+        model = _model(head="base-no-pooler")
+        want = model(**batch)[0]
+        got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch)[0]
+        _same(got.float(), want, batch["attention_mask"], limit)
+        assert f"engine of {LAYERS} layers: {origin}" in str(xfast.explain(model))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_reasons_without_a_gpu() -> None:
     model = build("xlm-roberta", "base")
     with pytest.raises(BackendUnavailableError, match=r"tensorrt: the model is on cpu"):
