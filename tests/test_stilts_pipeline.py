@@ -23,7 +23,7 @@ from xfast.stilts.scoring import score
 from xfast.stilts.training import Trained, train
 
 TEXTS = ("en", "de", "es", "fr", "ru", "tr", "zh", "sw")
-STEPS = {"batch_size": 32, "device_batch_size": 32, "learning_rate": 1e-3, "max_length": 128, "eval_steps": 1000}
+STEPS = {"batch_size": 32, "device_batch_size": 32, "learning_rate": 3e-4, "max_length": 128, "eval_steps": 1000}
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_intermediate_training_from_end_to_end(pretrained: Trained, data_dir: Pa
             str(tmp_path / name),
             data=data,
             epochs=2,
-            max_steps=24,
+            max_steps=40,
             dev_examples=60,
             **STEPS,
         )
