@@ -337,6 +337,8 @@ def test_commands_from_training_to_scores(base: Path, data: Path, tmp_path: Path
     assert (tmp_path / "q/udpos/test-ur.tsv").read_bytes() == (tmp_path / "p/udpos/test-ur.tsv").read_bytes()
     done = _run("score", tmp_path / "p", data / "xtreme/labels", "--allow-missing", "--json")
     assert json.loads(done.stdout)["tasks"]["udpos"]["languages"] == pytest.approx(evaluated["languages"])
+    shown = _run("score", tmp_path / "p", data / "xtreme/labels", "--allow-missing").stdout
+    assert "(tagging)" in shown and "overall" in shown and "missing tasks: xnli" in shown
     done = _run("score", tmp_path / "p", data / "xtreme/labels")
     assert done.exit_code == 2 and "test-af.tsv" in done.stderr
 

@@ -272,7 +272,7 @@ def score(
         parts = (f"{metric} {value['average']:.2f}" for metric, value in block["metrics"].items())
         table.add_row(name, f"{block['score']:.2f}", ", ".join(parts))
     for name, value in result["groups"].items():
-        table.add_row(f"[{name}]", "-" if value is None else f"{value:.2f}", "mean of its tasks", style="dim")
+        table.add_row(f"({name})", "-" if value is None else f"{value:.2f}", "mean of its tasks", style="dim")
     overall = result["overall"]
     table.add_row("overall", "-" if overall is None else f"{overall:.2f}", "mean of all tasks", style="bold")
     console = _console()

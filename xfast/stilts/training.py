@@ -320,6 +320,8 @@ def _arguments(config: RunConfig) -> transformers.TrainingArguments:
         raise InvalidOptionError(f"trainer: {', '.join(sorted(taken))} follows from the run's own options")
     try:
         arguments = transformers.TrainingArguments(**{**given, **config.trainer})
+    except ImportError as error:  # accelerate, which training needs and evaluation does not
+        raise BackendUnavailableError(f'training needs more packages: pip install "xfast[stilts]" ({error})') from None
     except ValueError as error:  # bf16 where there is none, for instance
         raise InvalidOptionError(f"precision or trainer: {error}") from None
     if arguments.n_gpu > 1:  # one process drives one GPU: replicas of a head would refer to the first GPU's encoder
