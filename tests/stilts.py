@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -83,6 +85,37 @@ def checkpoint(folder: Path, vocabulary: int, *, seed: int = 0, **changes: Any) 
     torch.manual_seed(seed)
     transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
     return folder
+
+
+def one_thread() -> Iterator[None]:
+    """For ``pytest.fixture(autouse=True)(one_thread)``: tiny models are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For ``pytest.fixture(scope="module")(base)``: a tokenizer and an untrained checkpoint in one folder."""
+    folder = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(0)
+    made = tokenizer([*sentences(rng, 200), "not what follows is then"], folder)
+    return checkpoint(folder, len(made))
+
+
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """For ``pytest.fixture(write)``: writes text as UTF-8, objects as JSON lines (``.jsonl``) or one JSON value."""
+
+    def save(name: str, content: Any) -> Path:
+        path = tmp_path / name
+        if name.endswith(".jsonl") and isinstance(content, list):
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        elif not isinstance(content, (str, bytes)):
+            content = json.dumps(content, ensure_ascii=False)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return save
 
 
 def sentences(rng: Any, count: int, words: int = 8) -> list[str]:

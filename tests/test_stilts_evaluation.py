@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,8 @@ LANGUAGES = ("en", "ur", "tr")  # in all tasks but Tatoeba, which pairs English 
 TRAIN = {"batch_size": 16, "device_batch_size": 16, "learning_rate": 2e-3, "max_length": 64, "dev_examples": 0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    rng = np.random.default_rng(0)
-    made = stilts.tokenizer([*stilts.sentences(rng, 200), "not what follows is then"], folder)
-    return stilts.checkpoint(folder, len(made))
+_one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
+base = pytest.fixture(scope="module")(stilts.base)
 
 
 @pytest.fixture(scope="module")

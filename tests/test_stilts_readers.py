@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stilts
 
 from xfast.errors import DataFileError
 from xfast.stilts import readers
@@ -21,20 +22,7 @@ from xfast.stilts.tasks import TASKS, get
 Write = Callable[..., Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a file: text as UTF-8, objects as JSON lines (``.jsonl``) or one JSON value."""
-
-    def save(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        if name.endswith(".jsonl") and isinstance(content, list):
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        elif not isinstance(content, (str, bytes)):
-            content = json.dumps(content, ensure_ascii=False)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return save
+write = pytest.fixture(stilts.write)
 
 
 def read(path: Path, task: str, language: str = "en") -> Examples[Any]:

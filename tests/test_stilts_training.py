@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +42,8 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and an untrained checkpoint in one folder."""
-    folder = tmp_path_factory.mktemp("base")
-    rng = np.random.default_rng(0)
-    made = stilts.tokenizer([*stilts.sentences(rng, 200), "not what follows is then"], folder)
-    return stilts.checkpoint(folder, len(made))
+_one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
+base = pytest.fixture(scope="module")(stilts.base)
 
 
 def config(base: Path, output: Path, tasks: list[str], rng: Any, count: int = 64, **changes: Any) -> RunConfig:

@@ -50,16 +50,6 @@ def load_weights(model: str) -> EncoderWeights:
     return describe(module, family)
 
 
-def key_of(
-    weights: EncoderWeights, precision: str, layers: int | None, profiles: tuple[builder.Profile, ...], target: str
-) -> stores.Key:
-    """The store's key of an engine."""
-    runtime = runtimes.find()
-    count = weights.spec.num_layers if layers is None else layers
-    digest = stores.digest(weights)
-    return stores.Key(digest, weights.spec, precision, count, profiles, runtime.name, runtime.version_text, target)
-
-
 def build_engine(
     model: str,
     folder: Path,
@@ -99,7 +89,9 @@ def build_engine(
     blob = builder.build(weights, precision, layers, profiles, named, progress, runtime=runtime)
     seconds = time.perf_counter() - started
     store = stores.Store(folder)
-    path = store.save(key_of(weights, precision, layers, profiles, target), blob)
+    count = weights.spec.num_layers if layers is None else layers
+    key = backend.key_of(stores.digest(weights), weights.spec, precision, count, runtime, target)
+    path = store.save(key, blob)
     if path is None:
         raise DataFileError(f"{folder}: the engine could not be written: {'; '.join(map(str, store.notes))}")
     return {

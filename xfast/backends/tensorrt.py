@@ -135,9 +135,7 @@ class TensorRTEngine:
     def _made(self, layers: int) -> Runner:
         """From the cache or built, and checked in either case: a file cannot prove that it computes the right thing."""
         runtime = runtimes.find()
-        store = stores.Store() if self._store is None else self._store
-        keys = self._keys(runtime, layers)
-        blob = next(filter(None, map(store.load, keys)), None)
+        store, key, blob = self._stored(runtime, layers)
         found = blob is not None
         if blob is None:
             target = "CURRENT" if "CURRENT" in runtime.targets() else None
@@ -146,27 +144,20 @@ class TensorRTEngine:
         runner = self._load(runtime, blob)
         report = self._check(runner, layers)
         if not found:
-            store.save(keys[0], blob)
+            store.save(key, blob)
         self._notes.append(f"engine of {layers} layers: {'from the cache' if found else 'built'}, {report}")
         return runner
 
-    def _keys(self, runtime: runtimes.Runtime, layers: int) -> list[stores.Key]:
-        """Engines that would do: built on this very GPU, or ahead of time for its compute capability."""
+    def _stored(self, runtime: runtimes.Runtime, layers: int) -> tuple[stores.Store, stores.Key, bytes | None]:
+        """(store, key of an engine built on this very GPU, an engine: that, or one built for its capability)."""
+        store = stores.Store() if self._store is None else self._store
         digest = stores.digest(self._weights)
         major, minor = torch.cuda.get_device_capability(self.device)
-        return [
-            stores.Key(
-                digest,
-                self.spec,
-                self.precision,
-                layers,
-                self.profiles,
-                runtime.name,
-                runtime.version_text,
-                target,
-            )
+        keys = [
+            key_of(digest, self.spec, self.precision, layers, runtime, target)
             for target in (torch.cuda.get_device_name(self.device), f"SM{major}{minor}")
         ]
+        return store, keys[0], next(filter(None, map(store.load, keys)), None)
 
     def verify(self, layers: int) -> judge.Report:
         """The store's engine for this GPU beside PyTorch. Builds none.
@@ -176,8 +167,7 @@ class TensorRTEngine:
             EngineRejectedError: it differs by more than its precision explains.
         """
         runtime = runtimes.find()
-        store = stores.Store() if self._store is None else self._store
-        blob = next(filter(None, map(store.load, self._keys(runtime, layers))), None)
+        store, _, blob = self._stored(runtime, layers)
         if blob is None:
             raise BackendUnavailableError(f"{store.folder} has no engine of this model for this GPU: {store.notes}")
         return self._check(self._load(runtime, blob), layers)
@@ -218,6 +208,14 @@ def default_profiles(spec: EncoderSpec) -> tuple[builder.Profile, ...]:
     """For batches of up to ``MAX_BATCH`` sequences of any length the model takes, ``MAX_TOKENS`` tokens together."""
     longest = judge.usable_positions(spec)
     return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest)
+
+
+def key_of(
+    digest: str, spec: EncoderSpec, precision: str, layers: int, runtime: runtimes.Runtime, target: str
+) -> stores.Key:
+    """The store's key of an engine with the default profiles."""
+    profiles = default_profiles(spec)
+    return stores.Key(digest, spec, precision, layers, profiles, runtime.name, runtime.version_text, target)
 
 
 def network_inputs(packed: DevicePacked, rows: torch.Tensor | None) -> dict[str, torch.Tensor]:

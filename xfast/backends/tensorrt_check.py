@@ -12,9 +12,8 @@ import torch
 from torch.nn import functional
 
 from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.backends.tensorrt_network import DTYPES
 from xfast.errors import XfastError
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FACTOR = 2.0
 """An engine may be this many times as far from fp32 as PyTorch in the same dtype."""

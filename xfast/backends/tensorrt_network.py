@@ -40,7 +40,7 @@ and ``rows`` the packed rows wanted, in any order, repeated or not. No value is 
 OUTPUT = "hidden"
 """The network's output, [R, hidden_size] in the precision's dtype."""
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TYPE_NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
@@ -103,7 +103,7 @@ def build_network(
     layers = spec.num_layers if layers is None else layers
     if not 0 <= layers <= spec.num_layers:
         raise InvalidOptionError(f"layers is {layers}; accepted: 0 to {spec.num_layers}")
-    graph = _Graph(trt, network, _DTYPES[precision])
+    graph = _Graph(trt, network, DTYPES[precision])
     encoder = _Encoder(graph, weights, precision)
     hidden = encoder.embeddings()
     for layer in range(layers):

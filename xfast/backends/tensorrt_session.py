@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from xfast.backends.tensorrt_network import INPUTS, OUTPUT
+from xfast.backends.tensorrt_network import DTYPES, INPUTS, OUTPUT
 from xfast.backends.tensorrt_runtime import Runtime
 from xfast.errors import BackendUnavailableError
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Session:

@@ -89,11 +89,16 @@ def _labels(features: Sequence[Feature], type: str, longest: int) -> dict[str, t
         starts, ends = zip(*(f.label for f in features), strict=True)
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
     if type == TAGGING:
-        padded = np.full((len(features), longest), IGNORED, np.int64)
-        for i, feature in enumerate(features):
-            padded[i, : len(feature.label)] = feature.label
-        return {"labels": torch.from_numpy(padded)}
+        return {"labels": pad_labels([f.label for f in features], longest)}
     return {}
+
+
+def pad_labels(labels: Sequence[npt.NDArray[np.int64]], longest: int) -> torch.Tensor:
+    """[rows, longest] int64 labels, ``IGNORED`` at padded positions."""
+    padded = np.full((len(labels), longest), IGNORED, np.int64)
+    for i, row in enumerate(labels):
+        padded[i, : len(row)] = row
+    return torch.from_numpy(padded)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,15 @@ class Masking:
         random = chosen[draw >= 0.9]
         masked[random] = rng.integers(0, self.vocabulary, len(random))
         return masked, labels
+
+
+def masked_batch(
+    rows: Sequence[Ids], serials: Sequence[int], masking: Masking, padding: Padding
+) -> dict[str, torch.Tensor]:
+    """Inputs of masked language modelling: each row masked by its serial, ``labels`` at the masked pieces alone."""
+    masked = [masking(row, serial) for row, serial in zip(rows, serials, strict=True)]
+    batch = pad_rows([ids for ids, _ in masked], [len(ids) for ids, _ in masked], padding)
+    return {**batch, "labels": pad_labels([labels for _, labels in masked], batch["input_ids"].shape[1])}
 
 
 # --- which examples, in which order --------------------------------------------------------------------

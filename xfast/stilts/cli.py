@@ -141,21 +141,13 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate zero-shot in every language, on the accelerated encoder."""
-    result = _evaluated(
-        _console(stderr=True),
-        model,
-        task,
-        data,
-        output,
-        split,
-        benchmark,
-        languages,
-        precision,
-        backend,
-        layer,
-        pooling,
-        limit,
+    from xfast.stilts.evaluation import Evaluation
+
+    chosen = _chosen(languages)
+    run = Evaluation(
+        model, task, output, _source(data), split, benchmark, chosen, precision, backend, None, layer, pooling, limit
     )
+    result = _evaluated(run, _console(stderr=True))
     if as_json:
         _print_json(result)
         return
@@ -175,48 +167,31 @@ def predict(
     backend: Backend = "auto",
 ) -> None:
     """Write predictions in XTREME's submission layout; no score is shown."""
+    from xfast.stilts.evaluation import Evaluation
+
     console = _console(stderr=True)
-    result = _evaluated(
-        console, model, task, data, output, split, benchmark, languages, precision, backend, None, "mean", None
+    run = Evaluation(
+        model, task, output, _source(data), split, benchmark, _chosen(languages), precision=precision, backend=backend
     )
+    result = _evaluated(run, console)
     written = sum(result["examples"].values())
     _console().print(f"{output / task}: {written} predictions in {len(result['examples'])} languages", highlight=False)
     _show_missing(result, console)
 
 
-def _evaluated(
-    console: Console,
-    model: str,
-    task: str,
-    data: Path | None,
-    output: Path | None,
-    split: str,
-    benchmark: str,
-    languages: str | None,
-    precision: str,
-    backend: str,
-    layer: int | None,
-    pooling: str,
-    limit: int | None,
-) -> dict[str, Any]:
-    from xfast.stilts import evaluation, progress
+def _source(data: Path | None) -> Any:
     from xfast.stilts.data import Source
 
-    chosen = _listed(languages)
-    run = evaluation.Evaluation(
-        model,
-        task,
-        output,
-        Source(data),
-        split=split,
-        benchmark=benchmark,
-        languages=tuple(chosen) if chosen else None,
-        precision=precision,
-        backend=backend,
-        layer=layer,
-        pooling=pooling,
-        limit=limit,
-    )
+    return Source(data)
+
+
+def _chosen(languages: str | None) -> tuple[str, ...] | None:
+    return tuple(_listed(languages) or ()) or None
+
+
+def _evaluated(run: Any, console: Console) -> dict[str, Any]:
+    from xfast.stilts import evaluation, progress
+
     with progress.quiet_transformers(), progress.bar(console) as bar:
         return evaluation.evaluate(run, progress.EvaluationBar(bar))
 

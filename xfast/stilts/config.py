@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts import files
 from xfast.stilts.data import SPLITS, Source
 from xfast.stilts.task import BITEXT, MLM, Recipe, Task
 from xfast.stilts.tasks import get
@@ -160,9 +161,7 @@ class RunConfig:
         """Write as YAML."""
         import yaml
 
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        partial.replace(path)
+        files.write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
 
 def _among(name: str, value: str, accepted: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError
-from xfast.stilts import readers
+from xfast.stilts import files, readers
 from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample
 from xfast.stilts.languages import NAMES
 from xfast.stilts.task import BITEXT, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
@@ -40,10 +40,7 @@ class Source:
         """The file of that relative name in the data folder, or None."""
         if self.folder is None:
             return None
-        for path in (self.folder / "xtreme" / relative, self.folder / relative):
-            if path.is_file():
-                return path
-        return None
+        return files.find(self.folder, relative)
 
     def paths(self, task: Task, split: str, language: str = "en") -> tuple[Path, ...] | None:
         """The files of one split, the first alternative that is complete; None where there is none."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from xfast.stilts import metrics, prediction
-from xfast.stilts.batches import Masking, Padding, by_length, pad_rows
+from xfast.stilts.batches import Masking, Padding, by_length, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.features import IGNORED
 from xfast.stilts.mixture import TrainingSet
@@ -104,15 +104,10 @@ class Evaluator:
         rows = [feature.rows[0] for feature in part.dev_features.items]
         total, count = 0.0, 0
         for indices in by_length([len(row) for row in rows], MLM_TOKENS_PER_BATCH):
-            masked = [self.masking(rows[i], i) for i in indices]
-            batch = pad_rows([ids for ids, _ in masked], [len(ids) for ids, _ in masked], self.padding)
-            labels = np.full(batch["input_ids"].shape, IGNORED, np.int64)
-            for row, (_, wanted) in enumerate(masked):
-                labels[row, : len(wanted)] = wanted
-            number = int((labels != IGNORED).sum())
+            inputs = masked_batch([rows[i] for i in indices], indices, self.masking, self.padding)
+            number = int((inputs["labels"] != IGNORED).sum())
             if not number:
                 continue
-            inputs = {**batch, "labels": torch.from_numpy(labels)}
             with torch.inference_mode():
                 loss = model(task=name, **{key: value.to(device) for key, value in inputs.items()})["loss"]
             total, count = total + float(loss) * number, count + number

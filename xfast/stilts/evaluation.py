@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,15 @@ import torch
 
 import xfast
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
-from xfast.stilts import prediction, scoring, search
+from xfast.stilts import files, prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
 from xfast.stilts.model import load_task_model, usable_positions
-from xfast.stilts.prediction import padding_of
+from xfast.stilts.prediction import Progress, padding_of
+from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
-
-Progress = Callable[[str, int, int], None]
-"""Called with (language, features done, features in all)."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,6 @@ class Evaluation:
             raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
 
 
-@dataclass
-class Language:
-    """One language's predictions, and its gold where it is at hand."""
-
-    predicted: Any
-    gold: Any
-    examples: int
-    notes: dict[str, int] = field(default_factory=dict)
-
-
 def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any]:
     """Predict, write, score.
 
@@ -106,11 +94,11 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     wanted = run.languages or task.languages(run.benchmark) or task.languages("xtreme-r")
     started = time.perf_counter()
     predictor = _Predictor(run, task)
-    found: dict[str, Language] = {}
+    found: dict[str, Found] = {}
     missing: dict[str, str] = {}
     for language in wanted:
         outcome = predictor(language, progress)
-        if not isinstance(outcome, Language):
+        if not isinstance(outcome, Found):
             missing[language] = outcome
             continue
         found[language] = outcome
@@ -124,7 +112,7 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
         "task": run.task,
         "split": run.split,
         "missing": missing,
-        "notes": {language: part.notes for language, part in found.items() if part.notes},
+        "notes": {language: dict(part.notes) for language, part in found.items() if part.notes},
         "examples": {language: part.examples for language, part in found.items()},
         "limit": run.limit,
         "model": run.model,
@@ -133,7 +121,7 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     }
 
 
-def _scores(task: Task, found: Mapping[str, Language]) -> dict[str, Any]:
+def _scores(task: Task, found: Mapping[str, Found]) -> dict[str, Any]:
     metric = scoring.metric_of(task.name)
     by_language = {}
     for language, part in found.items():
@@ -185,7 +173,7 @@ class _Predictor:
     def explain(self) -> str:
         return self.stock or str(xfast.explain(self.model))
 
-    def __call__(self, language: str, progress: Progress | None) -> Language | str:
+    def __call__(self, language: str, progress: Progress | None) -> Found | str:
         """The language's predictions, or why there is nothing to predict."""
         run = self.run
         if self.task.type in (BITEXT, MATCHING):
@@ -197,13 +185,13 @@ class _Predictor:
             del examples.items[run.limit :]
         return self._predict(language, examples, progress)
 
-    def _predict(self, language: str, examples: Examples[Any], progress: Progress | None) -> Language | str:
+    def _predict(self, language: str, examples: Examples[Any], progress: Progress | None) -> Found | str:
         recipe, items = self.recipe, examples.items
         if not items:
             return f"{self.task.name} {self.run.split} {language}: no examples"
         names = [self.model.config.id2label[i] for i in range(len(self.model.config.id2label))]
         features = encode(examples, self.task, self.tokenizer, recipe)
-        report = _counter(progress, language, len(features))
+        report = prediction.counter(progress, language, len(features))
         common = (self.padding, self.device, report)
         predicted: Any
         gold: Any
@@ -218,7 +206,7 @@ class _Predictor:
         else:
             predicted = prediction.tags(self.forward, features, [len(item.words) for item in items], names, *common)
             gold = _all_or_none([item.tags for item in items])
-        return Language(predicted, gold, len(items), dict(features.notes))
+        return Found(predicted, gold, len(items), features.notes)
 
     def _check_labels(self) -> None:
         names = list(self.model.config.id2label.values())
@@ -240,33 +228,19 @@ class _Predictor:
         labels = scoring.metric_of(self.task.name).read(path, True)
         return {identity: labels[identity] for identity in gold if labels.get(identity)} or None
 
-    def _search(self, language: str, progress: Progress | None) -> Language | str:
+    def _search(self, language: str, progress: Progress | None) -> Found | str:
         if self._engine is None:  # one for all languages: they share candidates
             self._engine = search.Engine(
                 self.forward, self.tokenizer, self.padding, self.device, self.recipe, self.run.pooling, progress
             )
         try:
-            found = search.run(self._engine, self.task.name, self.run.source, language, self.run.split, self.run.limit)
+            return search.run(self._engine, self.task.name, self.run.source, language, self.run.split, self.run.limit)
         except FileNotFoundError as error:
             return str(error)
-        return Language(found.predicted, found.gold, found.examples, dict(found.notes))
 
 
 def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
     return None if any(value is None for value in values) else list(values)
-
-
-def _counter(progress: Progress | None, language: str, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(language, done, total)
-
-    return advance
 
 
 # --- files -------------------------------------------------------------------------------------------
@@ -276,9 +250,7 @@ def write_predictions(folder: Path, task: Task, split: str, language: str, predi
     """Write one language's predictions as XTREME's evaluation reads them. The file appears whole or not at all."""
     path = folder / task.name / f"{split}-{language}.{scoring.metric_of(task.name).suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(_text(task, predicted), encoding="utf-8")
-    partial.replace(path)
+    files.write_text(path, _text(task, predicted))
     return path
 
 

@@ -26,6 +26,9 @@ TOKENS_PER_BATCH = 8192
 
 Forward = Callable[..., Any]
 
+Progress = Callable[[str, int, int], None]
+"""Called with (language, features done, features in all)."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -62,6 +65,20 @@ def outputs(
         yield indices, result
         if progress is not None:
             progress(len(indices))
+
+
+def counter(progress: Progress | None, language: str, total: int) -> Callable[[int], None] | None:
+    """What the functions here take: called with the number of features that a batch has done."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(language, done, total)
+
+    return advance
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.examples import Examples, MatchExample
+from xfast.stilts.files import find
 from xfast.stilts.languages import ISO3
 from xfast.stilts.readers import json_rows, lines, load_json
 
@@ -123,15 +124,8 @@ class Mentions:
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _find(folder: Path, relative: str) -> Path | None:
-    for path in (folder / "xtreme" / relative, folder / relative):
-        if path.is_file():
-            return path
-    return None
-
-
 def _needed(folder: Path, relative: str) -> Path:
-    path = _find(folder, relative)
+    path = find(folder, relative)
     if path is None:
         raise DataFileError(f"{folder / relative}: no such file (nor below {folder / 'xtreme'})")
     return path
@@ -171,7 +165,7 @@ def tatoeba(folder: Path | str, language: str) -> Tatoeba:
         (f"tatoeba/{language}-en.{language}", f"tatoeba/{language}-en.en"),
         (f"tatoeba/tatoeba.{iso}-eng.{iso}", f"tatoeba/tatoeba.{iso}-eng.eng"),
     ]
-    layout = next((i for i, (name, _) in enumerate(names) if _find(folder, name)), None)
+    layout = next((i for i, (name, _) in enumerate(names) if find(folder, name)), None)
     if layout is None:
         raise DataFileError(f"{folder}: neither {names[0][0]} nor {names[1][0]}")
     paths = [_needed(folder, name) for name in names[layout]]
@@ -180,7 +174,7 @@ def tatoeba(folder: Path | str, language: str) -> Tatoeba:
         raise DataFileError(f"{paths[0]} and {paths[1]}: {len(foreign)} and {len(english)} sentences, expected as many")
     if layout == 1:
         return Tatoeba(foreign, english, tuple(range(len(foreign))))
-    labels = _find(folder, f"labels/tatoeba/test-{language}.tsv")
+    labels = find(folder, f"labels/tatoeba/test-{language}.tsv")
     return Tatoeba(foreign, english, None if labels is None else _rows(labels, len(foreign)))
 
 
@@ -210,7 +204,7 @@ def bucc(folder: Path | str, language: str, split: str) -> Bucc:
     """
     prefix = f"bucc2018/{language}-en.{split}"
     source, target = (_tabbed(_needed(Path(folder), f"{prefix}.{side}")) for side in (language, "en"))
-    path = _find(Path(folder), f"{prefix}.gold")
+    path = find(Path(folder), f"{prefix}.gold")
     if path is None:
         return Bucc(source, target, None)
     known = frozenset(source.ids), frozenset(target.ids)

@@ -22,7 +22,8 @@ from xfast.stilts import retrieval, retrieval_data
 from xfast.stilts.batches import Padding
 from xfast.stilts.data import Source
 from xfast.stilts.features import Encoder, Ids, passage
-from xfast.stilts.prediction import vectors
+from xfast.stilts.files import find
+from xfast.stilts.prediction import Progress, counter, vectors
 from xfast.stilts.task import Recipe
 
 Vectors = npt.NDArray[np.float32]
@@ -84,7 +85,7 @@ class Engine:
     device: torch.device
     recipe: Recipe
     pooling: str
-    progress: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,14 +93,6 @@ class Engine:
 
     def embed(self, rows: Sequence[tuple[Ids, int]], language: str, pooling: str) -> Vectors:
         """[rows, hidden_size]."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if self.progress is not None:
-                self.progress(language, done, len(rows))
-
         return vectors(
             self.forward,
             [ids for ids, _ in rows],
@@ -107,7 +100,7 @@ class Engine:
             self.device,
             pooling=pooling,
             second=[start for _, start in rows],
-            progress=advance,
+            progress=counter(self.progress, language, len(rows)),
         )
 
     def texts(
@@ -134,10 +127,11 @@ def run(engine: Engine, task: str, source: Source, language: str, split: str, li
     return found
 
 
-def _require(folder: Path, *alternatives: str) -> None:
-    roots = (folder / "xtreme", folder)
-    if not any((root / name).is_file() for root in roots for name in alternatives):
+def _require(folder: Path, *alternatives: str) -> Path:
+    found = next(filter(None, (find(folder, name) for name in alternatives)), None)
+    if found is None:
         raise FileNotFoundError(f"{folder}: no {' or '.join(alternatives)}")
+    return found
 
 
 def _tatoeba(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
@@ -186,11 +180,7 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
 
     _require(folder, f"lareqa/xquad-r/{language}.json")
     if "lareqa" not in engine.cache:
-        present = [
-            name
-            for name in XTREME_R["lareqa"]
-            if any((root / f"lareqa/xquad-r/{name}.json").is_file() for root in (folder / "xtreme", folder))
-        ]
+        present = [name for name in XTREME_R["lareqa"] if find(folder, f"lareqa/xquad-r/{name}.json")]
         data = retrieval_data.lareqa(folder, present)
         encoder = engine.encoder
         passages = zip(encoder.ids(data.candidates.sentences), encoder.ids(data.candidates.contexts), strict=True)
@@ -206,19 +196,15 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
 
 
 def _mewslix(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
-    mentions, entities = f"mewslix/wikinews_mentions-{split}.jsonl", "mewslix/candidate_set_entities.jsonl"
-    _require(folder, mentions)
-    _require(folder, entities)
-    paths = [
-        next(r / name for r in (folder / "xtreme", folder) if (r / name).is_file()) for name in (mentions, entities)
-    ]
+    mentions = _require(folder, f"mewslix/wikinews_mentions-{split}.jsonl")
+    entities = _require(folder, "mewslix/candidate_set_entities.jsonl")
     if "mewslix" not in engine.cache:
-        known = retrieval_data.mewslix_entities(paths[1])
+        known = retrieval_data.mewslix_entities(entities)
         engine.cache["mewslix"] = known.ids, engine.texts(known.texts, "entities", "cls")
     ids, candidates = engine.cache["mewslix"]
-    data = retrieval_data.mewslix_mentions(paths[0], language)
+    data = retrieval_data.mewslix_mentions(mentions, language)
     if not data.queries.ids:
-        raise FileNotFoundError(f"{paths[0]}: no mention in {language}")
+        raise FileNotFoundError(f"{mentions}: no mention in {language}")
     names = data.queries.ids[:limit]
     queries = engine.texts(data.queries.texts[:limit], language, "cls", engine.recipe.query_length)
     ranked = dict(zip(names, retrieval.rank(queries, candidates, ids), strict=True))

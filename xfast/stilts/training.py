@@ -23,8 +23,8 @@ import transformers
 from torch.utils.data import DataLoader, Dataset
 
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, XfastError
-from xfast.stilts import dev, mixture
-from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate
+from xfast.stilts import dev, files, mixture
+from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
 from xfast.stilts.features import Feature
@@ -71,12 +71,8 @@ class _Collate:
         features = [feature for _, feature in items]
         if kind != MLM:
             return {"task": name, **collate(features, kind, self.padding)}
-        masked = [self.masking(feature.rows[0], key.serial) for key, feature in items]
-        batch = collate([Feature((ids,), (len(ids),), None, 0) for ids, _ in masked], kind, self.padding)
-        labels = np.full(batch["input_ids"].shape, -100, np.int64)
-        for row, (_, wanted) in enumerate(masked):
-            labels[row, : len(wanted)] = wanted
-        return {"task": name, **batch, "labels": torch.from_numpy(labels)}
+        rows, serials = [feature.rows[0] for feature in features], [key.serial for key, _ in items]
+        return {"task": name, **masked_batch(rows, serials, self.masking, self.padding)}
 
 
 class _MarkComplete(transformers.TrainerCallback):
@@ -444,19 +440,12 @@ def _finish(
             "notes": notes,
             "log": trainer.state.log_history,
         }
-        _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        files.write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         for checkpoint in folder.glob("checkpoint-*"):
             if not config.keep_checkpoints:  # three times the model each, and of no use from here on
                 shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()  # the other processes read what the first one wrote
     return _read_result(folder)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _read_result(folder: Path) -> Trained:
