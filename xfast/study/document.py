@@ -1,0 +1,253 @@
+"""What a finished study says, as one JSON document: the contract between measuring (``summary.py``) and reporting.
+
+Everything in it is plain JSON. Times are seconds where the name says nothing else, rates are per second, shares are
+0 to 1. ``None`` means "not known here" (no energy counter, a language without word boundaries, no labels), never zero.
+Languages come low-resource first: Joshi class, then the order of ``profiles.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from xfast.errors import DataFileError
+
+FORMAT = 1
+"""Version of the document; a reader refuses any other."""
+
+BASELINE, INTERMEDIATE, CONTROL = "baseline", "intermediate", "control"
+"""The arms: without and with intermediate training, and the baseline a second time (A/A)."""
+
+PERCENTILES = tuple(range(0, 101, 5))
+"""Where ``Latency.quantiles_ms`` is sampled, in percent."""
+
+
+class Language(TypedDict):
+    """A language of the study."""
+
+    name: str
+    joshi_class: int
+    group: str  # low-resource, mid-resource, high-resource: profiles.GROUPS
+    cc100_gb: float  # XLM-R's pretraining text, compressed; one thousandth and less for the smallest
+    in_pretraining: bool
+
+
+class Arm(TypedDict):
+    """One set of weights."""
+
+    source: str  # "seeded" or the checkpoint's folder
+    description: str
+
+
+class Size(TypedDict):
+    """A model size."""
+
+    parameters: int
+    layers: int
+    hidden_size: int
+
+
+class Engine(TypedDict):
+    """A backend with a precision; "stock" is transformers itself."""
+
+    backend: str
+    precision: str
+    device: str
+    explain: str
+
+
+class Throughput(TypedDict):
+    """One arm of a throughput cell: medians over the rounds."""
+
+    samples_per_s: float
+    tokens_per_s: float
+    words_per_s: float | None
+    tokens_per_s_interval: list[float]  # 95 %, bootstrap
+    joules_per_sample: float | None
+
+
+class Latency(TypedDict):
+    """One arm of a latency cell: every response on its own (batch 1)."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    responses: int
+    quantiles_ms: list[float]  # at PERCENTILES
+
+
+class Ratio(TypedDict):
+    """Time of one arm over the time of the baseline, from paired visits; above 1 is slower."""
+
+    ratio: float
+    interval95: list[float]
+    pairs: int
+
+
+class Cell(TypedDict):
+    """One combination of factors. ``throughput`` for batches of ``batch_size``, ``latency`` for single responses."""
+
+    key: str
+    kind: str  # throughput, latency
+    size: str
+    engine: str
+    task: str
+    language: str
+    policy: str  # arrival, sorted, budget; "single" for latency
+    batch_size: int
+    samples: int
+    tokens: int
+    words: int | None
+    padding: float  # share of padded slots, given to stock engines; xfast does not compute them
+    fertility: float | None  # tokens per word
+    windows_per_example: float | None  # question answering
+    rounds: int
+    throughput: dict[str, Throughput]  # by arm; empty for latency cells
+    latency: dict[str, Latency]  # by arm; empty for throughput cells
+    ratios: dict[str, Ratio]  # by arm other than the baseline
+
+
+class Equivalence(TypedDict):
+    """Two one-sided tests of one ratio against a margin."""
+
+    scope: str  # "all", or "base native int8", "low-resource", ...
+    arm: str  # over the baseline
+    ratio: float
+    interval90: list[float]  # what the two tests at 5 % compare with the margin
+    interval95: list[float]
+    p_value: float
+    margin: float
+    verdict: str  # equivalent, different, undecided
+    pairs: int
+    pairs_needed: int | None  # for a power of 0.9 at the noise seen; None where it is undefined
+
+
+class CostModel(TypedDict):
+    """Least squares of time on tokens and sequences, over languages, for one size, engine and arm "baseline"."""
+
+    size: str
+    engine: str
+    us_per_token: float
+    us_per_sequence: float
+    r2: float
+    languages: int
+    explained: dict[str, float]  # share of the variance of log samples/s between languages: fertility, padding, ...
+    predicted: dict[str, float]  # samples/s by language
+    seen: dict[str, float]
+
+
+class Accuracy(TypedDict):
+    """A score on labelled data."""
+
+    arm: str
+    size: str
+    engine: str
+    task: str
+    language: str
+    layers: int | None  # None: all
+    metric: str
+    value: float  # 0 to 100
+    examples: int
+
+
+class ParetoPoint(TypedDict):
+    """Accuracy against cost, averaged over the languages of a task (or one of its groups)."""
+
+    arm: str
+    size: str
+    engine: str
+    task: str
+    group: str  # "all" or a resource group
+    layers: int | None
+    accuracy: float
+    ms_per_sample: float
+    on_front: bool
+
+
+class Probe(TypedDict):
+    """One figure that intermediate training could change although the graph is the same."""
+
+    probe: str  # quantisation, layer, windows, answers, early
+    arm: str
+    size: str
+    task: str
+    language: str
+    x: float | str | None  # the layer, the engine, ...
+    what: str  # what the value is, in words: "cosine with fp32, worst sentence"
+    value: float
+
+
+class Memory(TypedDict):
+    """Of the process that held the arms of one size and engine."""
+
+    size: str
+    engine: str
+    arms: int
+    peak_bytes: int
+
+
+class Skipped(TypedDict):
+    """What was planned or asked for and not measured."""
+
+    what: str
+    why: str
+
+
+class Scaling(TypedDict):
+    """Speed over languages of one resource group, by model size."""
+
+    size: str
+    engine: str
+    arm: str
+    group: str  # "all" or a resource group
+    parameters: int
+    samples_per_s: float  # geometric mean over languages
+    tokens_per_s: float
+    p50_ms: float | None
+
+
+class Study(TypedDict):
+    """The whole document."""
+
+    format: int
+    title: str
+    created: str  # ISO 8601
+    seconds: float
+    settings: dict[str, Any]
+    text: str  # "profiles" or "real text"
+    machine: dict[str, Any]
+    arms: dict[str, Arm]
+    sizes: dict[str, Size]
+    engines: dict[str, Engine]
+    languages: dict[str, Language]
+    cells: list[Cell]
+    control: Equivalence
+    equivalence: list[Equivalence]
+    scaling: list[Scaling]
+    cost_models: list[CostModel]
+    accuracy: list[Accuracy]
+    pareto: list[ParetoPoint]
+    probes: list[Probe]
+    memory: list[Memory]
+    skipped: list[Skipped]
+    notes: list[str]
+
+
+def load(path: Path) -> Study:
+    """Read a document that ``xfast study run`` wrote.
+
+    Raises:
+        DataFileError: it cannot be read, is not JSON, or has another format.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataFileError(f"{path}: cannot read the study: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        given = found.get("format") if isinstance(found, dict) else type(found).__name__
+        raise DataFileError(f"{path}: a study of format {FORMAT} is expected, got {given!r}")
+    missing = sorted(Study.__required_keys__ - set(found))
+    if missing:
+        raise DataFileError(f"{path}: not a whole study: {', '.join(missing)} missing")
+    return cast("Study", found)
