@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
+from xfast.study import corpus
 from xfast.study.profiles import load_profiles, sample_lengths
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -197,7 +198,7 @@ def find_data(data_dir: Path | None = None) -> Path | None:
     given = data_dir or os.environ.get("XFAST_TEST_DATA")
     if given:
         if not (Path(given) / "xtreme").is_dir():
-            raise InvalidInputError(f"data: {given} holds no xtreme/ folder; see benchmarks/measure_profiles.py")
+            raise InvalidInputError(f"data: {given} holds no xtreme/ folder, XTREME's download layout")
         return Path(given)
     near = Path.cwd().parent / "shared" / "data"
     return near if (near / "xtreme").is_dir() else None
@@ -220,15 +221,8 @@ def _task(name: str, task: str, language: str | None, model: Model, data_dir: Pa
 
 def _read_task(folder: Path, task: str, language: str | None, model: Model, seed: int) -> list[torch.Tensor]:
     """Token ids of ``SENTENCES`` inputs from files in XTREME's layout, the languages in turn."""
-    import typer
-
-    from xfast.benchmarks import measure_profiles
-
-    try:
-        tokenizer: Any = measure_profiles.load_tokenizer(folder / "tokenizer" / "xlmr")
-        found = measure_profiles.collect(folder, task)
-    except (typer.BadParameter, ImportError, OSError, ValueError) as error:
-        raise InvalidInputError(f"data: {folder}: {error}") from error
+    tokenizer: Any = corpus.load_tokenizer(folder / "tokenizer" / "xlmr")
+    found = corpus.collect(folder, task)
     samples = {spoken: texts for (_, spoken), texts in sorted(found.items()) if language in (None, spoken)}
     if not samples:
         raise InvalidInputError(f"data: {folder} has no {task} files{f' for {language}' if language else ''}")

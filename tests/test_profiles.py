@@ -1,14 +1,11 @@
-"""Length profiles: the shipped figures, sampling from them, measuring new ones, and the measuring script's readers."""
+"""Length profiles: the shipped figures, sampling from them, and measuring new ones."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,18 +37,6 @@ TASKS = {
 @pytest.fixture(scope="module")
 def shipped() -> list[LengthProfile]:
     return load_profiles()
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """benchmarks/measure_profiles.py as a module; benchmarks/ is not a package."""
-    spec = importlib.util.spec_from_file_location("measure_profiles", REPOSITORY / "benchmarks" / "measure_profiles.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -321,68 +306,6 @@ def test_malformed_documents_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps({**copy.deepcopy(good), **change}), encoding="utf-8")
         with pytest.raises(InvalidInputError, match=message):
             load_profiles(path)
-
-
-# --- the measuring script
-
-
-def test_script_reads_every_layout(tmp_path: Path, script: ModuleType) -> None:
-    squad = {"data": [{"paragraphs": [{"context": "C", "qas": [{"question": "Q1"}, {"question": "Q2"}]}]}]}
-    lareqa = {"data": [{"paragraphs": [{"context": "S1 S2", "sentences": ["S1", "S2"], "qas": []}]}]}
-    xcopa = {"premise": "P.", "choice1": "A", "choice2": "B", "question": "cause"}
-    siqa = {"context": "C.", "question": "Q?", "answerA": "1", "answerB": "2", "answerC": "3"}
-    files = {
-        "xtreme/tatoeba/sw-en.sw": "moja\nmbili\u2028 tatu\n\n",
-        "xtreme/tatoeba/sw-en.en": "one\n",
-        "xtreme/udpos/test-te.tsv": "a\nb\n\nc\n\n",
-        "xtreme/udpos/dev-te.tsv": "d\tNOUN\ne\tVERB\n",
-        "xtreme/udpos/train-te.tsv": "not\tREAD\n",
-        "xtreme/xnli/test-sw.tsv": 'plain\t"quoted ""word"""\r\n"two\r\nlines"\tb\r\n',
-        "xtreme/xquad/xquad.el.json": json.dumps(squad),
-        "xtreme/mlqa/MLQA_V1/dev/dev-context-hi-question-hi.json": json.dumps(squad),
-        "xtreme/mlqa/MLQA_V1/dev/dev-context-hi-question-en.json": json.dumps(squad),
-        "xtreme/tydiqa/tydiqa-goldp-v1.1-dev/tydiqa.goldp.te.dev.json": json.dumps(squad),
-        "xtreme/lareqa/xquad-r/vi.json": json.dumps(lareqa),
-        "xtreme/xcopa/val-qu.jsonl": json.dumps(xcopa) + "\n",
-        "xtreme/siqa/socialIQa_v1.4_dev.jsonl": json.dumps(siqa) + "\r\n",
-        "xtreme/bucc2018/zh-en.dev.zh": "zh-1\tx y\n",
-        "xtreme/bucc2018/zh-en.dev.gold": "zh-1\ten-1\n",
-        "mlm/yo_ytb.txt": "one\n\ntwo\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(text.encode())
-    assert script.collect(tmp_path) == {
-        ("tatoeba", "sw"): ["moja", "mbili\u2028 tatu"],
-        ("tatoeba", "en"): ["one"],
-        ("udpos", "te"): ["d e", "a b", "c"],
-        ("xnli", "sw"): [("plain", 'quoted "word"'), ("two\r\nlines", "b")],
-        ("xquad", "el"): [("Q1", "C"), ("Q2", "C")],
-        ("mlqa", "hi"): [("Q1", "C"), ("Q2", "C")],
-        ("tydiqa", "te"): [("Q1", "C"), ("Q2", "C")],
-        ("lareqa", "vi"): [("S1", "S1 S2"), ("S2", "S1 S2")],
-        ("xcopa", "qu"): [("P. What was the cause?", "A"), ("P. What was the cause?", "B")],
-        ("siqa", "en"): [("C. Q?", "1"), ("C. Q?", "2"), ("C. Q?", "3")],
-        ("bucc2018", "zh"): ["x y"],
-        ("mlm", "yo"): ["one", "two"],
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("xtreme/tatoeba/xx-en.xx", "a\n"),
-        ("xtreme/xnli/test-sw.tsv", "one column\n"),
-        ("xtreme/xquad/xquad.el.json", "{"),
-        ("xtreme/xcopa/val-qu.jsonl", "{}\n"),
-        ("xtreme/bucc2018/zh-en.dev.zh", "no id\n"),
-    ],
-)
-def test_script_names_the_file_it_cannot_read(tmp_path: Path, script: ModuleType, name: str, text: str) -> None:
-    (tmp_path / name).parent.mkdir(parents=True)
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(script.typer.BadParameter, match=re.escape(name)):
-        script.collect(tmp_path)
 
 
 # --- against the real data

@@ -116,7 +116,7 @@ def test_a_data_folder_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InvalidInputError, match="nowhere"):
         workload("xnli")
     (tmp_path / "xtreme").mkdir()
-    with pytest.raises(InvalidInputError, match="reference_ids"):
+    with pytest.raises(InvalidInputError, match="tokenizer"):
         workload("xnli", data_dir=tmp_path)
 
 

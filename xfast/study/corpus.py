@@ -1,9 +1,7 @@
-"""Measure token-length profiles on data in XTREME's layout and write them as JSON (figures only, never text).
+"""Samples of every task and language from data in XTREME's layout, as a model reads them: texts and pairs of texts.
 
-    python benchmarks/measure_profiles.py DATA_DIR --tokenizer DIR --out xfast/study/profiles.json
-
-DATA_DIR holds ``xtreme/`` (what XTREME's download script leaves) and optionally ``mlm/``. Evaluation splits only (dev,
-val and test), because inference is what the profiles stand for.
+A data folder holds ``xtreme/`` (what XTREME's download script leaves) and optionally ``mlm/``. Evaluation splits only
+(dev, val and test), because inference is what the study is about.
 """
 
 from __future__ import annotations
@@ -15,12 +13,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.progress import track
-
-from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, Tokenizer, group_of, measure, save_profiles
+from xfast.errors import BackendUnavailableError, DataFileError
+from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, LengthProfile, Tokenizer, measure, save_profiles
 
 Sample = str | tuple[str, str]
 Samples = dict[tuple[str, str], list[Any]]
@@ -140,7 +136,8 @@ def collect(data_dir: Path, only: str | None = None) -> Samples:
 
     ``only`` names the one task to read.
 
-    A file that cannot be understood ends the run with its name; nothing is skipped silently.
+    Raises:
+        DataFileError: a file cannot be understood, or its language is unknown; nothing is skipped silently.
     """
     samples: Samples = defaultdict(list)
     for path in sorted(data_dir.rglob("*")):
@@ -151,67 +148,86 @@ def collect(data_dir: Path, only: str | None = None) -> Samples:
                 continue
             language = match.groupdict().get("language", "en")
             if language not in JOSHI_CLASS:
-                raise typer.BadParameter(f"{name}: unknown language {language!r}")
+                raise DataFileError(f"{name}: unknown language {language!r}")
             try:
                 samples[task, language].extend(read(path))
-            except (ValueError, KeyError, IndexError) as error:
-                raise typer.BadParameter(f"{name}: not in XTREME's layout of {task}: {error!r}") from error
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                raise DataFileError(f"{name}: not in XTREME's layout of {task}: {error!r}") from error
     return dict(samples)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load XLM-R's tokenizer and check it against published ids.
+    """Load XLM-R's tokenizer and check it against published ids, ``reference_ids.json``, where they lie beside it.
 
     A tokenizer folder without its files loads without complaint in transformers 5.x and maps every piece to
     ``<unk>``; only known ids tell.
-    """
-    from transformers import XLMRobertaTokenizer  # slow to import: not before --help
 
+    Raises:
+        DataFileError: no tokenizer there, or not XLM-R's.
+        BackendUnavailableError: a library that reads it is not installed.
+    """
+    from transformers import AutoTokenizer, XLMRobertaTokenizer  # slow to import: not before --help
+
+    if not folder.is_dir():
+        raise DataFileError(f"tokenizer: {folder} is no folder")
     reference = folder / "reference_ids.json"
-    if not reference.is_file():
-        raise typer.BadParameter(f"{reference.name} is missing from the tokenizer folder")
+    # A bare SentencePiece model has no configuration that would say which class reads it.
+    bare = not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file()
     try:
-        tokenizer: Any = XLMRobertaTokenizer.from_pretrained(str(folder))
+        tokenizer: Any = (XLMRobertaTokenizer if bare else AutoTokenizer).from_pretrained(str(folder))
     except (ImportError, ValueError) as error:  # without these, transformers asks for tiktoken, which does not help
-        raise typer.BadParameter(f"the tokenizer needs: pip install sentencepiece protobuf ({error})") from None
-    for case in json.loads(reference.read_text(encoding="utf-8")):
-        # A special token spelled out in the text is one token to transformers and plain text to SentencePiece, which
-        # made the published ids; such a text says nothing about the vocabulary.
-        if any(special in case["text"] for special in tokenizer.all_special_tokens):
-            continue
-        if tokenizer(case["text"])["input_ids"] != case["ids"]:
-            raise typer.BadParameter(f"the tokenizer does not reproduce {reference.name}: not XLM-R's")
+        raise BackendUnavailableError(
+            f"tokenizer: {folder}: cannot read it (pip install sentencepiece protobuf?): {error}"
+        ) from None
+    except Exception as error:  # readers of bad files raise whatever they like
+        raise DataFileError(f"tokenizer: {folder}: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where the files are missing
+        raise DataFileError(f"tokenizer: {folder}: no tokenizer files there")
+    if reference.is_file():
+        _check_ids(tokenizer, reference)
     pair = tokenizer(["A"], ["B"])["input_ids"][0]
-    if len(pair) != len(tokenizer(["A"])["input_ids"][0]) + len(tokenizer(["B"])["input_ids"][0]):
-        raise typer.BadParameter("the tokenizer does not build pairs as <s> A </s></s> B </s>")
+    single = len(tokenizer(["A"])["input_ids"][0])
+    if len(pair) not in (2 * single, 2 * single - 1):  # XLM-R: <s> A </s></s> B </s>; BERT: one separator
+        raise DataFileError(f"tokenizer: {folder} does not build pairs of texts with their separators")
     checked: Tokenizer = tokenizer
     return checked
 
 
-def main(
-    data_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="folder with xtreme/ and mlm/")],
-    tokenizer: Annotated[Path, typer.Option(exists=True, file_okay=False, help="XLM-R tokenizer folder")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="JSON file to write")],
-) -> None:
-    """Measure a length profile for every task and language in DATA_DIR and write them to one JSON file."""
+def _check_ids(tokenizer: Any, reference: Path) -> None:
+    try:
+        cases = [(case["text"], case["ids"]) for case in json.loads(reference.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataFileError(f"tokenizer: {reference}: expected a list of {{text, ids}}: {error!r}") from error
+    for text, ids in cases:
+        # A special token spelled out in the text is one token to transformers and plain text to SentencePiece, which
+        # made the published ids; such a text says nothing about the vocabulary.
+        if any(special in text for special in tokenizer.all_special_tokens):
+            continue
+        if tokenizer(text)["input_ids"] != ids:
+            raise DataFileError(f"tokenizer: it does not reproduce {reference}: not the tokenizer of these ids")
+
+
+def measure_profiles(data_dir: Path, tokenizer: Path, out: Path, track: Callable[[Any], Any]) -> list[LengthProfile]:
+    """Measure a length profile for every task and language under ``data_dir`` and write them to one JSON file.
+
+    Args:
+        data_dir: folder with ``xtreme/`` and optionally ``mlm/``.
+        tokenizer: folder of the tokenizer.
+        out: the file.
+        track: shows progress over a list while it is gone through.
+
+    Raises:
+        DataFileError: no task files, or one that cannot be understood.
+    """
     encode = load_tokenizer(tokenizer)
     samples = collect(data_dir)
     if not samples:
-        raise typer.BadParameter("no task files found; expected XTREME's layout under xtreme/", param_hint="data_dir")
+        raise DataFileError(f"{data_dir}: no task files found; expected XTREME's layout under xtreme/")
     profiles = [
-        measure(texts, encode, task=task, language=language)
-        for (task, language), texts in track(samples.items(), description="Tokenising")
+        measure(texts, encode, task=task, language=language) for (task, language), texts in track(list(samples.items()))
     ]
-    save_profiles(
-        profiles,
-        out,
-        tokenizer="XLM-RoBERTa SentencePiece unigram, 250002 ids",
-        measured=MEASURED,
-        date=datetime.date.today().isoformat(),
-    )
-    groups = sorted({(group_of(profile), profile.language) for profile in profiles})
-    typer.echo(f"{len(profiles)} profiles, {len({language for _, language in groups})} languages -> {out.name}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    name = getattr(encode, "name_or_path", "") or str(tokenizer)
+    known = (tokenizer / "reference_ids.json").is_file()
+    title = f"XLM-RoBERTa SentencePiece unigram, {len(encode)} ids" if known else Path(name).name  # type: ignore[arg-type]
+    save_profiles(profiles, out, tokenizer=title, measured=MEASURED, date=datetime.date.today().isoformat())
+    return profiles
