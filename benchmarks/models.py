@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,71 @@ from torch.overrides import TorchFunctionMode
 from xfast.architecture import family_of, supported_families
 from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
 
-SIZES = {"base": (12, 768, 12, 3072), "large": (24, 1024, 16, 4096), "tiny": (2, 128, 4, 256)}
-"""Layers, hidden size, heads and intermediate size by name."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; ``family`` is the prefix of its transformers classes."""
+
+    layers: int
+    hidden: int
+    heads: int
+    inner: int
+    family: str = "XLMRoberta"
+    vocab: int = 250002
+
+    def parameters(self) -> int:
+        """Of the encoder without pooler: embeddings, then per layer four attention matrices, two of the FFN, norms."""
+        h, f = self.hidden, self.inner
+        layer = 4 * (h * h + h) + 2 * h * f + f + h + 4 * h
+        return (self.vocab + 514 + 1) * h + 2 * h + self.layers * layer
+
+
+SIZES = {
+    "tiny": Shape(2, 128, 4, 256),
+    "base": Shape(12, 768, 12, 3072),
+    "large": Shape(24, 1024, 16, 4096),
+    "altclip": Shape(24, 1024, 16, 4096, "AltCLIPText"),
+    "xl": Shape(36, 2560, 32, 10240, "XLMRobertaXL", 250880),
+    "xxl": Shape(48, 4096, 32, 16384, "XLMRobertaXL", 250880),
+    "13b": Shape(60, 4096, 32, 16384, "XLMRobertaXL", 250880),
+}
+"""Sizes by name. altclip is AltCLIP's text tower, XLM-R large with a projection on top; 13b is XXL's layer 60 times."""
 
 _CHUNK = 1 << 22
 
 
-def random_model(size: str = "base", seed: int = 0) -> nn.Module:
-    """XLM-R of a size in ``SIZES``, without pooler, with random weights that depend on ``seed`` alone."""
-    from transformers import XLMRobertaConfig, XLMRobertaModel
+def random_model(size: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of a size in ``SIZES``, without pooler, with random weights that depend on ``seed`` and ``dtype`` alone."""
+    import transformers
 
-    layers, hidden, heads, inner = SIZES[size]
-    config = XLMRobertaConfig(
-        vocab_size=250002,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
+    family = SIZES[size].family
+    config = config_of(size)
+    before = torch.get_default_dtype()
+    with _NoRandomInit():
+        torch.set_default_dtype(dtype)
+        try:
+            if family == "AltCLIPText":  # its tower has no pooler to leave out
+                model = transformers.AltCLIPTextModel(config).eval()
+            else:
+                model = getattr(transformers, f"{family}Model")(config, add_pooling_layer=False).eval()
+        finally:
+            torch.set_default_dtype(before)
+    fill(model, seed, config.initializer_range)
+    return model
+
+
+def config_of(size: str) -> Any:
+    """The transformers configuration of a size in ``SIZES``."""
+    import transformers
+
+    shape = SIZES[size]
+    return getattr(transformers, f"{shape.family}Config")(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.inner,
         max_position_embeddings=514,
         type_vocab_size=1,
         layer_norm_eps=1e-5,
@@ -41,10 +90,6 @@ def random_model(size: str = "base", seed: int = 0) -> nn.Module:
         bos_token_id=0,
         eos_token_id=2,
     )
-    with _NoRandomInit():
-        model = XLMRobertaModel(config, add_pooling_layer=False).eval()
-    _fill(model, seed, config.initializer_range)
-    return model
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
@@ -65,7 +110,7 @@ class _NoRandomInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fill(model: nn.Module, seed: int, std: float) -> None:
+def fill(model: nn.Module, seed: int, std: float) -> None:
     """Matrices normal with ``std``, biases 0, gains 1. Drawn in chunks, one seed each, so on any number of threads."""
     chunks: list[torch.Tensor] = []
     for name, parameter in model.named_parameters():

@@ -17,6 +17,7 @@ from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
+from xfast.study.cli import app as study_app
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.add_typer(stilts_app, name="stilts")
 app.add_typer(engine_app, name="engine")
+app.add_typer(study_app, name="study")
 
 
 def _complain(text: str) -> None:

@@ -1,0 +1,258 @@
+"""What a study varies: settings, engines, tasks with their heads, and the cells that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from xfast.benchmarks.models import SIZES
+from xfast.errors import InvalidOptionError
+from xfast.options import BACKENDS, PRECISIONS
+from xfast.stilts.task import CHOICE, CLASSIFICATION, SPAN, TAGGING
+from xfast.stilts.tasks import get
+from xfast.study.languages import ordered
+from xfast.study.profiles import JOSHI_CLASS
+
+EMBEDDING = "embedding"
+"""The type of tasks that read the encoder itself: retrieval, mining, plain text."""
+
+TYPES = {
+    "xnli": CLASSIFICATION,
+    "pawsx": CLASSIFICATION,
+    "xcopa": CHOICE,
+    "siqa": CHOICE,
+    "xquad": SPAN,
+    "mlqa": SPAN,
+    "tydiqa": SPAN,
+    "udpos": TAGGING,
+    "panx": TAGGING,
+    "tatoeba": EMBEDDING,
+    "bucc2018": EMBEDDING,
+    "lareqa": EMBEDDING,
+    "mlm": EMBEDDING,
+}
+"""Type of each task, which says what head the model gets."""
+
+ONE_TASK = "one"
+"""As a task: for every language one, the first of ``PREFERRED`` that it has, so that all languages are covered once."""
+
+PREFERRED = (
+    *("panx", "tatoeba", "udpos", "xnli", "xquad", "tydiqa", "mlqa"),
+    *("pawsx", "xcopa", "bucc2018", "lareqa", "mlm", "siqa"),
+)
+
+ARRIVAL, SORTED, BUDGET, SINGLE = "arrival", "sorted", "budget", "single"
+POLICIES = (ARRIVAL, SORTED, BUDGET)
+
+STOCK = "stock"
+"""The engine that is transformers itself, unaccelerated."""
+
+CHECKPOINT = "checkpoint"
+"""The size of models that were given as folders."""
+
+
+@dataclass(frozen=True)
+class EngineName:
+    """``BACKEND:PRECISION``, such as ``native:int8``."""
+
+    backend: str
+    precision: str
+
+    @classmethod
+    def parse(cls, text: str) -> EngineName:
+        """Read ``BACKEND:PRECISION``.
+
+        Raises:
+            InvalidOptionError: either is unknown.
+        """
+        backend, _, precision = text.partition(":")
+        precisions = PRECISIONS[1:-1]
+        if backend not in (*BACKENDS, STOCK) or precision not in precisions:
+            raise InvalidOptionError(
+                f"engine: {text!r}; accepted: {'|'.join((*BACKENDS, STOCK))}:{'|'.join(precisions)}, as native:int8"
+            )
+        return cls(backend, precision)
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.precision}"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its arithmetic is coarser than fp32, so that the weights may matter to its error."""
+        return self.precision != "fp32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to study.
+
+    Attributes:
+        sizes: names in ``xfast.benchmarks.models.SIZES``; with checkpoints this is ``("checkpoint",)``.
+        engines: ``BACKEND:PRECISION``.
+        tasks: names in ``TYPES``, or ``("one",)``: one task for every language.
+        languages: two-letter codes; None: all that the tasks have.
+        policies: how examples become batches: as they arrive, sorted by length, or sorted and cut at ``token_budget``.
+        batch_sizes: examples in a batch (arrival and sorted).
+        token_budget: padded tokens in a batch (budget).
+        samples: examples of a throughput cell.
+        responses: single responses of a latency cell in one visit; 0 leaves latency out.
+        rounds: visits to each cell.
+        margin: of equivalence.
+        data: folder in XTREME's layout; None: lengths from the shipped profiles.
+        tokenizer: folder; None: ``tokenizer/xlmr`` in ``data``.
+        baseline, intermediate: checkpoints by task, "" for all others: folders of STILTs runs or of transformers
+            models. Empty: seeded weights.
+        probes: also measure what intermediate training could change although the graph is the same.
+        accuracy: also evaluate where checkpoints and labels are given.
+        limit: examples per language in evaluations; None: all.
+        threads: None: as many as xfast uses.
+        device: "cpu" or "cuda".
+        seed: of weights, lengths, samples and orders.
+
+    Raises:
+        InvalidOptionError: a value is not accepted.
+    """
+
+    sizes: tuple[str, ...] = ("base",)
+    engines: tuple[str, ...] = ("native:fp32", "native:int8")
+    tasks: tuple[str, ...] = (ONE_TASK,)
+    languages: tuple[str, ...] | None = None
+    policies: tuple[str, ...] = (SORTED,)
+    batch_sizes: tuple[int, ...] = (16,)
+    token_budget: int = 2048
+    samples: int = 64
+    responses: int = 16
+    rounds: int = 5
+    margin: float = 0.02
+    data: str | None = None
+    tokenizer: str | None = None
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    intermediate: Mapping[str, str] = field(default_factory=dict)
+    probes: bool = True
+    accuracy: bool = True
+    limit: int | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for engine in self.engines:
+            EngineName.parse(engine)
+        _members("policy", self.policies, POLICIES)
+        _members("task", self.tasks, (*TYPES, ONE_TASK))
+        _members("language", self.languages or (), ordered(JOSHI_CLASS))
+        _members("size", self.sizes, (CHECKPOINT,) if self.baseline else tuple(SIZES))
+        _members("device", (self.device,), ("cpu", "cuda"))
+        for name in ("sizes", "engines", "tasks", "policies", "batch_sizes"):
+            if not getattr(self, name):
+                raise InvalidOptionError(f"{name}: at least one is needed")
+        if ONE_TASK in self.tasks and len(self.tasks) > 1:
+            raise InvalidOptionError(f"tasks: {ONE_TASK!r} stands for a choice of its own; name tasks or {ONE_TASK!r}")
+        counts = {"token_budget": self.token_budget, "samples": self.samples, "rounds": self.rounds, "seed": self.seed}
+        counts |= {"responses": self.responses, "batch_sizes": min(self.batch_sizes), "limit": self.limit or 1}
+        for name, value in counts.items():
+            least = 0 if name in ("seed", "responses") else 1
+            if value < least:
+                raise InvalidOptionError(f"{name}: {value}; accepted: {least} or more")
+        if not 0 < self.margin < 1:
+            raise InvalidOptionError(f"margin: {self.margin}; accepted: between 0 and 1, such as 0.02")
+        if self.intermediate and not self.baseline:
+            raise InvalidOptionError("intermediate: a checkpoint is given and none for the baseline; give both or none")
+        for task in (*self.baseline, *self.intermediate):
+            _members("checkpoint's task", (task,), (*TYPES, ""))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """The inverse of ``as_dict``."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def fingerprint(self) -> str:
+        """Names what is measured, so that a folder is continued by the same study only."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def quick(settings: Settings) -> Settings:
+    """A study of all languages that ends within ten minutes on two cores, with enough pairs for its A/A control."""
+    return replace(
+        settings, samples=12, responses=4, rounds=3, tasks=(ONE_TASK,), policies=(SORTED,), batch_sizes=(16,)
+    )
+
+
+def _members(name: str, values: Iterable[str], accepted: Sequence[str]) -> None:
+    for value in values:
+        if value not in accepted:
+            raise InvalidOptionError(f"{name}: {value!r}; accepted: {', '.join(filter(None, accepted))}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of factors; the policy "single" is a latency cell."""
+
+    size: str
+    engine: str
+    task: str
+    language: str
+    policy: str
+    batch_size: int
+
+    @property
+    def key(self) -> str:
+        """Names the cell in files."""
+        return "/".join((self.size, self.engine, self.task, self.language, self.policy, str(self.batch_size)))
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether single responses are timed, not batches."""
+        return self.policy == SINGLE
+
+
+def cells_of(settings: Settings, size: str, engine: str, pairs: Sequence[tuple[str, str]]) -> list[Cell]:
+    """The cells of one size and engine for (task, language) pairs; low-resource languages first."""
+    found = []
+    for task, language in pairs:
+        for policy in settings.policies:
+            sizes = settings.batch_sizes if policy != BUDGET else (settings.token_budget,)
+            found += [Cell(size, engine, task, language, policy, batch) for batch in sizes]
+        if settings.responses:
+            found.append(Cell(size, engine, task, language, SINGLE, 1))
+    return found
+
+
+def pairs_of(settings: Settings, there: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Which (task, language) pairs are studied, of those that data or profiles have, and what was asked for in vain.
+
+    Raises:
+        InvalidOptionError: nothing is left.
+    """
+    known = set(there)
+    languages = ordered(settings.languages or {language for _, language in known})
+    missing: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    for language in languages:
+        if settings.tasks == (ONE_TASK,):
+            mine = [(task, language) for task in PREFERRED if (task, language) in known][:1]
+            if not mine:
+                missing.append(language)
+        else:
+            mine = [(task, language) for task in settings.tasks if (task, language) in known]
+            if settings.languages is not None:
+                missing += [f"{task} {language}" for task in settings.tasks if (task, language) not in known]
+        pairs += mine
+    missing += [task for task in settings.tasks if task != ONE_TASK and not any(t == task for t, _ in known)]
+    if not pairs:
+        wanted = f"{', '.join(settings.tasks)} in {', '.join(settings.languages or ('any language',))}"
+        has = ", ".join(sorted({task for task, _ in known})) or "nothing"
+        raise InvalidOptionError(f"tasks, languages: there is no data for {wanted}; it has {has}")
+    return pairs, missing
+
+
+def labels_of(task: str) -> int:
+    """How many labels the head of a classifying or tagging task has."""
+    return len(get(task).labels)

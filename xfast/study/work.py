@@ -1,0 +1,212 @@
+"""The token ids that cells are measured on: from real text where there is some, else random ids of the right lengths.
+
+Both arms, every engine and every model size get the same ids. An *example* is what a user counts: a sentence, a pair, a
+question (several windows over its context), a multiple-choice item (one sequence a choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xfast.benchmarks import workloads
+from xfast.benchmarks.workloads import Batch
+from xfast.errors import DataFileError
+from xfast.stilts.task import CHOICE, SPAN
+from xfast.stilts.tasks import get
+from xfast.study import corpus
+from xfast.study.factors import ARRIVAL, BUDGET, TYPES, Settings
+from xfast.study.profiles import LANGUAGES_WITHOUT_SPACES, LengthProfile, load_profiles, sample_lengths
+
+CHOICES = {"xcopa": 2, "siqa": 3}
+"""Sequences of one multiple-choice example."""
+
+_PAIR_SPECIALS, _SINGLE_SPECIALS = 4, 2
+_SINGLE_TASKS = ("tatoeba", "bucc2018", "mlm", "udpos", "panx")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples of one task in one language.
+
+    Attributes:
+        examples: for each, its sequences of token ids [length], int64.
+        words: in all examples, by whitespace; None in languages that do not part words.
+        windows: sequences per example, where contexts are cut in windows; None for other tasks and for profiles.
+        fertility: tokens per word, special tokens not counted; None likewise.
+    """
+
+    task: str
+    language: str
+    examples: tuple[tuple[torch.Tensor, ...], ...]
+    words: int | None
+    windows: float | None
+    fertility: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, special ones included."""
+        return sum(len(sequence) for example in self.examples for sequence in example)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all examples."""
+        return sum(len(example) for example in self.examples)
+
+
+class Texts:
+    """Where work comes from: a data folder with a tokenizer, or the shipped profiles.
+
+    Raises:
+        DataFileError: the folder or its tokenizer cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.seed = settings.seed
+        self.folder = None if settings.data is None else Path(settings.data)
+        self._profiles: dict[tuple[str, str], LengthProfile] = {}
+        self._samples: corpus.Samples = {}
+        if self.folder is None:
+            self._profiles = {(one.task, one.language): one for one in load_profiles()}
+            return
+        self.tokenizer: Any = corpus.load_tokenizer(Path(settings.tokenizer or self.folder / "tokenizer" / "xlmr"))
+        tasks = [None] if len(settings.tasks) != 1 or settings.tasks[0] not in TYPES else [settings.tasks[0]]
+        for task in tasks:
+            self._samples |= corpus.collect(self.folder, task)
+        if not self._samples:
+            raise DataFileError(f"data: {self.folder} has no task files; expected XTREME's layout under xtreme/")
+
+    @property
+    def there(self) -> list[tuple[str, str]]:
+        """(task, language) pairs at hand."""
+        return sorted(self._profiles or self._samples)
+
+    def work(self, task: str, language: str, count: int, model: workloads.Model) -> Work:
+        """``count`` examples, or as many as there are, the same for the same seed.
+
+        Raises:
+            DataFileError: the tokenizer gives ids that the model does not have.
+        """
+        if self.folder is None:
+            return self._from_profile(self._profiles[task, language], count, model)
+        return self._from_text(task, language, count, model)
+
+    def _from_profile(self, profile: LengthProfile, count: int, model: workloads.Model) -> Work:
+        choices = CHOICES.get(profile.task, 1)
+        lengths = [int(length) for length in sample_lengths(profile, count * choices, self.seed)]
+        batches = workloads.batches_of(lengths, 1, model, self.seed)
+        sequences = [ids[0] for ids, _ in batches]
+        specials = _SINGLE_SPECIALS if profile.task in _SINGLE_TASKS else _PAIR_SPECIALS
+        words = None
+        if profile.fertility:
+            words = round(sum(max(0, len(ids) - specials) for ids in sequences) / profile.fertility)
+        examples = tuple(tuple(sequences[start : start + choices]) for start in range(0, len(sequences), choices))
+        return Work(profile.task, profile.language, examples, words, None, profile.fertility)
+
+    def _from_text(self, task: str, language: str, count: int, model: workloads.Model) -> Work:
+        samples = self._samples[task, language]
+        choices = CHOICES.get(task, 1)
+        groups = [samples[start : start + choices] for start in range(0, len(samples) - choices + 1, choices)]
+        chosen = np.random.default_rng(self.seed).permutation(len(groups))[:count]
+        examples = tuple(
+            tuple(torch.tensor(ids) for sample in groups[index] for ids in self._sequences(task, sample, model))
+            for index in chosen
+        )
+        largest = max(int(ids.max()) for example in examples for ids in example)
+        if largest >= model.vocab:
+            raise DataFileError(
+                f"tokenizer: it gives the id {largest}, the model has {model.vocab} ids; name the model's own tokenizer"
+            )
+        words, fertility = self._words(task, language, [groups[index] for index in chosen])
+        windows = sum(map(len, examples)) / len(examples) if TYPES[task] == SPAN else None
+        return Work(task, language, examples, words, windows, fertility)
+
+    def _sequences(self, task: str, sample: Any, model: workloads.Model) -> list[list[int]]:
+        """Token ids of one text or pair; a question over a long context gives several windows (SQuAD's doc stride)."""
+        pair = (sample,) if isinstance(sample, str) else sample
+        if TYPES[task] != SPAN:
+            return [self.tokenizer(*pair, truncation=True, max_length=model.limit)["input_ids"]]
+        recipe = get(task).recipe
+        limit = min(recipe.max_length, model.limit)
+        question = self.tokenizer(pair[0], add_special_tokens=False)["input_ids"][: recipe.query_length]
+        context = self.tokenizer(pair[1], add_special_tokens=False)["input_ids"]
+        room = limit - len(question) - _PAIR_SPECIALS
+        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        found = []
+        for first in range(0, max(1, len(context)), recipe.doc_stride):
+            found.append([start, *question, end, end, *context[first : first + room], end])
+            if first + room >= len(context):
+                break
+        return found
+
+    def _words(self, task: str, language: str, groups: Sequence[Sequence[Any]]) -> tuple[int | None, float | None]:
+        if language in LANGUAGES_WITHOUT_SPACES:
+            return None, None
+        sides = [[sample] if isinstance(sample, str) else sample for group in groups for sample in group]
+        texts = [text for side in sides for text in side]
+        words = sum(len(text.split()) for text in texts)
+        tokens = sum(len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return (words, round(tokens / words, 4)) if words else (None, None)
+
+
+def batches_of(work: Work, policy: str, batch_size: int, pad: int) -> tuple[Batch, ...]:
+    """The examples as padded batches; multiple-choice batches are [examples, choices, length].
+
+    Args:
+        work: the examples.
+        policy: "arrival", "sorted" (by length), "budget" (sorted, as many as fit), "single" (one by one).
+        batch_size: examples in a batch; for "budget" padded tokens in a batch (at least one example).
+        pad: padding id.
+    """
+    order = list(range(len(work.examples)))
+    longest = [max(len(ids) for ids in example) for example in work.examples]
+    if policy not in (ARRIVAL, "single"):
+        order.sort(key=lambda index: -longest[index])
+    found = []
+    for chunk in _chunks(order, longest, work.examples, policy, batch_size):
+        sequences = [ids for index in chunk for ids in work.examples[index]]
+        ((ids, mask),) = workloads.padded(sequences, len(sequences), pad)
+        if TYPES[work.task] == CHOICE:
+            ids, mask = (tensor.view(len(chunk), -1, tensor.shape[-1]) for tensor in (ids, mask))
+        found.append((ids, mask))
+    return tuple(found)
+
+
+def _chunks(
+    order: Sequence[int], longest: Sequence[int], examples: Sequence[Sequence[Any]], policy: str, batch_size: int
+) -> Iterator[list[int]]:
+    """Indices of each batch."""
+    if policy != BUDGET:
+        for start in range(0, len(order), batch_size):
+            yield list(order[start : start + batch_size])
+        return
+    chunk: list[int] = []
+    rows = 0
+    for index in order:  # sorted: the first of a batch is its longest
+        width = longest[chunk[0]] if chunk else longest[index]
+        if chunk and (rows + len(examples[index])) * width > batch_size:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(index)
+        rows += len(examples[index])
+    if chunk:
+        yield chunk
+
+
+def facts(work: Work, batches: Sequence[Batch]) -> Mapping[str, Any]:
+    """What a cell's line in the document says of its work."""
+    slots = sum(ids.numel() for ids, _ in batches)
+    return {
+        "samples": len(work.examples),
+        "tokens": work.tokens,
+        "sequences": work.sequences,
+        "words": work.words,
+        "padding": round(1.0 - work.tokens / slots, 4),
+        "fertility": work.fertility,
+        "windows_per_example": work.windows,
+    }
