@@ -19,7 +19,6 @@ from xfast.architecture import family_of, supported_families
 from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
 
 
-
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model; ``family`` is the prefix of its transformers classes."""
@@ -53,7 +52,7 @@ _CHUNK = 1 << 22
 
 
 def random_model(size: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of a size in ``SIZES``, without pooler, with random weights that depend on ``seed`` and ``dtype`` alone."""
+    """A model of a size in ``SIZES``, without pooler; its random weights depend on ``seed`` and ``dtype`` alone."""
     import transformers
 
     family = SIZES[size].family

@@ -136,7 +136,7 @@ def pairs_needed(deviation: float, margin: float, power: float = POWER) -> int |
     Normal approximation (Chow, Shao & Wang 2008, 3.3): n = ((z_{1-alpha} + z_{1-(1-power)/2}) deviation / bound)^2.
 
     Args:
-        deviation: standard deviation of one log ratio.
+        deviation: of one log ratio: the standard error of their trimmed mean, times the root of their number.
         margin: of equivalence.
         power: wanted probability.
 

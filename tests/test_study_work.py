@@ -1,0 +1,202 @@
+"""What a study varies and the token ids that it is measured on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xfast.benchmarks import workloads
+from xfast.benchmarks.models import SIZES
+from xfast.errors import DataFileError, InvalidOptionError
+from xfast.study import factors, languages
+from xfast.study.factors import BUDGET, ONE_TASK, SINGLE, SORTED, TYPES, EngineName, Settings, cells_of, pairs_of
+from xfast.study.profiles import JOSHI_CLASS, load_profiles
+from xfast.study.work import Texts, Work, batches_of, facts
+
+
+def work_of(lengths: list[list[int]], task: str = "panx") -> Work:
+    examples = tuple(tuple(torch.full((length,), 7) for length in one) for one in lengths)
+    return Work(task, "sw", examples, 10, None, 1.5)
+
+
+# --- languages and settings
+
+
+def test_low_resource_languages_lead() -> None:
+    ordered = languages.ordered(JOSHI_CLASS)
+    assert ordered[:7] == ["jv", "my", "ml", "te", "sw", "yo", "mr"]
+    assert sorted(ordered) == sorted(JOSHI_CLASS)
+    classes = [JOSHI_CLASS[code] for code in ordered[7:]]
+    assert classes == sorted(classes)
+    for code in ordered:
+        known = languages.language(code)
+        assert known["cc100_gb"] > 0
+        assert (known["group"] == "low-resource") == (JOSHI_CLASS[code] <= 2)
+    with pytest.raises(InvalidOptionError, match="'xx'"):
+        languages.language("xx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engines": ("native",)}, "engine: 'native'"),
+        ({"engines": ("native:int3",)}, "native:int3"),
+        ({"engines": ()}, "engines: at least one"),
+        ({"tasks": ("xnli", "nope")}, "task: 'nope'"),
+        ({"tasks": (ONE_TASK, "xnli")}, "stands for a choice"),
+        ({"languages": ("sw", "xx")}, "language: 'xx'"),
+        ({"sizes": ("huge",)}, "size: 'huge'"),
+        ({"policies": ("random",)}, "policy: 'random'"),
+        ({"rounds": 0}, "rounds: 0"),
+        ({"samples": 0}, "samples: 0"),
+        ({"batch_sizes": (16, 0)}, "batch_sizes: 0"),
+        ({"margin": 0.0}, "margin: 0.0"),
+        ({"device": "tpu"}, "device: 'tpu'"),
+        ({"intermediate": {"": "x"}}, "none for the baseline"),
+        ({"baseline": {"": "x"}}, "size: 'base'; accepted: checkpoint"),
+        ({"baseline": {"nope": "x"}, "sizes": ("checkpoint",)}, "'nope'"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        Settings(**changes)
+
+
+def test_settings_survive_json() -> None:
+    settings = Settings(sizes=("checkpoint",), baseline={"": "a", "xnli": "b"}, languages=("sw",), batch_sizes=(1, 8))
+    assert Settings.from_dict(settings.as_dict()) == settings
+
+
+def test_one_task_covers_every_language_of_the_profiles_once() -> None:
+    there = [(one.task, one.language) for one in load_profiles()]
+    pairs, missing = pairs_of(Settings(), there)
+    assert not missing
+    assert sorted(language for _, language in pairs) == sorted({language for _, language in there})
+    assert dict(map(reversed, pairs))["qu"] == "xcopa"
+    assert [language for _, language in pairs][:7] == list(languages.LOW_RESOURCE)
+
+
+def test_what_is_missing_is_said() -> None:
+    there = [("xnli", "sw"), ("panx", "te")]
+    pairs, missing = pairs_of(Settings(tasks=("xnli", "udpos"), languages=("sw", "te")), there)
+    assert pairs == [("xnli", "sw")]
+    assert set(missing) == {"xnli te", "udpos sw", "udpos te", "udpos"}
+    with pytest.raises(InvalidOptionError, match="no data for xquad in any language; it has panx, xnli"):
+        pairs_of(Settings(tasks=("xquad",)), there)
+
+
+def test_cells_are_the_product_of_the_factors() -> None:
+    settings = Settings(policies=(SORTED, BUDGET), batch_sizes=(1, 8), responses=2)
+    cells = cells_of(settings, "base", "native:int8", [("xnli", "sw")])
+    assert [(cell.policy, cell.batch_size) for cell in cells] == [(SORTED, 1), (SORTED, 8), (BUDGET, 2048), (SINGLE, 1)]
+    assert cells[0].key == "base/native:int8/xnli/sw/sorted/1"
+    assert [cell.is_latency for cell in cells] == [False, False, False, True]
+    assert not any(c.is_latency for c in cells_of(Settings(responses=0), "base", "native:int8", [("xnli", "sw")]))
+
+
+def test_engines_are_named() -> None:
+    assert str(EngineName.parse("stock:bf16")) == "stock:bf16"
+    assert EngineName.parse("native:int8").quantised
+    assert not EngineName.parse("stock:fp32").quantised
+
+
+def test_every_task_of_the_profiles_has_a_type() -> None:
+    assert {one.task for one in load_profiles()} == set(TYPES)
+    assert set(factors.PREFERRED) == set(TYPES)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_count_their_parameters(size: str) -> None:
+    known = {
+        "base": 277_453_056,
+        "large": 558_840_832,
+        "xl": 3_475_929_600,
+        "xxl": 10_695_954_432,
+        "13b": 13_112_512_512,
+    }
+    assert SIZES[size].parameters() == known.get(size, SIZES[size].parameters())
+
+
+# --- token ids
+
+
+def test_profiles_give_the_same_ids_for_the_same_seed() -> None:
+    texts = Texts(Settings())
+    one, again = (texts.work("panx", "sw", 20, workloads.XLMR) for _ in range(2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one.examples, again.examples, strict=True))
+    assert one.sequences == 20
+    assert one.words == round((one.tokens - 2 * 20) / one.fertility)  # type: ignore[operator]
+    assert texts.work("panx", "zh", 3, workloads.XLMR).words is None
+    other = Texts(Settings(seed=1)).work("panx", "sw", 20, workloads.XLMR)
+    assert other.tokens != one.tokens
+
+
+def test_choices_are_one_example() -> None:
+    work = Texts(Settings()).work("xcopa", "qu", 5, workloads.XLMR)
+    assert [len(example) for example in work.examples] == [2] * 5
+    ((ids, mask),) = batches_of(work, SORTED, 8, 1)
+    assert ids.shape[:2] == (5, 2)
+    assert mask.sum() == work.tokens
+
+
+def test_policies_keep_every_example() -> None:
+    work = work_of([[9], [3], [30], [5, 6], [12], [1]])
+    for policy, size in (("arrival", 2), (SORTED, 4), (BUDGET, 32), (BUDGET, 1), (SINGLE, 1)):
+        batches = batches_of(work, policy, size, 1)
+        lengths = sorted(int(row.sum()) for _, mask in batches for row in mask)
+        assert lengths == [1, 3, 5, 6, 9, 12, 30], policy
+        assert all((ids[mask == 0] == 1).all() for ids, mask in batches)
+    widths = [ids.shape[1] for ids, _ in batches_of(work, SORTED, 2, 1)]
+    assert widths == sorted(widths, reverse=True)
+    assert all(ids.numel() <= 32 for ids, _ in batches_of(work, BUDGET, 32, 1))
+    assert [ids.shape[0] for ids, _ in batches_of(work, "arrival", 2, 1)] == [2, 3, 2]
+
+
+def test_facts_by_hand() -> None:
+    work = work_of([[4], [2]])
+    assert facts(work, batches_of(work, "arrival", 2, 1)) == {
+        "samples": 2,
+        "tokens": 6,
+        "sequences": 2,
+        "words": 10,
+        "padding": 0.25,
+        "fertility": 1.5,
+        "windows_per_example": None,
+    }
+
+
+def test_real_text_gives_the_tokenizers_ids(data_dir: Path) -> None:
+    texts = Texts(Settings(data=str(data_dir), tasks=("xnli",)))
+    work = texts.work("xnli", "sw", 4, workloads.XLMR)
+    rows = texts._samples["xnli", "sw"]
+    known = {tuple(texts.tokenizer(*row)["input_ids"]) for row in rows}
+    assert all(tuple(example[0].tolist()) in known for example in work.examples)
+    assert work.fertility and 1 < work.fertility < 3
+    with pytest.raises(DataFileError, match="the model has 1000 ids"):
+        texts.work("xnli", "sw", 4, workloads.Model(vocab=1000))
+
+
+def test_long_contexts_become_windows_that_cover_them(data_dir: Path) -> None:
+    texts = Texts(Settings(data=str(data_dir), tasks=("mlqa",)))
+    model = workloads.Model(limit=96)
+    work = texts.work("mlqa", "hi", 12, model)
+    assert work.windows and work.windows > 1
+    assert all(len(ids) <= 96 for example in work.examples for ids in example)
+    question, context = texts._samples["mlqa", "hi"][0]
+    windows = texts._sequences("mlqa", (question, context), workloads.XLMR)
+    whole = texts.tokenizer(context, add_special_tokens=False)["input_ids"]
+    start = len(texts.tokenizer(question, add_special_tokens=False)["input_ids"][:64]) + 3
+    covered = {128 * index + offset for index, ids in enumerate(windows) for offset in range(len(ids) - start - 1)}
+    assert covered == set(range(len(whole)))
+    for index, ids in enumerate(windows):
+        assert ids[start:-1] == whole[128 * index : 128 * index + len(ids) - start - 1]
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path: Path, data_dir: Path) -> None:
+    with pytest.raises(DataFileError, match="no task files"):
+        Texts(Settings(data=str(tmp_path), tokenizer=str(data_dir / "tokenizer" / "xlmr")))
+    with pytest.raises(DataFileError, match="no folder"):
+        Texts(Settings(data=str(tmp_path)))
