@@ -427,7 +427,7 @@ def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[st
         )
         if control["pairs_needed"]:
             notes.append(
-                f"At this noise about {control['pairs_needed']} pairs are needed, {control['pairs']} were had."
+                f"About {control['pairs_needed']} pairs are needed at this noise, {control['pairs']} were had."
             )
     undecided = [test for test in tests[1:] if test["verdict"] == statistics.UNDECIDED and test["arm"] == INTERMEDIATE]
     if undecided:

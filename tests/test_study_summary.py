@@ -1,0 +1,217 @@
+"""From observations to the document, with observations made up so that every figure is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xfast.study import document, summary
+from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
+from xfast.study.factors import Settings
+from xfast.study.languages import ordered
+from xfast.study.profiles import GROUPS, JOSHI_CLASS
+
+LANGUAGES = tuple(ordered(["sw", "te", "yo", "el", "ta", "de", "en", "ru"]))
+FERTILITY = {"sw": 1.6, "te": 2.3, "yo": 2.8, "el": 1.8, "ta": 2.2, "de": 1.5, "en": 1.3, "ru": 1.7}
+PER_TOKEN = {"native:fp32": 1e-3, "native:int8": 4e-4}
+
+
+def records(slowdown: float = 0.0, noise: float = 0.01, rounds: int = 5, **changes: Any) -> list[dict[str, Any]]:
+    """A study of one size, two engines and eight languages; time is proportional to tokens."""
+    settings = Settings(engines=tuple(PER_TOKEN), languages=LANGUAGES, rounds=rounds, tasks=("panx",), **changes)
+    generator = np.random.default_rng(0)
+    found: list[dict[str, Any]] = [
+        {"kind": "study", "format": 1, "settings": settings.as_dict(), "machine": {"cpu": "made up", "versions": {}}}
+    ]
+    for engine, cost in PER_TOKEN.items():
+        found.append({"kind": "engine", "engine": engine, "size": "base", "explain": engine})
+        for language in LANGUAGES:
+            words = 200
+            tokens = round(words * FERTILITY[language]) + 64
+            for policy, samples in (("sorted", 32), ("single", 4)):
+                key = f"base/{engine}/panx/{language}/{policy}/{1 if policy == 'single' else 16}"
+                share = samples / 32
+                facts = {"samples": samples, "tokens": round(tokens * share), "sequences": samples, "padding": 0.1}
+                facts |= {"words": round(words * share), "fertility": FERTILITY[language], "windows_per_example": None}
+                found.append({"kind": "cell", "cell": key, **facts})
+                for number in range(rounds):
+                    seconds = {}
+                    for arm in (BASELINE, INTERMEDIATE, CONTROL):
+                        factor = 1 + slowdown * (arm == INTERMEDIATE)
+                        parts = samples if policy == "single" else 1
+                        each = cost * tokens * share * factor / parts
+                        seconds[arm] = list(each * np.exp(generator.normal(0, noise, parts)))
+                    joules = dict.fromkeys(seconds, 10.0 * share)
+                    found.append({"kind": "visit", "cell": key, "round": number, "seconds": seconds, "joules": joules})
+        found.append({"kind": "memory", "size": "base", "engine": engine, "arms": 3, "peak_bytes": 4_000_000_000})
+    found.append({"kind": "ended", "at": "2026-01-01T00:00:00+00:00", "seconds": 60.0})
+    return found
+
+
+def study(**changes: Any) -> document.Study:
+    return summary.document_of(records(**changes), Path("made up"))
+
+
+def test_rates_by_hand() -> None:
+    made = study(noise=0.0)
+    cell = next(c for c in made["cells"] if c["language"] == "te" and c["engine"] == "native:fp32" and c["throughput"])
+    tokens = 200 * 2.3 + 64
+    figures = cell["throughput"][BASELINE]
+    assert figures["tokens_per_s"] == pytest.approx(1000)
+    assert figures["tokens_per_s_interval"] == pytest.approx([1000, 1000])
+    assert figures["samples_per_s"] == pytest.approx(32 / (tokens * 1e-3))
+    assert figures["words_per_s"] == pytest.approx(200 / (tokens * 1e-3))
+    assert figures["joules_per_sample"] == pytest.approx(10 / 32)
+    latency = next(c for c in made["cells"] if c["language"] == "te" and c["latency"])["latency"][CONTROL]
+    assert latency["p50_ms"] == latency["p99_ms"] == pytest.approx(tokens / 32)
+    assert (latency["responses"], len(latency["quantiles_ms"])) == (20, len(document.PERCENTILES))
+    assert cell["ratios"][CONTROL] == {"ratio": 1.0, "interval95": [1.0, 1.0], "pairs": 5}
+    assert made["seconds"] == 60.0 and made["created"].startswith("2026-01-01")
+    json.dumps(made, allow_nan=False)
+
+
+def test_low_resource_languages_lead_the_cells() -> None:
+    seen = list(dict.fromkeys(cell["language"] for cell in study()["cells"]))
+    assert seen == list(LANGUAGES) == ["te", "sw", "yo", "el", "ta", "ru", "de", "en"]
+
+
+def test_a_planted_slowdown_is_found_everywhere_it_is_and_only_there() -> None:
+    made = study(slowdown=0.05, rounds=10)
+    assert made["control"]["verdict"] == "equivalent" and made["control"]["arm"] == CONTROL
+    whole = next(one for one in made["equivalence"] if one["scope"] == "all")
+    assert (whole["arm"], whole["verdict"]) == (INTERMEDIATE, "different")
+    assert whole["ratio"] == pytest.approx(1.05, abs=0.003)
+    scopes = {one["scope"] for one in made["equivalence"]}
+    assert scopes >= {"base native:int8", "low-resource", "latency", "throughput", "sw"}
+    for one in made["equivalence"]:
+        assert one["verdict"] == ("different" if one["arm"] == INTERMEDIATE else "equivalent"), one["scope"]
+    assert not any("control failed" in note for note in made["notes"])
+
+
+def test_equal_arms_are_equivalent() -> None:
+    made = study()
+    assert made["equivalence"][0]["verdict"] == "equivalent"
+    low, high = made["control"]["interval95"]
+    assert 0.995 < low < high < 1.005
+
+
+def test_a_noisy_machine_is_said_with_the_pairs_it_takes() -> None:
+    made = study(noise=0.5, rounds=2)
+    assert made["control"]["verdict"] == "undecided"
+    assert any("A/A control failed" in note for note in made["notes"])
+    needed = made["control"]["pairs_needed"]
+    assert needed and needed > made["control"]["pairs"]
+    assert any(f"About {needed} pairs are needed" in note for note in made["notes"])
+
+
+def test_too_few_pairs_have_no_verdict() -> None:
+    made = study(rounds=1)
+    (swahili,) = [one for one in made["equivalence"] if one["scope"] == "sw" and one["arm"] == INTERMEDIATE]
+    assert (swahili["verdict"], swahili["pairs"], swahili["pairs_needed"]) == ("undecided", 4, 5)
+
+
+def test_the_cost_model_is_the_planted_one_and_fertility_explains_the_languages() -> None:
+    made = study(noise=0.0)
+    for model in made["cost_models"]:
+        assert model["us_per_token"] == pytest.approx(1e6 * PER_TOKEN[model["engine"]])
+        assert model["us_per_sequence"] == pytest.approx(0, abs=1e-3)
+        assert model["r2"] == pytest.approx(1)
+        assert model["explained"]["fertility"] > 0.97  # the rest is that special tokens are no words
+        assert model["explained"]["padding"] == pytest.approx(0)
+        assert model["predicted"] == pytest.approx(model["seen"])
+        assert list(model["seen"]) == list(LANGUAGES)
+
+
+def test_scaling_averages_by_group() -> None:
+    made = study(noise=0.0)
+    rows = {(one["engine"], one["group"]): one for one in made["scaling"] if one["arm"] == BASELINE}
+    assert set(rows) == {
+        (engine, group) for engine in PER_TOKEN for group in ("all", "low-resource", "mid-resource", "high-resource")
+    }
+    low = [32 / ((200 * FERTILITY[code] + 64) * 1e-3) for code in LANGUAGES if JOSHI_CLASS[code] <= 2]
+    assert rows["native:fp32", "low-resource"]["samples_per_s"] == pytest.approx(np.prod(low) ** (1 / len(low)))
+    assert rows["native:int8", "all"]["tokens_per_s"] == pytest.approx(2500)
+    assert rows["native:fp32", "all"]["parameters"] == 277_453_056
+    assert CONTROL not in {one["arm"] for one in made["scaling"]}
+
+
+def test_repeated_observations_count_once() -> None:
+    rows = records(noise=0.0)
+    visit = next(dict(row) for row in rows if row["kind"] == "visit")
+    visit["seconds"] = {arm: [2 * second for second in seconds] for arm, seconds in visit["seconds"].items()}
+    made = summary.document_of([*rows, visit], Path("made up"))
+    assert all(cell["rounds"] == 5 for cell in made["cells"])
+
+
+def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
+    failure = {"kind": "failed", "size": "base", "engine": "native:bf16", "why": "no such instruction"}
+    mended = {"kind": "failed", "size": "base", "engine": "native:int8", "why": "killed"}
+    made = summary.document_of([*records(), failure, failure, mended, {"kind": "note", "text": "a note"}], Path("x"))
+    assert made["skipped"] == [{"what": "base native:bf16", "why": "no such instruction"}]
+    assert "a note" in made["notes"]
+
+
+def test_a_stopped_run_has_a_document_too(tmp_path: Path) -> None:
+    rows = [row for row in records() if row["kind"] != "ended"]
+    made = summary.document_of(rows[: len(rows) // 2], Path("x"))
+    assert made["created"] == "unfinished"
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(made))
+    assert document.load(path) == made
+
+
+def test_pareto_fronts_join_scores_and_costs() -> None:
+    scores = []
+    for arm, engine, value in [
+        (BASELINE, "native:fp32", 70.0),
+        (BASELINE, "native:int8", 69.0),
+        (INTERMEDIATE, "native:fp32", 75.0),
+        (INTERMEDIATE, "native:int8", 68.0),
+    ]:
+        for language in LANGUAGES:
+            score = {"kind": "accuracy", "arm": arm, "size": "base", "engine": engine, "task": "panx", "layers": None}
+            scores.append({**score, "language": language, "metric": "f1", "value": value, "examples": 10})
+    made = summary.document_of([*records(noise=0.0), *scores, scores[0]], Path("x"))
+    assert len(made["accuracy"]) == 4 * len(LANGUAGES)
+    front = {(p["arm"], p["engine"]): p["on_front"] for p in made["pareto"] if p["group"] == "all"}
+    assert front == {
+        (BASELINE, "native:fp32"): False,  # the intermediate arm costs the same and is better
+        (BASELINE, "native:int8"): True,
+        (INTERMEDIATE, "native:fp32"): True,
+        (INTERMEDIATE, "native:int8"): False,
+    }
+    assert {p["group"] for p in made["pareto"]} == {"all", *GROUPS}
+
+
+def test_the_best_layer_is_a_probe() -> None:
+    rows = []
+    for layer, value in ((3, 10.0), (6, 30.0), (9, 20.0), (12, 5.0)):
+        score = {"kind": "accuracy", "arm": BASELINE, "size": "base", "engine": "native:fp32", "task": "panx"}
+        rows.append({**score, "language": "sw", "layers": layer, "metric": "acc", "value": value, "examples": 5})
+    made = summary.document_of([*records(noise=0.0), *rows], Path("x"))
+    (probe,) = [one for one in made["probes"] if one["probe"] == "layer"]
+    assert (probe["value"], probe["x"], probe["language"]) == (6.0, "native:fp32", "sw")
+    whole = next(c for c in made["cells"] if c["language"] == "sw" and c["engine"] == "native:fp32" and c["throughput"])
+    points = {p["layers"]: p["ms_per_sample"] for p in made["pareto"] if p["group"] == "all"}
+    assert points[6] == pytest.approx(0.5 * 1e3 / whole["throughput"][BASELINE]["samples_per_s"])
+
+
+def test_a_document_of_another_format_is_refused(tmp_path: Path) -> None:
+    from xfast.errors import DataFileError
+
+    path = tmp_path / "study.json"
+    for text, message in [
+        ("{", "cannot read"),
+        ("[]", "got 'list'"),
+        ('{"format": 2}', "got 2"),
+        ('{"format": 1}', "not a whole study: accuracy"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataFileError, match=message):
+            document.load(path)
+    with pytest.raises(DataFileError, match="cannot read"):
+        document.load(tmp_path / "nowhere.json")
