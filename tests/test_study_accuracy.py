@@ -1,0 +1,211 @@
+"""A study with checkpoints: two STILTs runs as arms, scores, layers, answers, and what tells the arms apart."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stilts
+import torch
+from rich.console import Console
+
+from xfast.errors import InvalidOptionError
+from xfast.stilts.config import RunConfig
+from xfast.stilts.data import Source
+from xfast.stilts.evaluation import Evaluation, evaluate
+from xfast.stilts.training import train
+from xfast.study import arms, probes, run
+from xfast.study.document import BASELINE, INTERMEDIATE
+from xfast.study.factors import CHECKPOINT, EngineName, Settings
+
+LANGUAGES = ("sw", "en")
+
+base = pytest.fixture(scope="module")(stilts.base)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rng, root = np.random.default_rng(3), folder / "xtreme"
+    stilts.nli(rng, root / "xnli/train-en.tsv", 48)
+    stilts.squad(rng, root / "squad/train-v1.1.json", 48)
+    for language in LANGUAGES:
+        rows = stilts.nli(rng, root / f"xnli/full-{language}.tsv", 12).read_text().splitlines()
+        stilts.write_lines(root / f"xnli/test-{language}.tsv", ["\t".join(row.split("\t")[:2]) for row in rows])
+        stilts.write_lines(root / f"labels/xnli/test-{language}.tsv", [row.split("\t")[2] for row in rows])
+        stilts.squad(rng, root / f"xquad/xquad.{language}.json", 8)
+    texts = stilts.sentences(rng, 20)
+    order = rng.permutation(20)
+    stilts.write_lines(root / "tatoeba/sw-en.sw", texts)
+    stilts.write_lines(root / "tatoeba/sw-en.en", [texts[i] for i in order])
+    stilts.write_lines(root / "labels/tatoeba/test-sw.tsv", map(str, order))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The arms: the same recipe from the same checkpoint, one of them trained longer."""
+    found = {}
+    for arm, epochs in ((BASELINE, 1), (INTERMEDIATE, 6)):
+        output = str(tmp_path_factory.mktemp(arm))
+        options: dict[str, Any] = {"batch_size": 16, "device_batch_size": 16, "max_length": 64, "dev_examples": 0}
+        config = RunConfig(str(base), ("xnli", "xquad"), output, data=str(data), epochs=epochs, **options)
+        found[arm] = train(config).folder
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(base: Path, data: Path, checkpoints: dict[str, Path]) -> Settings:
+    return Settings(
+        sizes=(CHECKPOINT,),
+        engines=("native:fp32", "native:int8"),
+        tasks=("xnli", "xquad", "tatoeba"),
+        languages=LANGUAGES,
+        samples=4,
+        responses=0,
+        rounds=1,
+        data=str(data),
+        tokenizer=str(base),
+        baseline={"": str(checkpoints[BASELINE])},
+        intermediate={"": str(checkpoints[INTERMEDIATE])},
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def studied(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    console = Console(file=io.StringIO())
+    return run.start(settings, tmp_path_factory.mktemp("study"), resume=False, console=console)
+
+
+def test_scores_are_the_official_ones(studied: dict[str, Any], settings: Settings, data: Path) -> None:
+    for arm, given in ((BASELINE, settings.baseline), (INTERMEDIATE, settings.intermediate)):
+        model = str(Path(given[""]) / "tasks" / "xnli")
+        asked = Evaluation(
+            model, "xnli", source=Source(data), languages=LANGUAGES, precision="int8", tokenizer=settings.tokenizer
+        )
+        expected = evaluate(asked)["languages"]
+        rows = [
+            row
+            for row in studied["accuracy"]
+            if (row["arm"], row["task"], row["engine"]) == (arm, "xnli", "native:int8")
+        ]
+        assert {row["language"]: row["value"] for row in rows} == expected
+        assert {row["examples"] for row in rows} == {12}
+    assert {row["task"] for row in studied["accuracy"]} == {"xnli", "xquad", "tatoeba"}
+    assert not studied["skipped"] or {one["why"] for one in studied["skipped"]} == {"not in the data"}
+    json.dumps(studied, allow_nan=False)
+
+
+def test_retrieval_is_scored_by_layer_and_the_best_one_named(studied: dict[str, Any]) -> None:
+    rows = [row for row in studied["accuracy"] if row["task"] == "tatoeba" and row["arm"] == BASELINE]
+    assert {row["layers"] for row in rows} == {1, 2}
+    assert all(row["value"] == 100.0 for row in rows)  # translations that are copies are all found
+    best = [one for one in studied["probes"] if one["probe"] == "layer"]
+    assert {one["arm"] for one in best} == {BASELINE, INTERMEDIATE}
+    assert {one["value"] for one in best} == {1.0}
+    points = [one for one in studied["pareto"] if one["task"] == "tatoeba" and one["group"] == "all"]
+    fronts = {(one["engine"], one["layers"]) for one in points if one["on_front"]}
+    assert all(layers == 1 for _, layers in fronts)  # half the cost at the same accuracy
+
+
+def test_answers_and_windows_are_figures_of_question_answering(studied: dict[str, Any]) -> None:
+    answers = [one for one in studied["probes"] if one["probe"] == "answers"]
+    assert {(one["arm"], one["language"]) for one in answers} <= {
+        (arm, language) for arm in (BASELINE, INTERMEDIATE) for language in LANGUAGES
+    }
+    assert answers and all(one["value"] > 0 for one in answers)
+    windows = [cell["windows_per_example"] for cell in studied["cells"] if cell["task"] == "xquad"]
+    assert windows and set(windows) == {1.0}
+
+
+def test_probes_tell_the_arms_apart(studied: dict[str, Any]) -> None:
+    by_arm = {
+        arm: [p["value"] for p in studied["probes"] if p["arm"] == arm and p["probe"] == "quantisation"]
+        for arm in (BASELINE, INTERMEDIATE)
+    }
+    assert len(by_arm[BASELINE]) == len(by_arm[INTERMEDIATE]) > 0
+    assert by_arm[BASELINE] != by_arm[INTERMEDIATE]
+    assert studied["arms"][INTERMEDIATE]["source"] != studied["arms"][BASELINE]["source"]
+    assert studied["text"] == "real text"
+
+
+def test_a_checkpoint_without_the_head_is_skipped_and_said(settings: Settings, base: Path) -> None:
+    from xfast.study import accuracy
+
+    bare = Settings.from_dict({**settings.as_dict(), "baseline": {"": str(base)}, "intermediate": {}})
+    (record,) = accuracy.measure(bare, "native:fp32", BASELINE, "xnli", ["sw"], 2)
+    assert record["kind"] == "skipped" and "no head that was trained" in record["why"]
+    wrong = Settings.from_dict({**bare.as_dict(), "tokenizer": str(base / "nowhere")})
+    (record,) = accuracy.measure(wrong, "native:fp32", BASELINE, "tatoeba", ["sw"], 1)
+    assert record["kind"] == "skipped" and "nowhere" in record["why"]
+
+
+def test_checkpoints_are_found_and_checked(
+    settings: Settings, checkpoints: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    given = {"": str(checkpoints[BASELINE]), "udpos": str(base)}
+    assert arms.folder_of(given, "xnli") == checkpoints[BASELINE] / "tasks" / "xnli"
+    assert arms.folder_of(given, "tatoeba") == checkpoints[BASELINE] / "encoder"
+    assert arms.folder_of(given, "xnli", encoder=True) == checkpoints[BASELINE] / "encoder"
+    assert arms.folder_of(given, "udpos") == base
+    with pytest.raises(InvalidOptionError, match="none for xnli"):
+        arms.folder_of({"udpos": str(base)}, "xnli")
+    with pytest.raises(InvalidOptionError, match=r"neither config\.json nor encoder/"):
+        arms.folder_of({"": str(tmp_path)}, "xnli")
+    other = stilts.checkpoint(tmp_path / "other", 700, hidden_size=32, num_attention_heads=2)
+    mixed = Settings.from_dict({**settings.as_dict(), "intermediate": {"": str(other)}})
+    with pytest.raises(InvalidOptionError, match="differ in size"):
+        arms.model_facts(mixed, CHECKPOINT)
+    assert arms.model_facts(settings, CHECKPOINT)["layers"] == 2
+
+
+# --- arms and probes on seeded models
+
+
+@pytest.mark.parametrize("task", ["xnli", "udpos", "xquad", "xcopa", "tatoeba"])
+def test_heads_come_and_go_around_one_encoder(task: str) -> None:
+    from xfast.benchmarks.models import random_model
+
+    encoder = random_model("tiny")
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    model = arms.with_head(encoder, task, seed=5)
+    again = arms.with_head(encoder, task, seed=5)
+    assert arms.without_head(model) is encoder
+    shape = (2, 2, 6) if task == "xcopa" else (2, 6)
+    ids = torch.randint(5, 1000, shape)
+    with torch.inference_mode():
+        first, second = (m(input_ids=ids, attention_mask=torch.ones_like(ids))[0] for m in (model, again))
+    assert torch.equal(first, second) and torch.isfinite(first).all()
+    left = {name: value for name, value in encoder.state_dict().items() if not name.startswith("pooler.")}
+    assert left.keys() == before.keys()
+    assert all(torch.equal(left[name], before[name]) for name in before)
+
+
+def test_probes_know_exact_arithmetic_from_coarse() -> None:
+    from xfast.benchmarks.models import random_model
+
+    ids = torch.randint(5, 1000, (4, 12))
+    inputs = {("panx", "sw"): (ids, torch.ones_like(ids))}
+    worst = {}
+    for engine in ("native:fp32", "native:int8"):
+        model = arms.with_head(random_model("tiny"), "panx", 0)
+        found = list(probes.compare(model, EngineName.parse(engine), inputs))
+        assert {one["probe"] for one in found} == {"quantisation", "early"}
+        assert all(0 <= one["value"] <= 1 + 1e-6 for one in found)
+        worst[engine] = next(one["value"] for one in found if "worst" in one["what"])
+    assert worst["native:fp32"] == pytest.approx(1, abs=1e-6)
+    assert 0.99 < worst["native:int8"] < worst["native:fp32"]
+
+
+def test_text_towers_have_no_head_and_are_studied_whole() -> None:
+    from xfast.benchmarks.models import config_of
+
+    assert config_of("altclip").num_hidden_layers == 24
+    tower = torch.nn.Linear(1, 1)
+    tower.__class__ = type("AltCLIPTextModel", (torch.nn.Linear,), {})
+    assert arms.with_head(tower, "xnli", 0) is tower
