@@ -17,9 +17,34 @@ INK, SOFT, LINE, PAPER = "#1a1d21", "#58616b", "#dfe3e7", "#ffffff"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5568f", "#c98a00", "#3d8fc4", "#6b5fb5", "#7a7a7a")
 """Colours that people with any kind of colour vision tell apart (Okabe and Ito), as on a light page."""
 
+HEAT = "#005b96"
+"""Where the scale of a heat map ends; it begins at ``PAPER``."""
+
+_STEPS = 64  # colours of a heat map
+
+
+def heat(share: float) -> str:
+    """The colour of a share from 0 to 1 on the scale from ``PAPER`` to ``HEAT``."""
+    return _MIXES[round(share * (_STEPS - 1))]
+
+
+def _mixed(step: int) -> float:
+    return 0.04 + 0.96 * step / (_STEPS - 1)
+
+
+def _mix(share: float) -> str:
+    ends = zip(bytes.fromhex(PAPER[1:]), bytes.fromhex(HEAT[1:]), strict=True)
+    return "#" + "".join(f"{round(light + share * (full - light)):02x}" for light, full in ends)
+
+
+_MIXES = [_mix(_mixed(step)) for step in range(_STEPS)]
+
 # The same names as in pages.css, which has a dark colour beside each of these.
-_VARIABLES = {INK: "--ink", SOFT: "--soft", LINE: "--line", PAPER: "--paper"} | {
-    colour: f"--s{number}" for number, colour in enumerate(SERIES, 1)
+_ON_A_PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--paper)"}
+_ON_A_PAGE |= {colour: f"var(--s{number})" for number, colour in enumerate(SERIES, 1)}
+_ON_A_PAGE |= {
+    colour: f"color-mix(in srgb, var(--heat) {100 * _mixed(step):.1f}%, var(--paper))"
+    for step, colour in enumerate(_MIXES)
 }
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -45,17 +70,23 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def new(argument: str, install: str, width: float, height: float) -> Any:
-    """An empty matplotlib ``Figure`` of that size in inches.
+def require(argument: str, install: str) -> None:
+    """Asked before anything is drawn.
 
     Raises:
         BackendUnavailableError: matplotlib is not installed; ``install`` says what to install.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.backends.backend_agg  # noqa: F401
     except ImportError:
         raise BackendUnavailableError(f"{argument}: needs matplotlib; pip install {install}") from None
+
+
+def new(width: float, height: float) -> Any:
+    """An empty matplotlib ``Figure`` of that size in inches; matplotlib must be there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -104,6 +135,4 @@ def _tag(tag: str, key: str) -> str:
     tag = re.sub(r'(xlink:)?href="#', f'href="#{key}-', tag).replace("url(#", f"url(#{key}-")
     tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     tag = re.sub(r"font: (\d+|bold) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", tag)
-    return re.sub(
-        r"#[0-9a-f]{6}", lambda colour: f"var({_VARIABLES[colour[0]]})" if colour[0] in _VARIABLES else colour[0], tag
-    )
+    return re.sub(r"#[0-9a-f]{6}", lambda colour: _ON_A_PAGE.get(colour[0], colour[0]), tag)

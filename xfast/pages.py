@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+_LONG = 40  # characters of prose that stay on one line
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -105,8 +106,13 @@ def html_list(lines: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{html_text(line)}</li>' for line in lines)}</ul>"
 
 
-def html_table(sheet: Sheet) -> str:
-    """The sheet as an HTML table that scrolls sideways inside its own frame, with its legend under it."""
+def html_table(sheet: Sheet, level: int = 3) -> str:
+    """The sheet as an HTML table that scrolls sideways inside its own frame, its title above and its legend below.
+
+    Args:
+        sheet: what to show.
+        level: of the heading.
+    """
     most = limit(sheet) if sheet.coloured else None
     words = [all(row[column].prose for row in sheet.rows) for column in range(len(sheet.head))]
     heads = zip(sheet.head, words, strict=True)
@@ -115,17 +121,19 @@ def html_table(sheet: Sheet) -> str:
         f'<tr><th scope="row">{html_text(first.text)}</th>{"".join(_data(item, most) for item in items)}</tr>'
         for first, *items in sheet.rows
     ]
-    title, kind = html_text(sheet.title), ' class="sortable"' * sheet.sortable
+    key, kind = html_text(sheet.key), ' class="sortable"' * sheet.sortable
     legend = "".join(f'<p class="legend">{html_text(line)}</p>' for line in sheet.legend)
     return (
-        f'<div class="wide" role="region" aria-label="{title}" tabindex="0">'
-        f'<table id="{html_text(sheet.key)}"{kind}><caption>{title}</caption>\n<thead><tr>{head}</tr></thead>\n'
+        f'<h{level} id="{key}-title">{html_text(sheet.title)}</h{level}>\n'
+        f'<div class="wide" role="region" aria-labelledby="{key}-title" tabindex="0">'
+        f'<table id="{key}" aria-labelledby="{key}-title"{kind}>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>{legend}"
     )
 
 
 def _data(item: Item, most: float | None) -> str:
     kinds = " ".join(name for name in ("missing", "best", "prose") if getattr(item, name))
+    kinds += " long" * (item.prose and (len(item.text) > _LONG or "\n" in item.text))
     attributes = f' class="{kinds}"' if kinds else ""
     if item.value is not None:
         attributes += f' data-value="{item.value!r}"'

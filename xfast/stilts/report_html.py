@@ -349,7 +349,7 @@ def page(document: Document, png: bytes) -> str:
     size = f"{len(document['intermediates'])} intermediate tasks by {len(document['targets'])} targets"
     alt = html_text(f"Heat map of the differences, {size}. The table of differences holds the same figures.")
     figure = f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-    tables = [pages.html_table(sheet) for sheet in sheets(document)]
+    tables = [pages.html_table(sheet, 2) for sheet in sheets(document)]
     # The picture stands after the table of differences, which it repeats, or first where there is none.
     tables.insert(1 if document["baseline_average"] else 0, figure)
     prose = [f"<h2>{html_text(title)}</h2>\n{pages.html_list(lines)}" for title, lines in _prose(document)]
@@ -365,11 +365,12 @@ def picture(document: Document) -> bytes:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
+    figures.require("heat_map", "matplotlib")
     sheet = _differences(document)
     rows = sheet.rows[1:] or [[Item("no differences"), *[Item("–", missing=True)] * (len(document["targets"]) + 1)]]
     columns = len(document["targets"]) + 1  # and the average
     size = min(3.2 + 0.85 * columns, 100), min(1.8 + 0.5 * len(rows), 100)
-    figure = figures.new("heat_map", "matplotlib", *size)
+    figure = figures.new(*size)
     axes = figure.add_subplot()
     _draw(axes, [row[1 : columns + 1] for row in rows], pages.limit(sheet))
     # Names come from a file: a dollar sign in one is no formula.
