@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from xfast.study.document import (
     Throughput,
 )
 from xfast.study.languages import language, ordered
-from xfast.study.profiles import GROUPS, LengthProfile, load_profiles
+from xfast.study.profiles import GROUPS, PERCENTS, LengthProfile, load_profiles
 
 SIZES = {
     "base": {"parameters": 278_043_648, "layers": 12, "hidden_size": 768},
@@ -39,6 +40,7 @@ HOSTILE = "<script>alert(\"x\")</script> & 'co' $x_1$ \\end{table} | %"
 PADDING = 0.35
 
 
+@cache
 def profiles(task: str) -> dict[str, LengthProfile]:
     return {profile.language: profile for profile in load_profiles() if profile.task == task}
 
@@ -64,7 +66,7 @@ def cell(
     throughput: dict[str, Throughput] = {}
     latency: dict[str, Latency] = {}
     for arm in arms:
-        slower = 1 + 0.001 * rng.normal()
+        slower = 1 + 0.001 * float(rng.normal())
         tokens = profile.mean / each / slower
         if kind == "throughput":
             throughput[arm] = Throughput(
@@ -75,7 +77,7 @@ def cell(
                 joules_per_sample=each * 35 if engine == "native int8" else None,
             )
         else:
-            lengths = np.interp(PERCENTILES, (0, 5, 10, 25, 50, 75, 90, 95, 99, 100), profile.quantiles)
+            lengths = np.interp(PERCENTILES, PERCENTS, profile.quantiles).tolist()
             ms = [1000 * seconds(engine, size, length) * slower * 1.15 for length in lengths]
             latency[arm] = Latency(p50_ms=ms[10], p95_ms=ms[19], p99_ms=ms[20], responses=400, quantiles_ms=ms)
     return Cell(

@@ -51,6 +51,7 @@ _STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -104,10 +105,17 @@ def style() -> Iterator[None]:
 def png(figure: Any, dpi: int = 120) -> bytes:
     """The figure as a PNG image."""
     buffer = io.BytesIO()
+    figure.set_dpi(dpi)
+    with _any_glyph():
+        figure.canvas.print_png(buffer)  # savefig would draw everything twice
+    return buffer.getvalue()
+
+
+@contextmanager
+def _any_glyph() -> Iterator[None]:
     with warnings.catch_warnings():  # a name in a script that the font lacks shows as boxes
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure.savefig(buffer, dpi=dpi, format="png")
-    return buffer.getvalue()
+        yield
 
 
 def svg(figure: Any, key: str) -> str:
@@ -117,10 +125,12 @@ def svg(figure: Any, key: str) -> str:
         figure: drawn inside :func:`style`.
         key: begins every id, so that several figures live on one page.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
-    with style(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.patch.set_visible(False)  # the ground is the page's
+    with style(), _any_glyph():
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     body, rest = text.split(">", 1)
@@ -133,6 +143,7 @@ def svg(figure: Any, key: str) -> str:
 def _tag(tag: str, key: str) -> str:
     tag = re.sub(r'\bid="', f'id="{key}-', tag)
     tag = re.sub(r'(xlink:)?href="#', f'href="#{key}-', tag).replace("url(#", f"url(#{key}-")
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
     tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     tag = re.sub(r"font: (\d+|bold) ([\d.]+)px [^;\"]*", r"font-weight: \1; font-size: \2px", tag)
     return re.sub(r"#[0-9a-f]{6}", lambda colour: _ON_A_PAGE.get(colour[0], colour[0]), tag)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-_LONG = 40  # characters of prose that stay on one line
+_LONG, _LONG_HEAD = 40, 16  # characters that stay on one line, of prose and of a column's name
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -115,8 +115,7 @@ def html_table(sheet: Sheet, level: int = 3) -> str:
     """
     most = limit(sheet) if sheet.coloured else None
     words = [all(row[column].prose for row in sheet.rows) for column in range(len(sheet.head))]
-    heads = zip(sheet.head, words, strict=True)
-    head = "".join(f'<th scope="col"{" class=prose" * prose}>{html_text(text)}</th>' for text, prose in heads)
+    head = "".join(_head(text, prose) for text, prose in zip(sheet.head, words, strict=True))
     rows = [
         f'<tr><th scope="row">{html_text(first.text)}</th>{"".join(_data(item, most) for item in items)}</tr>'
         for first, *items in sheet.rows
@@ -129,6 +128,12 @@ def html_table(sheet: Sheet, level: int = 3) -> str:
         f'<table id="{key}" aria-labelledby="{key}-title"{kind}>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>{legend}"
     )
+
+
+def _head(text: str, prose: bool) -> str:
+    kinds = " ".join(["prose"] * prose + ["long"] * (len(text) > _LONG_HEAD))
+    attribute = f' class="{kinds}"' if kinds else ""
+    return f'<th scope="col"{attribute}>{html_text(text)}</th>'
 
 
 def _data(item: Item, most: float | None) -> str:

@@ -227,7 +227,8 @@ def _rate(value: float) -> str:
 
 
 def _percent(share: float, decimals: int | None = None) -> str:
-    return f"{100 * share:g} %" if decimals is None else f"{100 * share:.{decimals}f} %"
+    number = f"{100 * share:g}" if decimals is None else f"{100 * share:.{decimals}f}"
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def _count(count: int, thing: str) -> str:

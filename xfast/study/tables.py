@@ -71,7 +71,7 @@ class Table:
 def interval(key: str, title: str, kind: str = "ratio", percent: int = 95) -> list[Column]:
     """A figure's column and the two of its interval's ends."""
     low, high = ends(key, (0.0, 0.0), percent)
-    figure = Column(key, f"{title} [{percent} %]", kind, (low, high))
+    figure = Column(key, f"{title} [{percent}\N{NO-BREAK SPACE}%]", kind, (low, high))
     return [figure, *(Column(end, end, kind, hidden=True) for end in (low, high))]
 
 
@@ -191,7 +191,7 @@ def to_csv(table: Table) -> str:
 def _exact(value: Value) -> str:
     if isinstance(value, str):
         return pages.printable(value)
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_markdown(table: Table) -> str:
