@@ -95,7 +95,11 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def said(study: Study) -> str:
     found = answer(study)
-    lines = [*(" ".join(pair) for pair in found.warnings), *found.lead, *(": ".join(pair) for pair in found.languages)]
+    lines = [
+        *(" ".join(pair) for pair in (*found.warnings, *found.cautions)),
+        *found.lead,
+        *(": ".join(pair) for pair in found.languages),
+    ]
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -123,7 +127,7 @@ def test_sentences_follow_from_the_figures() -> None:
     assert len(gains) == 4
     assert f"accuracy by {sum(gains) / 4:+.1f} points over 1 task and 4 languages" in text
     assert [name for name, _ in answer(study).languages] == ["Swahili", "Yoruba"]
-    assert answer(study).warnings == []
+    assert answer(study).warnings == answer(study).cautions == []
 
 
 def test_failing_control_forbids_conclusions() -> None:
@@ -196,10 +200,18 @@ def test_language_measured_elsewhere_says_where() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_figures_that_are_no_numbers_are_refused(tmp_path: Path, bad: float) -> None:
     study = builder.study(**SMALL)
-    study["cells"][3]["throughput" if study["cells"][3]["throughput"] else "latency"][BASELINE]["p50_ms"] = bad  # type: ignore[typeddict-unknown-key]
+    assert study["cells"][3]["kind"] == "latency"
+    study["cells"][3]["latency"][BASELINE]["p50_ms"] = bad
     with pytest.raises(InvalidInputError, match=r"study: cells\[3\]\.latency\.baseline\.p50_ms: -?(nan|inf) given"):
         report.write(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rates_of_nothing_are_refused() -> None:
+    study = builder.study(**SMALL)
+    study["cells"][0]["throughput"][INTERMEDIATE]["samples_per_s"] = 0.0
+    with pytest.raises(InvalidInputError, match=r"cells\[0\]\.throughput\.intermediate\.samples_per_s: 0\.0 given"):
+        view.check(study)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +287,13 @@ def test_second_report_replaces_the_first(tmp_path: Path, monkeypatch: pytest.Mo
     plot = Plot("scaling", "t", "c.", '<svg viewBox="0 0 9 9"></svg>', b"png")
     monkeypatch.setattr(report, "plots", lambda study: [plot])
     report.write(builder.study(**SMALL), tmp_path)
-    (tmp_path / "tables" / "mine.txt").write_text("kept")
+    (tmp_path / "figures" / "probe-layer.png").write_bytes(b"of an earlier report")
+    for name in ("tables/notes.md", "figures/mine.png"):
+        (tmp_path / name).write_text("kept")
     monkeypatch.setattr(report, "plots", lambda study: [Absent("scaling", "t", "one size")])
     written = report.write(builder.minimal(), tmp_path)
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {*written, "tables/mine.txt"}
+    assert found == {*written, "tables/notes.md", "figures/mine.png"}
     before = {name: path.read_bytes() for name, path in written.items()}
     assert {name: path.read_bytes() for name, path in report.write(builder.minimal(), tmp_path).items()} == before
 

@@ -25,7 +25,7 @@ class Item:
         note: smaller, under the text.
         value: the figure itself, for sorting and colours; None for words.
         best: shown in bold.
-        missing: there is no figure; hatched.
+        missing: there is no figure; shown faint.
         prose: words, set from the left and wrapped.
     """
 

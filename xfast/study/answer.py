@@ -25,12 +25,14 @@ class Answer:
     """Sentences.
 
     Attributes:
-        warnings: (what is wrong, what follows from it): the figures are not to be trusted, or not for everything.
+        warnings: (what is wrong, what follows from it): the figures are not to be trusted.
+        cautions: the same of what the figures do not cover.
         lead: the findings, most important first; a paragraph each.
         languages: (name, finding) of XTREME's low-resource languages, or of the study's first ones without any.
     """
 
     warnings: list[tuple[str, str]]
+    cautions: list[tuple[str, str]]
     lead: list[str]
     languages: list[tuple[str, str]]
 
@@ -41,7 +43,7 @@ def answer(study: Study) -> Answer:
     rows = view.throughput_cells(study, chosen) if chosen else {}
     lead = [*_cost(study), *_gain(study), *(_speed(study, rows, str(chosen)) if rows else _nothing(study))]
     lead += [*(_between(study, rows, chosen) if chosen else ()), *_left_out(study)]
-    return Answer(list(_warnings(study)), lead, list(_languages(study)))
+    return Answer(list(_warnings(study)), list(_cautions(study)), lead, list(_languages(study)))
 
 
 def control_failed(study: Study) -> bool:
@@ -60,6 +62,9 @@ def _warnings(study: Study) -> Iterator[tuple[str, str]]:
         so = "No comparison below can be trusted; measure again on an idle machine."
         verdict = f"which is {control['verdict']} at a margin of {_percent(control['margin'])}"
         yield "The control failed: the noise is too high.", f"{what}, {verdict}. {so}"
+
+
+def _cautions(study: Study) -> Iterator[tuple[str, str]]:
     if seeded := view.seeded(study):
         which = f"That is so for {_joined(seeded)}. Speed, memory and padding are those of the architecture;"
         so = "nothing is claimed about accuracy, and probes say nothing about trained models."

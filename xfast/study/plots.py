@@ -34,6 +34,12 @@ _PROBES = {
 }
 """Titles of the kinds of probes that the document names; any other kind is its own title."""
 
+PROBE = "probe-"
+"""Begins the names of the probes' figures."""
+
+KEYS = tuple(_TITLES)
+"""Names of the other figures that there can be."""
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -81,7 +87,7 @@ def _drawn(study: Study) -> Iterator[tuple[str, str, Drawing | str]]:
     if not made:
         yield "probes", "Probes", "no probe was run"
     for kind in sorted(made, key=[*_PROBES, *made].index):
-        yield f"probe-{_ODD.sub('-', kind)}", _PROBES.get(kind, kind), made[kind]
+        yield f"{PROBE}{_ODD.sub('-', kind)}", _PROBES.get(kind, kind), made[kind]
 
 
 def _finished(key: str, title: str, made: Drawing | str) -> Plot | Absent:

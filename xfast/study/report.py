@@ -10,7 +10,7 @@ from xfast import files
 from xfast.study import contents, report_html, tables, view
 from xfast.study.answer import answer
 from xfast.study.document import Study
-from xfast.study.plots import Plot, plots
+from xfast.study.plots import KEYS, PROBE, Plot, plots
 
 _WRITERS = {"csv": tables.to_csv, "md": tables.to_markdown, "tex": tables.to_latex}
 
@@ -43,13 +43,14 @@ def write(study: Study, folder: Path) -> dict[str, Path]:
     written = {name: folder / name for name in content}
     for name, path in written.items():
         files.save("folder", path, content[name])
-    _remove_others(folder, set(written.values()))
+    for path in _own(folder) - set(written.values()):
+        with contextlib.suppress(OSError):
+            path.unlink()
     return written
 
 
-def _remove_others(folder: Path, kept: set[Path]) -> None:
-    """Only what a report writes: in its two folders, files of its endings."""
-    for path in [*folder.glob("tables/*.*"), *folder.glob("figures/*.png")]:
-        if path not in kept and path.suffix[1:] in (*_WRITERS, "png"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+def _own(folder: Path) -> set[Path]:
+    """Everything in the folder that a report can have written there but the page and the document."""
+    tables_there = {folder / f"tables/{key}.{end}" for key in contents.KEYS for end in _WRITERS}
+    figures_there = {folder / f"figures/{key}.png" for key in KEYS} | set(folder.glob(f"figures/{PROBE}*.png"))
+    return {path for path in tables_there | figures_there if path.exists()}

@@ -35,7 +35,8 @@ def page(study: Study, answer: Answer, tables: Sequence[Table], plots: Sequence[
     """The whole page."""
     body = [
         *_header(study),
-        *(_warning(what, so) for what, so in answer.warnings),
+        *(_remark("warning", *pair) for pair in answer.warnings),
+        *(_remark("note", *pair) for pair in answer.cautions),
         *_answer(answer),
         _heading("figures"),
         *(_figure(plot) for plot in plots if isinstance(plot, Plot)),
@@ -67,8 +68,8 @@ def _header(study: Study) -> Iterator[str]:
     yield f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
 
 
-def _warning(what: str, so: str) -> str:
-    return f'<div class="warning" role="note"><p><strong>{html_text(what)}</strong> {html_text(so)}</p></div>'
+def _remark(kind: str, what: str, so: str) -> str:
+    return f'<div class="{kind}" role="note"><p><strong>{html_text(what)}</strong> {html_text(so)}</p></div>'
 
 
 def _answer(answer: Answer) -> Iterator[str]:

@@ -36,7 +36,7 @@ class Setting:
 
 
 def check(study: Study) -> None:
-    """Refuse figures that are no numbers, and names that the document does not define.
+    """Refuse figures that are no numbers, rates that are none, and names that the document does not define.
 
     Raises:
         InvalidInputError: names the place in the document, what is there and what is accepted.
@@ -46,6 +46,11 @@ def check(study: Study) -> None:
             raise InvalidInputError(
                 f"study: {place}: {value} given; accepted: finite numbers, null for what is not known"
             )
+    for index, cell in enumerate(study["cells"]):
+        for arm, found in cell["throughput"].items():
+            if found["samples_per_s"] <= 0:
+                place = f"cells[{index}].throughput.{arm}.samples_per_s"
+                raise InvalidInputError(f"study: {place}: {found['samples_per_s']} given; accepted: above 0")
     defined: dict[str, Any] = {
         "size": study["sizes"],
         "engine": study["engines"],
