@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from xfast import files
 from xfast.errors import DataFileError, InvalidOptionError
-from xfast.stilts import files
 from xfast.stilts.data import SPLITS, Source
 from xfast.stilts.task import BITEXT, MLM, Recipe, Task
 from xfast.stilts.tasks import get

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 import xfast
+from xfast import files
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
-from xfast.stilts import files, prediction, scoring, search
+from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode

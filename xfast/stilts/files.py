@@ -1,15 +1,8 @@
-"""Files that appear whole or not at all, and files in a data folder."""
+"""Files in a data folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text; whoever reads meanwhile, or after a crash, sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def find(folder: Path, relative: str) -> Path | None:

@@ -7,9 +7,7 @@ compared. Scores are percentages (higher is better), differences are percentage 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from xfast import files
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import report_html
 from xfast.stilts.readers import json_rows, lines, load_json
@@ -444,7 +443,7 @@ def heat_map(summary: GridSummary, path: Path | str) -> None:
         BackendUnavailableError: matplotlib is not installed.
         InvalidOptionError: ``path`` cannot be written.
     """
-    _write("path", Path(path), report_html.picture(as_dict(summary)))
+    files.save("path", Path(path), report_html.picture(as_dict(summary)))
 
 
 def write_html(summary: GridSummary, path: Path | str, png: bytes) -> None:
@@ -453,7 +452,7 @@ def write_html(summary: GridSummary, path: Path | str, png: bytes) -> None:
     Raises:
         InvalidOptionError: ``path`` cannot be written.
     """
-    _write("path", Path(path), report_html.page(as_dict(summary), png).encode())
+    files.save("path", Path(path), report_html.page(as_dict(summary), png).encode())
 
 
 def write_report(cells_path: Path | str, out_dir: Path | str, *, split: str = "dev") -> dict[str, Any]:
@@ -471,25 +470,12 @@ def write_report(cells_path: Path | str, out_dir: Path | str, *, split: str = "d
     """
     document = as_dict(summarize(load_cells(cells_path), split))
     png = report_html.picture(document)
-    files = {
+    written = {
         "heatmap.png": png,
         "report.md": report_html.markdown(document).encode(),
         "report.html": report_html.page(document, png).encode(),
         "report.json": (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode(),
     }
-    for name, content in files.items():
-        _write("out_dir", Path(out_dir) / name, content)
+    for name, content in written.items():
+        files.save("out_dir", Path(out_dir) / name, content)
     return document
-
-
-def _write(argument: str, path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise InvalidOptionError(f"{argument}: cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

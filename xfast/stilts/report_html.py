@@ -7,11 +7,7 @@ anything: each renderer escapes them.
 from __future__ import annotations
 
 import base64
-import io
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from xfast.errors import BackendUnavailableError
+from xfast import figures, pages
+from xfast.pages import Item, Sheet, html_text, markdown_text, signed
 from xfast.study.profiles import GROUPS
 
 Document = dict[str, Any]
@@ -35,34 +32,7 @@ _LEGEND = "± sample standard deviation over seeds; * best of its target; † no
 _TITLE = "STILTs: what English intermediate training adds"
 
 
-@dataclass(frozen=True)
-class Item:
-    """A cell of a sheet: a figure, a smaller remark under it, and how it stands out without colour."""
-
-    text: str
-    note: str = ""
-    value: float | None = None
-    best: bool = False
-    missing: bool = False
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table: the first column names its rows."""
-
-    key: str
-    title: str
-    head: list[str]
-    rows: list[list[Item]]
-    legend: list[str] = field(default_factory=list)
-
-
 # --- figures --------------------------------------------------------------------------------------
-
-
-def signed(value: float) -> str:
-    """A difference to one decimal, always with a sign; no negative zero."""
-    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def _name(document: Document, name: str) -> str:
@@ -148,6 +118,7 @@ def _differences(document: Document) -> Sheet:
         ["after", *_heads(document), "average", *(["published"] if with_published else [])],
         rows,
         [_LEGEND],
+        coloured=True,
     )
 
 
@@ -183,7 +154,9 @@ def _best(document: Document) -> Sheet:
         gain = Item(signed(document["published"]["best_per_target"]["gain"]), "9 tasks, test")
         rows.append([Item("average"), Item(""), *means, Item(""), Item(""), Item(""), gain])
     head = ["target", "best", "gain", "its gain on test", "metric", *published["columns"], "difference"]
-    return Sheet("best", "Best intermediate task of each target, beside published test scores", head, rows)
+    return Sheet(
+        "best", "Best intermediate task of each target, beside published test scores", head, rows, coloured=True
+    )
 
 
 def _groups(document: Document) -> Sheet:
@@ -194,7 +167,7 @@ def _groups(document: Document) -> Sheet:
         if found
     ]
     legend = ["Mean over pairs of target and language; † not all the pairs that other rows have."]
-    return Sheet("groups", "Difference by language group, percentage points", ["after", *groups], rows, legend)
+    return Sheet("groups", "Difference by language group, percentage points", ["after", *groups], rows, legend, True)
 
 
 def _languages(document: Document) -> Sheet:
@@ -202,13 +175,22 @@ def _languages(document: Document) -> Sheet:
     columns = [row for row in document["intermediates"] if document["languages"].get(row)]
     rows = [[Item(name), *(_mean(document["languages"][row].get(name)) for row in columns)] for name in names]
     head = ["language", *(_name(document, row) for row in columns)]
-    return Sheet("languages", "Difference by language over the targets that have it, percentage points", head, rows)
+    return Sheet(
+        "languages",
+        "Difference by language over the targets that have it, percentage points",
+        head,
+        rows,
+        coloured=True,
+    )
 
 
 def _unfinished(document: Document) -> Sheet:
     rows = [
-        [Item(_name(document, cell["intermediate"])), Item(_name(document, cell["target"]))]
-        + [Item(str(cell[key] if cell[key] is not None else "")) for key in ("seed", "split", "status", "error")]
+        [Item(_name(document, cell["intermediate"])), Item(_name(document, cell["target"]), prose=True)]
+        + [
+            Item(str(cell[key] if cell[key] is not None else ""), prose=True)
+            for key in ("seed", "split", "status", "error")
+        ]
         for cell in document["unfinished"]
     ]
     return Sheet("unfinished", "Failed and pending runs", ["after", "target", "seed", "split", "status", "error"], rows)
@@ -344,22 +326,13 @@ def _part(sheet: Sheet, start: int, stop: int) -> Table:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line of a table."""
-    text = " ".join(escape(text, quote=False).split())
-    return "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in text)
-
-
 def markdown(document: Document) -> str:
     """The report as GitHub Markdown, beside heatmap.png."""
     parts = [f"# {_TITLE}", "![Differences to the baseline; the same figures are in the first table](heatmap.png)"]
     for sheet in sheets(document):
-        rows = [[_plain(f"{item.text} {item.note}") or " " for item in row] for row in sheet.rows]
-        rules = [":--", *["--:"] * (len(sheet.head) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in ([_plain(head) for head in sheet.head], rules, *rows)]
-        parts += [f"## {_plain(sheet.title)}", "\n".join(lines), *(_plain(line) for line in sheet.legend)]
+        parts += [f"## {markdown_text(sheet.title)}", pages.markdown_table(sheet), *map(markdown_text, sheet.legend)]
     for title, lines in _prose(document):
-        parts += [f"## {title}", "\n".join(f"- {_plain(line)}" for line in lines)]
+        parts += [f"## {title}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -370,71 +343,17 @@ def _prose(document: Document) -> list[tuple[str, list[str]]]:
 
 # --- HTML -----------------------------------------------------------------------------------------
 
-_HEAD = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(_TITLE)}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; margin: 2em auto; max-width: 78em;
-  padding: 0 1em; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-caption {{ text-align: left; font-weight: bold; padding: .4em 0; }}
-th, td {{ border: 1px solid #999; padding: .25em .6em; text-align: right; vertical-align: top; }}
-th[scope=row] {{ text-align: left; }}
-td small {{ display: block; color: #333; }}
-td.missing {{ background: repeating-linear-gradient(45deg, #eee 0 6px, #ddd 6px 12px); }}
-td.text {{ text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }}
-td.best {{ font-weight: bold; outline: 2px solid #111; outline-offset: -2px; }}
-img {{ max-width: 100%; height: auto; }}
-</style></head><body><main>"""
-
 
 def page(document: Document, png: bytes) -> str:
     """The report as one HTML file: no script, no network, the heat map inside."""
     size = f"{len(document['intermediates'])} intermediate tasks by {len(document['targets'])} targets"
-    alt = escape(f"Heat map of the differences, {size}. The table of differences holds the same figures.")
+    alt = html_text(f"Heat map of the differences, {size}. The table of differences holds the same figures.")
     figure = f'<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-    tables = [_table(sheet) for sheet in sheets(document)]
+    tables = [pages.html_table(sheet, 2) for sheet in sheets(document)]
     # The picture stands after the table of differences, which it repeats, or first where there is none.
     tables.insert(1 if document["baseline_average"] else 0, figure)
-    prose = [
-        f"<h2>{escape(title)}</h2>\n<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
-        for title, lines in _prose(document)
-    ]
-    return "\n".join([_HEAD, f"<h1>{escape(_TITLE)}</h1>", *tables, *prose, "</main>\n</body>\n</html>\n"])
-
-
-def _table(sheet: Sheet) -> str:
-    limit = _limit(sheet)
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in sheet.head)
-    rows = [
-        f'<tr><th scope="row">{escape(first.text)}</th>{"".join(_data(item, limit, sheet.key) for item in items)}</tr>'
-        for first, *items in sheet.rows
-    ]
-    legend = "".join(f"<p>{escape(line)}</p>" for line in sheet.legend)
-    return (
-        f'<div class="wide"><table id="{sheet.key}"><caption>{escape(sheet.title)}</caption>\n<thead><tr>{head}</tr>'
-        f"</thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>{legend}"
-    )
-
-
-def _data(item: Item, limit: float, key: str) -> str:
-    kind = "missing" if item.missing else "best" if item.best else "text" if key == "unfinished" else "figure"
-    colour = "" if item.value is None else f' style="background: {_tint(item.value / limit)}"'
-    note = f"<small>{escape(item.note)}</small>" if item.note else ""
-    return f'<td class="{kind}"{colour}>{escape(item.text)}{note}</td>'
-
-
-def _limit(sheet: Sheet) -> float:
-    """The largest difference of a sheet, where the colours end."""
-    return max((abs(item.value) for row in sheet.rows for item in row if item.value is not None), default=0.0) or 1.0
-
-
-def _tint(share: float) -> str:
-    """Blue for gains, orange for losses, so light that black text stays readable; white for 0."""
-    end = (33, 102, 172) if share > 0 else (230, 97, 1)
-    return "#" + "".join(f"{round(255 - 0.5 * abs(share) * (255 - channel)):02x}" for channel in end)
+    prose = [f"<h2>{html_text(title)}</h2>\n{pages.html_list(lines)}" for title, lines in _prose(document)]
+    return pages.page(_TITLE, [f"<header><h1>{html_text(_TITLE)}</h1></header>", *tables, *prose])
 
 
 # --- heat map -------------------------------------------------------------------------------------
@@ -446,29 +365,21 @@ def picture(document: Document) -> bytes:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendUnavailableError("heat_map: needs matplotlib; pip install matplotlib") from None
+    figures.require("heat_map", "matplotlib")
     sheet = _differences(document)
     rows = sheet.rows[1:] or [[Item("no differences"), *[Item("–", missing=True)] * (len(document["targets"]) + 1)]]
     columns = len(document["targets"]) + 1  # and the average
-    figure = Figure(figsize=(min(3.2 + 0.85 * columns, 100), min(1.8 + 0.5 * len(rows), 100)), layout="constrained")
-    FigureCanvasAgg(figure)
+    size = min(3.2 + 0.85 * columns, 100), min(1.8 + 0.5 * len(rows), 100)
+    figure = figures.new(*size)
     axes = figure.add_subplot()
-    _draw(axes, [row[1 : columns + 1] for row in rows], _limit(sheet))
+    _draw(axes, [row[1 : columns + 1] for row in rows], pages.limit(sheet))
     # Names come from a file: a dollar sign in one is no formula.
     axes.set_xticks(range(columns), [clip(head) for head in sheet.head[1 : columns + 1]], parse_math=False)
     axes.set_yticks(range(len(rows)), [clip(row[0].text) for row in rows], parse_math=False)
     axes.tick_params(axis="x", labelrotation=40, labelsize=8)
     axes.tick_params(axis="y", labelsize=8)
     axes.set_title("Difference to the baseline, percentage points" + " (none)" * (not sheet.rows), fontsize=9)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a name in a script that the font lacks shows as boxes
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
+    return figures.png(figure)
 
 
 def _draw(axes: Any, rows: Sequence[Sequence[Item]], limit: float) -> None:

@@ -22,8 +22,9 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
+from xfast import files
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, XfastError
-from xfast.stilts import dev, files, mixture
+from xfast.stilts import dev, mixture
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate

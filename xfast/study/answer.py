@@ -1,0 +1,245 @@
+"""What a study found, in plain sentences computed from its figures, and what a reader has to be warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from xfast.pages import signed
+from xfast.study import view
+from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Equivalence, Study
+from xfast.study.languages import LOW_RESOURCE
+from xfast.study.tables import grouped
+
+_Rows = dict[str, dict[str, Cell]]
+
+EQUIVALENT, DIFFERENT = "equivalent", "different"
+
+_NAMED = 3  # what is not measured is named up to so many, then counted
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Sentences.
+
+    Attributes:
+        warnings: (what is wrong, what follows from it): the figures are not to be trusted.
+        cautions: the same of what the figures do not cover.
+        lead: the findings, most important first; a paragraph each.
+        languages: (name, finding) of XTREME's low-resource languages, or of the study's first ones without any.
+    """
+
+    warnings: list[tuple[str, str]]
+    cautions: list[tuple[str, str]]
+    lead: list[str]
+    languages: list[tuple[str, str]]
+
+
+def answer(study: Study) -> Answer:
+    """The findings of a study that :func:`xfast.study.view.check` accepts."""
+    chosen = view.setting(study)
+    rows = view.throughput_cells(study, chosen) if chosen else {}
+    lead = [*_cost(study), *_gain(study), *(_speed(study, rows, str(chosen)) if rows else _nothing(study))]
+    lead += [*(_between(study, rows, chosen) if chosen else ()), *_left_out(study)]
+    return Answer(list(_warnings(study)), list(_cautions(study)), lead, list(_languages(study)))
+
+
+def control_failed(study: Study) -> bool:
+    """Whether the baseline measured against itself is not equivalent to itself: then noise is too high."""
+    return study["control"]["verdict"] != EQUIVALENT
+
+
+def _warnings(study: Study) -> Iterator[tuple[str, str]]:
+    control = study["control"]
+    if not control["pairs"]:
+        so = "the baseline was not measured against itself, so how much of a difference is noise is not known."
+        yield "There is no control:", so
+    elif control_failed(study):
+        change = view.change_text(control["ratio"], control["interval90"])
+        what = f"The baseline measured against itself differs by {change}"
+        so = "No comparison below can be trusted; measure again on an idle machine."
+        verdict = f"which is {control['verdict']} at a margin of {_percent(control['margin'])}"
+        yield "The control failed: the noise is too high.", f"{what}, {verdict}. {so}"
+
+
+def _cautions(study: Study) -> Iterator[tuple[str, str]]:
+    if seeded := view.seeded(study):
+        which = f"That is so for {_joined(seeded)}. Speed, memory and padding are those of the architecture;"
+        so = "nothing is claimed about accuracy, and probes say nothing about trained models."
+        yield "The weights are seeded: random numbers of the right shape.", f"{which} {so}"
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def _cost(study: Study) -> Iterator[str]:
+    found = [one for one in study["equivalence"] if one["arm"] != CONTROL and one["scope"] == view.ALL]
+    if not found:
+        yield "No other weights were compared with the baseline: nothing is said about intermediate training."
+    for one in found:
+        change = view.change_text(one["ratio"], one["interval90"])
+        yield f"{_arm(one['arm'])} changes the time of inference by {change}: {_verdict(study, one)}."
+
+
+def _arm(arm: str) -> str:
+    return "Intermediate training" if arm == INTERMEDIATE else f"The arm {arm}"
+
+
+def _verdict(study: Study, one: Equivalence) -> str:
+    if control_failed(study):
+        return "not to be judged, since the control failed"
+    return _judged(one["verdict"], one["margin"]) + _needed(one)
+
+
+def _judged(verdict: str, margin: float) -> str:
+    if verdict == EQUIVALENT:
+        return f"equivalent within {_percent(margin)}"
+    return f"different, by more than {_percent(margin)}" if verdict == DIFFERENT else f"undecided at {_percent(margin)}"
+
+
+def _needed(one: Equivalence) -> str:
+    if one["verdict"] in (EQUIVALENT, DIFFERENT) or not one["pairs_needed"]:
+        return ""
+    return f" ({one['pairs']} paired visits, about {one['pairs_needed']} are needed)"
+
+
+def _gain(study: Study) -> Iterator[str]:
+    """Mean difference of scores between the arms, with one engine and size, over tasks and languages that both have."""
+    if view.seeded(study) or not study["accuracy"]:
+        return
+    first = study["accuracy"][0]
+    where = f"{first['size']}, {first['engine']}"
+    metrics: dict[str, str] = {}  # of each task the first: two of the same answers would count twice
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for row in study["accuracy"]:
+        same = (row["size"], row["engine"]) == (first["size"], first["engine"])
+        if same and row["layers"] is None and metrics.setdefault(row["task"], row["metric"]) == row["metric"]:
+            scores.setdefault((row["task"], row["language"]), {})[row["arm"]] = row["value"]
+    for arm in view.trained_arms(study):
+        pairs = {key: both for key, both in scores.items() if arm != BASELINE and arm in both and BASELINE in both}
+        if not pairs:
+            continue
+        low = [both[arm] - both[BASELINE] for key, both in pairs.items() if key[1] in LOW_RESOURCE]
+        gain = fmean(both[arm] - both[BASELINE] for both in pairs.values())
+        tasks, languages = {key[0] for key in pairs}, {key[1] for key in pairs}
+        extra = f", {signed(fmean(low))} in the low-resource ones" if low and len(low) < len(pairs) else ""
+        scope = f"{_count(len(tasks), 'task')} and {_count(len(languages), 'language')}{extra}"
+        yield f"{_arm(arm)} changes accuracy by {signed(gain)} points over {scope} ({where})."
+
+
+def _nothing(study: Study) -> Iterator[str]:
+    yield "No throughput was measured."
+
+
+def _speed(study: Study, rows: _Rows, where: str) -> Iterator[str]:
+    engine = view.fastest(rows)
+    reference = view.reference(study, list(rows))
+    mine = rows[engine]
+    shown = f"{engine} handles {_rate(view.speed(mine))} samples per second"
+    over = "" if len(mine) == 1 else f" over {len(mine)} languages (geometric mean)"
+    if reference is None or reference == engine or not (shared := mine.keys() & rows[reference].keys()):
+        yield f"{shown}{over}, in {where}."
+        return
+    gains = {code: _times(mine[code], rows[reference][code]) for code in view.languages(study) if code in shared}
+    least, most = min(gains, key=lambda code: gains[code]), max(gains, key=lambda code: gains[code])
+    mean = view.speed(mine, list(gains)) / view.speed(rows[reference], list(gains))
+    spread = (
+        f", from {gains[least]:.1f}× in {view.language_name(study, least)} to {gains[most]:.1f}× in "
+        f"{view.language_name(study, most)}"
+    )
+    yield f"{shown}{over}, {mean:.1f}× {reference}{spread if len(gains) > 1 else ''} ({where})."
+
+
+def _between(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
+    """What differs between languages, and what explains it."""
+    engine = view.fastest(rows)
+    mine = rows[engine]
+    if len(mine) < 2:
+        return
+    ranked = sorted(mine, key=lambda code: view.rate(mine[code])["samples_per_s"])
+    names = [
+        f"{view.language_name(study, code)} ({_rate(view.rate(mine[code])['samples_per_s'])} samples/s)"
+        for code in (ranked[0], ranked[-1])
+    ]
+    groups = {code: study["languages"][code]["group"] for code in mine}
+    means = [
+        f"{group} {_rate(view.speed(mine, [code for code in mine if groups[code] == group]))}"
+        for group in dict.fromkeys(groups.values())
+    ]
+    by_group = f"; by group: {', '.join(means)}" if len(means) > 1 else ""
+    yield f"With {engine} the slowest language is {names[0]}, the fastest {names[1]}{by_group}."
+    for model in study["cost_models"]:
+        if (model["size"], model["engine"]) == (chosen.size, engine) and model["explained"]:
+            (first, most), *others = sorted(model["explained"].items(), key=lambda item: -item[1])
+            rest = "".join(f", {cause} {_percent(share, 0)}" for cause, share in others)
+            sentence = f"{first} explains {_percent(most, 0)} of the variance of speed between languages{rest}."
+            yield sentence[0].upper() + sentence[1:]
+
+
+def _left_out(study: Study) -> Iterator[str]:
+    """What is missing: named where it is little, else counted."""
+    named = [f"{one['what']} ({one['why']})" for one in study["skipped"]]
+    if len(named) > _NAMED:
+        yield f"{len(named)} planned measurements were not made; the last table says which and why."
+    elif named:
+        yield f"Not measured: {'; '.join(named)}."
+
+
+# --- languages ------------------------------------------------------------------------------------
+
+
+def _languages(study: Study) -> Iterator[tuple[str, str]]:
+    codes = view.languages(study)
+    overall = view.setting(study)
+    for code in [code for code in codes if code in LOW_RESOURCE] or codes[: len(LOW_RESOURCE)]:
+        chosen = view.setting(study, code)
+        name = view.language_name(study, code)
+        if chosen is None:
+            yield name, "no throughput was measured."
+            continue
+        rows = {engine: row for engine, row in view.throughput_cells(study, chosen).items() if code in row}
+        sentence = "; ".join(_language(study, code, rows))
+        yield name, f"{sentence} ({chosen})." if chosen != overall else f"{sentence}."
+
+
+def _language(study: Study, code: str, rows: _Rows) -> Iterator[str]:
+    engine = max(rows, key=lambda name: view.rate(rows[name][code])["samples_per_s"])
+    cell, reference = rows[engine][code], view.reference(study, list(rows))
+    first = f"{_rate(view.rate(cell)['samples_per_s'])} samples/s with {engine}"
+    if reference is not None and reference != engine:
+        first += f", {_times(cell, rows[reference][code]):.1f}× {reference}"
+    yield first
+    for arm, ratio in cell["ratios"].items():
+        if arm == CONTROL:
+            continue
+        pair, margin = ratio["interval95"], study["control"]["margin"]
+        verdict = EQUIVALENT if view.within(pair, margin) else DIFFERENT if view.outside(pair, margin) else "undecided"
+        judged = "" if control_failed(study) else f": {_judged(verdict, margin)}"
+        yield f"{_arm(arm).lower()} changes the cost by {view.change_text(ratio['ratio'], pair)}{judged}"
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _times(cell: Cell, reference: Cell) -> float:
+    return view.rate(cell)["samples_per_s"] / view.rate(reference)["samples_per_s"]
+
+
+def _rate(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else grouped(value)
+
+
+def _percent(share: float, decimals: int | None = None) -> str:
+    number = f"{100 * share:g}" if decimals is None else f"{100 * share:.{decimals}f}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def _count(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _joined(names: Any) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else str(last)

@@ -1,0 +1,322 @@
+"""Which tables a study has: one function each, values as they are in the document, low-resource languages first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xfast.study import view
+from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Study
+from xfast.study.profiles import GROUPS
+from xfast.study.tables import Column, Table, Value, ends, interval
+
+_LANGUAGE = [Column("language", "language"), Column("name", "name")]
+_WHERE = [Column("size", "size", factor=True), Column("engine", "engine", factor=True)]
+_TASK = Column("task", "task", factor=True)
+_BATCHES = [Column("policy", "order", factor=True), Column("batch_size", "batch", "count", factor=True)]
+
+Row = dict[str, Value]
+
+
+def tables(study: Study) -> list[Table]:
+    """Every table that has a row, in the order of the report."""
+    makers = (overview, languages, arms, equivalence, accuracy, pareto, scaling, cost_models, predictions, probes)
+    made = [make(study) for make in (*makers, memory, skipped)]
+    return [table for table in made if table.rows]
+
+
+KEYS = (
+    *("overview", "languages", "arms", "equivalence", "accuracy", "pareto", "scaling", "cost_models"),
+    *("predictions", "probes", "memory", "skipped"),
+)
+"""Names of all tables that there can be."""
+
+
+def _taken(row: Mapping[str, Any], columns: Iterable[Column]) -> Row:
+    """What a part of the document has under the names of the columns."""
+    return {column.key: row[column.key] for column in columns if column.key in row}
+
+
+def _named(study: Study, code: str) -> Row:
+    return {"language": code, "name": study["languages"][code]["name"]}
+
+
+def overview(study: Study) -> Table:
+    """One row a language: what it is, and samples per second of every engine in the main setting."""
+    chosen = view.setting(study)
+    found = view.throughput_cells(study, chosen) if chosen else {}
+    columns = [
+        *_LANGUAGE,
+        *(Column(f"samples_per_s {engine}", f"{engine}, samples/s", "figure") for engine in found),
+        Column("fertility", "tokens/word", "figure"),
+        Column("padding", "padding, %", "share"),
+        Column("joshi_class", "class", "count"),
+        Column("cc100_gb", "CC-100, GB", "number"),
+        Column("in_pretraining", "in pretraining", "flag"),
+    ]
+    rows: list[Row] = []
+    for code in view.languages(study):
+        cells = {engine: row[code] for engine, row in found.items() if code in row}
+        if cells:
+            known = {**study["languages"][code], **next(iter(cells.values())), "language": code}
+            speeds = {f"samples_per_s {engine}": view.rate(cell)["samples_per_s"] for engine, cell in cells.items()}
+            rows.append({**_taken(known, columns), **speeds})
+    legend = [
+        (
+            "class: Joshi et al. 2020, 0 to 5. CC-100: text in the rebuild of XLM-R's pretraining corpus. padding: "
+            "what transformers computes and xfast does not."
+        )
+    ]
+    return Table("overview", f"Speed by language and engine: {chosen}", columns, rows, legend)
+
+
+# --- every cell -----------------------------------------------------------------------------------
+
+
+def _ordered(study: Study, cells: Iterable[Cell]) -> list[Cell]:
+    order = {code: at for at, code in enumerate(view.languages(study))}
+
+    def place(cell: Cell) -> tuple[Any, ...]:
+        where = view.ranked(study, "sizes", cell["size"]), view.ranked(study, "engines", cell["engine"])
+        return (order[cell["language"]], *where, cell["task"], cell["policy"], cell["batch_size"])
+
+    return sorted(cells, key=place)
+
+
+def _place(row: Any) -> tuple[str, ...]:
+    return row["size"], row["engine"], row["task"], row["language"]
+
+
+def _first_metric(study: Study) -> dict[tuple[str, ...], Row]:
+    """By size, engine, task and language, the scores of every arm in the metric that the document has first."""
+    found: dict[tuple[str, ...], Row] = {}
+    for score in study["accuracy"]:
+        if score["layers"] is None:
+            row = found.setdefault(_place(score), {"metric": score["metric"]})
+            if row["metric"] == score["metric"]:
+                row[f"score_{score['arm']}"] = score["value"]
+    return found
+
+
+def languages(study: Study) -> Table:
+    """One row for each language, size, engine, task and way of batching."""
+    speeds = [Column("samples_per_s", "samples/s", "figure"), *interval("tokens_per_s", "tokens/s", "figure")]
+    speeds.append(Column("words_per_s", "words/s", "figure"))
+    times = [Column(f"p{percent}_ms", f"p{percent}, ms", "figure") for percent in (50, 95, 99)]
+    shape = [Column("padding", "padding, %", "share"), Column("fertility", "tokens/word", "figure")]
+    shape.append(Column("windows_per_example", "windows", "figure"))
+    energy = Column("joules_per_sample", "J/sample", "figure")
+    ratios = [column for arm in view.other_arms(study) for column in interval(f"ratio_{arm}", f"time, {arm}")]
+    scores = [Column(f"score_{arm}", f"score, {arm}", "score") for arm in view.trained_arms(study)]
+    where = [*_LANGUAGE, *_WHERE, _TASK, *_BATCHES]
+    columns = [*where, *speeds, *times, *shape, *ratios, energy, Column("metric", "metric"), *scores]
+
+    single = {_place(cell): cell for cell in study["cells"] if cell["latency"].get(BASELINE)}
+    batched = [cell for cell in study["cells"] if cell["throughput"].get(BASELINE)]
+    alone = [cell for place, cell in single.items() if place not in {_place(cell) for cell in batched}]
+    accuracy_of = _first_metric(study)
+    rows: list[Row] = []
+    for cell in _ordered(study, [*batched, *alone]):
+        row = {**_taken(cell, [*where, *shape]), **_named(study, cell["language"])}
+        if fast := cell["throughput"].get(BASELINE):
+            row |= _taken(fast, [*speeds, energy]) | ends("tokens_per_s", fast["tokens_per_s_interval"])
+        if slow := single.get(_place(cell)):
+            row |= _taken(view.latency(slow), times)
+        for arm, ratio in cell["ratios"].items():
+            row |= {f"ratio_{arm}": ratio["ratio"], **ends(f"ratio_{arm}", ratio["interval95"])}
+        rows.append({**row, **accuracy_of.get(_place(cell), {})})
+    legend = [
+        (
+            "time: of that arm over the baseline's, paired visits; above 1 is slower. p50, p95, p99: one sample at a "
+            "time. padding: share of the slots that transformers computes; xfast computes none."
+        )
+    ]
+    return Table("languages", "Every language and engine", columns, rows, legend)
+
+
+def arms(study: Study) -> Table:
+    """One row for each cell and arm that was compared with the baseline in it."""
+    where = [*_LANGUAGE, *_WHERE, _TASK, Column("kind", "kind", factor=True), *_BATCHES]
+    ratios = interval("ratio", "time over baseline")
+    columns = [*where, Column("arm", "arm", factor=True), *ratios, Column("pairs", "pairs", "count")]
+    rows: list[Row] = []
+    for cell in _ordered(study, study["cells"]):
+        for arm in view.other_arms(study):
+            if ratio := cell["ratios"].get(arm):
+                row = {**_taken(cell, where), **_named(study, cell["language"]), **_taken(ratio, columns)}
+                rows.append({**row, "arm": arm, **ends("ratio", ratio["interval95"])})
+    legend = ["Time of the arm over the time of the baseline, from paired visits; above 1 is slower."]
+    return Table("arms", "Cost of every arm over the baseline", columns, rows, legend)
+
+
+# --- conclusions ----------------------------------------------------------------------------------
+
+
+def comparisons(study: Study) -> list[Equivalence]:
+    """The control first, then what was compared: everything together, groups with low-resource first, the others."""
+
+    def place(found: Equivalence) -> tuple[Any, ...]:
+        scope = found["scope"]
+        group = next((at for at, name in enumerate(GROUPS) if name in scope), len(GROUPS))
+        return found["arm"] != CONTROL, scope != view.ALL, group
+
+    return [study["control"], *sorted((one for one in study["equivalence"] if one != study["control"]), key=place)]
+
+
+def equivalence(study: Study) -> Table:
+    """The control, then every comparison with its margin and verdict."""
+    ratios = interval("ratio", "time over baseline", percent=90)
+    also = [Column(end, end, "ratio", hidden=True) for end in ends("ratio", (0, 0))]
+    columns = [
+        Column("scope", "scope"),
+        Column("arm", "arm"),
+        *ratios,
+        *also,
+        Column("p_value", "p", "p"),
+        Column("margin", "margin, %", "share", factor=True),
+        Column("verdict", "verdict"),
+        Column("pairs", "pairs", "count"),
+        Column("pairs_needed", "pairs needed", "count"),
+    ]
+    rows = [
+        {**_taken(one, columns), **ends("ratio", one["interval90"], 90), **ends("ratio", one["interval95"])}
+        for one in comparisons(study)
+    ]
+    legend = [
+        (
+            "Two one-sided tests at 5 %: equivalent where the 90 % interval lies inside the margin. p: of the weaker "
+            "of the two. Pairs needed: for a power of 0.9 at the noise seen."
+        )
+    ]
+    return Table("equivalence", "Tests of equivalence", columns, rows, legend)
+
+
+def accuracy(study: Study) -> Table:
+    """One row for each score, the arms side by side."""
+    trained = view.trained_arms(study)
+    which = [Column("layers", "layers", "count", factor=True), Column("metric", "metric", factor=True)]
+    where = [*_LANGUAGE, *_WHERE, _TASK, *which]
+    columns = [
+        *where,
+        *(Column(f"score_{arm}", arm, "score") for arm in trained),
+        *(Column(f"difference_{arm}", f"{arm} − {BASELINE}", "score") for arm in trained if arm != BASELINE),
+        Column("examples", "examples", "count"),
+    ]
+    found: dict[tuple[Value, ...], Row] = {}
+    for score in study["accuracy"]:
+        place = _taken(score, where)
+        row = found.setdefault(tuple(place.values()), {**place, **_named(study, score["language"])})
+        row |= {f"score_{score['arm']}": score["value"], "examples": score["examples"]}
+    for row in found.values():
+        base = row.get(f"score_{BASELINE}")
+        for arm in trained:
+            mine = row.get(f"score_{arm}")
+            if arm != BASELINE and isinstance(base, (int, float)) and isinstance(mine, (int, float)):
+                row[f"difference_{arm}"] = mine - base
+    order = {code: at for at, code in enumerate(view.languages(study))}
+    # What remains is as in the document: the sort is stable.
+    rows = sorted(found.values(), key=lambda row: order[str(row["language"])])
+    return Table("accuracy", "Accuracy by arm", columns, rows, ["Scores are 0 to 100; layers: – is all of them."])
+
+
+def _group_place(group: str) -> int:
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+
+
+def pareto(study: Study) -> Table:
+    """Accuracy against cost."""
+    columns = [
+        Column("group", "languages"),
+        _TASK,
+        *_WHERE,
+        Column("arm", "arm", factor=True),
+        Column("layers", "layers", "count", factor=True),
+        Column("accuracy", "accuracy", "score"),
+        Column("ms_per_sample", "ms/sample", "figure"),
+        Column("on_front", "on the front", "flag"),
+    ]
+    points = sorted(study["pareto"], key=lambda point: (_group_place(point["group"]), point["task"]))
+    legend = ["On the front: nothing of the same task and group is both faster and more accurate. layers: – is all."]
+    return Table("pareto", "Accuracy against cost", columns, [_taken(point, columns) for point in points], legend)
+
+
+def scaling(study: Study) -> Table:
+    """Speed by model size."""
+    columns = [
+        Column("group", "languages"),
+        Column("size", "size"),
+        Column("parameters", "parameters", "count"),
+        Column("engine", "engine", factor=True),
+        Column("arm", "arm", factor=True),
+        Column("samples_per_s", "samples/s", "figure"),
+        Column("tokens_per_s", "tokens/s", "figure"),
+        Column("p50_ms", "p50, ms", "figure"),
+    ]
+    found = sorted(study["scaling"], key=lambda one: (_group_place(one["group"]), one["parameters"]))
+    legend = ["Geometric means over the languages of each group."]
+    return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
+
+
+def cost_models(study: Study) -> Table:
+    """Least squares of time on tokens and sequences."""
+    causes = list(dict.fromkeys(cause for model in study["cost_models"] for cause in model["explained"]))
+    columns = [
+        Column("engine", "engine"),
+        Column("size", "size", factor=True),
+        Column("us_per_token", "µs/token", "figure"),
+        Column("us_per_sequence", "µs/sequence", "figure"),
+        Column("r2", "R²", "ratio"),
+        Column("languages", "languages", "count"),
+        *(Column(f"explained {cause}", f"explained by {cause}, %", "share") for cause in causes),
+    ]
+    rows = [
+        {**_taken(model, columns), **{f"explained {cause}": share for cause, share in model["explained"].items()}}
+        for model in study["cost_models"]
+    ]
+    legend = ["Explained: share of the variance of log samples/s between languages."] if causes else []
+    return Table("cost_models", "What time is made of", columns, rows, legend)
+
+
+def predictions(study: Study) -> Table:
+    """What the cost models say of each language beside what was seen."""
+    columns = [
+        *_LANGUAGE,
+        *_WHERE,
+        Column("seen", "seen, samples/s", "figure"),
+        Column("predicted", "predicted, samples/s", "figure"),
+        Column("error", "error, %", "share"),
+    ]
+    rows: list[Row] = []
+    for code in view.languages(study):
+        for model in study["cost_models"]:
+            if code in model["seen"] and code in model["predicted"]:
+                seen, said = model["seen"][code], model["predicted"][code]
+                figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
+                rows.append({**_taken(model, _WHERE), **_named(study, code), **figures})
+    return Table("predictions", "The cost model, language by language", columns, rows)
+
+
+def probes(study: Study) -> Table:
+    """What intermediate training could change although the graph is the same."""
+    columns = [*_LANGUAGE, Column("probe", "probe"), Column("what", "value of"), Column("x", "at"), _TASK, _WHERE[0]]
+    columns += [Column("arm", "arm", factor=True), Column("value", "value", "number")]
+    order = {code: at for at, code in enumerate(view.languages(study))}
+    found = sorted(study["probes"], key=lambda probe: order[probe["language"]])
+    rows = [{**_taken(probe, columns), **_named(study, probe["language"])} for probe in found]
+    return Table("probes", "Probes", columns, rows)
+
+
+def memory(study: Study) -> Table:
+    """Peak memory of each process."""
+    columns = [Column("engine", "engine"), Column("size", "size"), Column("arms", "arms", "count")]
+    columns.append(Column("peak_bytes", "peak, GB", "bytes"))
+    rows = [_taken(one, columns) for one in study["memory"]]
+    return Table(
+        "memory", "Memory", columns, rows, ["Of the process that held all arms of one size and engine at once."]
+    )
+
+
+def skipped(study: Study) -> Table:
+    """What was planned or asked for and not measured."""
+    columns = [Column("what", "what"), Column("why", "why")]
+    return Table("skipped", "Not measured", columns, [_taken(one, columns) for one in study["skipped"]])

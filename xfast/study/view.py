@@ -1,0 +1,216 @@
+"""What a report picks out of a study: the order of things, the setting that figures show, lookups, and checks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Any
+
+from xfast.errors import InvalidInputError
+from xfast.pages import signed
+from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Latency, Study, Throughput
+from xfast.study.languages import ordered
+from xfast.study.profiles import GROUPS
+
+ALL = "all"
+"""The group that every language is in."""
+
+STOCK = "stock"
+"""The backend that is transformers itself: what the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is held fixed while languages and engines vary; ``batch_size`` and ``policy`` are the throughput cells'."""
+
+    size: str
+    task: str
+    policy: str
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.task}, {self.policy} order, batches of {self.batch_size}"
+
+
+def check(study: Study) -> None:
+    """Refuse figures that are no numbers, rates that are none, and names that the document does not define.
+
+    Raises:
+        InvalidInputError: names the place in the document, what is there and what is accepted.
+    """
+    for place, value in _numbers(study, ""):
+        if not math.isfinite(value):
+            raise InvalidInputError(
+                f"study: {place}: {value} given; accepted: finite numbers, null for what is not known"
+            )
+    for index, cell in enumerate(study["cells"]):
+        for arm, found in cell["throughput"].items():
+            if found["samples_per_s"] <= 0:
+                place = f"cells[{index}].throughput.{arm}.samples_per_s"
+                raise InvalidInputError(f"study: {place}: {found['samples_per_s']} given; accepted: above 0")
+    defined: dict[str, Any] = {
+        "size": study["sizes"],
+        "engine": study["engines"],
+        "language": study["languages"],
+        "arm": study["arms"],
+    }
+    many: dict[str, Any] = {"cells": "size engine language", "accuracy": "size engine language arm"}
+    many |= {"scaling": "size engine arm", "cost_models": "size engine", "pareto": "size engine arm"}
+    many |= {"probes": "arm size language", "memory": "size engine", "equivalence": "arm"}
+    for part, fields in many.items():
+        for index, row in enumerate(study[part]):  # type: ignore[literal-required]
+            for name in fields.split():
+                if row[name] not in defined[name]:
+                    known = ", ".join(defined[name]) or "none"
+                    raise InvalidInputError(f"study: {part}[{index}]: {name}: {row[name]!r} given; accepted: {known}")
+
+
+def _numbers(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{place}[{index}]")
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def languages(study: Study) -> list[str]:
+    """The codes of the study's languages, low-resource first."""
+    return ordered(study["languages"])
+
+
+def groups(study: Study) -> list[str]:
+    """The resource groups that have a language here, low-resource first."""
+    found = {language["group"] for language in study["languages"].values()}
+    return [group for group in GROUPS if group in found]
+
+
+def other_arms(study: Study) -> list[str]:
+    """The arms that are compared with the baseline; intermediate training first, the control last."""
+    arms = [arm for arm in study["arms"] if arm != BASELINE]
+    return sorted(arms, key=lambda arm: (arm == CONTROL, arm != INTERMEDIATE))
+
+
+def trained_arms(study: Study) -> list[str]:
+    """The arms that differ in their weights: all but the control, the baseline first."""
+    arms = [arm for arm in study["arms"] if arm != CONTROL]
+    return sorted(arms, key=lambda arm: (arm != BASELINE, arm != INTERMEDIATE))
+
+
+def ranked(study: Study, part: str, name: str) -> int:
+    """Place of a size or engine in the document; what is not there comes last."""
+    names = list(study[part])  # type: ignore[literal-required]
+    return names.index(name) if name in names else len(names)
+
+
+def language_name(study: Study, code: str) -> str:
+    """The English name, the code where there is none."""
+    return study["languages"][code]["name"] or code
+
+
+# --- the setting that figures show ----------------------------------------------------------------
+
+
+def setting(study: Study, language: str | None = None) -> Setting | None:
+    """The setting whose throughput was measured most often, over languages and engines; the first of equals.
+
+    Args:
+        study: the document.
+        language: only settings in which this one was measured.
+    """
+    measured = [cell for cell in study["cells"] if cell["throughput"].get(BASELINE)]
+    counts = Counter(map(_setting, measured))
+    allowed = {_setting(cell): None for cell in measured if language in (None, cell["language"])}
+    return max(allowed, key=lambda found: counts[found], default=None)
+
+
+def _setting(cell: Cell) -> Setting:
+    return Setting(cell["size"], cell["task"], cell["policy"], cell["batch_size"])
+
+
+def throughput_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
+    """By engine and language, both in their order, the throughput cells of a setting."""
+    found = {
+        (cell["engine"], cell["language"]): cell
+        for cell in study["cells"]
+        if cell["throughput"].get(BASELINE) and _setting(cell) == of
+    }
+    return _by_engine(study, found)
+
+
+def latency_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
+    """By engine and language, both in their order, the latency cells of a setting's size and task."""
+    found = {
+        (cell["engine"], cell["language"]): cell
+        for cell in study["cells"]
+        if cell["latency"].get(BASELINE) and (cell["size"], cell["task"]) == (of.size, of.task)
+    }
+    return _by_engine(study, found)
+
+
+def _by_engine(study: Study, found: dict[tuple[str, str], Cell]) -> dict[str, dict[str, Cell]]:
+    order = languages(study)
+    rows = {
+        engine: {language: found[engine, language] for language in order if (engine, language) in found}
+        for engine in study["engines"]
+    }
+    return {engine: row for engine, row in rows.items() if row}
+
+
+def rate(cell: Cell) -> Throughput:
+    """The baseline's throughput of a cell that has one."""
+    return cell["throughput"][BASELINE]
+
+
+def latency(cell: Cell) -> Latency:
+    """The baseline's latency of a cell that has one."""
+    return cell["latency"][BASELINE]
+
+
+def speed(row: dict[str, Cell], among: Sequence[str] | None = None) -> float:
+    """Geometric mean of an engine's samples per second over its languages, or over some of them."""
+    return geometric_mean(rate(row[code])["samples_per_s"] for code in (among if among is not None else row))
+
+
+def reference(study: Study, engines: Sequence[str]) -> str | None:
+    """The engine that others are compared with: transformers in fp32, else transformers; None where there is none."""
+    stock = [name for name in engines if study["engines"][name]["backend"] == STOCK]
+    return next((name for name in stock if study["engines"][name]["precision"] == "fp32"), stock[0] if stock else None)
+
+
+def fastest(rows: dict[str, dict[str, Cell]]) -> str:
+    """The engine that is fastest over the languages that all engines have, or else over its own."""
+    shared = [code for code in next(iter(rows.values())) if all(code in row for row in rows.values())]
+    return max(rows, key=lambda name: speed(rows[name], shared or None))
+
+
+# --- what may be said -----------------------------------------------------------------------------
+
+
+def seeded(study: Study) -> list[str]:
+    """The arms whose weights are random: they carry no accuracy."""
+    return [name for name, arm in study["arms"].items() if arm["source"] == "seeded"]
+
+
+def within(interval: Sequence[float], margin: float) -> bool:
+    """Whether an interval of a ratio of times lies inside the margin, the same factor upwards and downwards."""
+    return 1 / (1 + margin) < interval[0] and interval[1] < 1 + margin
+
+
+def outside(interval: Sequence[float], margin: float) -> bool:
+    """Whether an interval of a ratio of times lies wholly beyond the margin."""
+    return interval[0] > 1 + margin or interval[1] < 1 / (1 + margin)
+
+
+def change_text(ratio: float, interval: Sequence[float]) -> str:
+    """A ratio of times as a change in percent with its interval, in one piece: with no-break spaces."""
+    low, high = (signed(100 * (end - 1)) for end in interval)
+    return f"{signed(100 * (ratio - 1))}\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}[{low},\N{NO-BREAK SPACE}{high}]"
