@@ -48,8 +48,8 @@ def _changes(interval: Sequence[float]) -> list[float]:
 
 
 def equivalence(study: Study) -> Drawing | str:
-    """The control and every comparison with the band of the margin."""
-    found = comparisons(study)
+    """The control and every comparison but single languages', which ``ratios`` shows, with the band of the margin."""
+    found = [one for one in comparisons(study) if one["scope"] not in study["languages"]]
     if len(found) < 2:
         return "no arm was compared with the baseline"
     lines = [
