@@ -13,6 +13,7 @@ from torch import nn
 import xfast
 
 PREFIXES = {"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
+PREFIXES["xlm-roberta-xl"] = "XLMRobertaXL"
 ENDINGS = {
     "base": "Model",
     "base-no-pooler": "Model",
@@ -22,7 +23,9 @@ ENDINGS = {
     "multiple-choice": "ForMultipleChoice",
     "masked-lm": "ForMaskedLM",
 }
-FAMILIES = tuple(PREFIXES)
+FAMILIES = ("xlm-roberta", "roberta", "camembert", "bert")
+ALL_FAMILIES = tuple(PREFIXES)
+"""With the pre-norm one, which not every backend runs."""
 HEADS = tuple(ENDINGS)
 TASK_HEADS = HEADS[2:]
 TOKEN_HEADS = ("token-classification", "question-answering", "masked-lm")

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from xfast import training
-from xfast.architecture import family_of
+from xfast.architecture import family_of, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import HeadRule, head_module, is_plain
@@ -209,7 +209,7 @@ class EncoderPatch(Patch):
     def _original_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original code, cut to the ``layers`` that were asked for."""
         layers, module = self.options.layers, self.module
-        if layers is None or layers == len(module.encoder.layer):
+        if layers is None or layers == len(layers_of(module)):
             return self.original(*args, **kwargs)
         call = dict(zip(self._names, args, strict=False), **kwargs)
         full = self.original(**{**call, "output_hidden_states": True, "return_dict": True})
@@ -271,7 +271,7 @@ class EncoderPatch(Patch):
         pooler = getattr(module, "pooler", None)
         first = context is not None and context.rows == "first" and is_plain(pooler)
         _refuse_batch(packed, first or pooler is not None or (context is not None and context.needs_first))
-        dtype = self.plan.weights.modules[-1, "embedding_norm"].weight.dtype
+        dtype = output_dtype(module)
         rows = packed.first_rows() if first and not want_states else None
         hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
         last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
@@ -333,7 +333,7 @@ class EncoderPatch(Patch):
             or _flag(module, call, "output_hidden_states")
         ):
             return self._original_layers(args, kwargs)
-        dtype = module.embeddings.LayerNorm.weight.dtype
+        dtype = output_dtype(module)
         hidden = torch.ops.xfast.encode(
             self.handle,
             ids,
