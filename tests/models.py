@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,3 +216,27 @@ def simulated_int8(model: nn.Module) -> Any:
         if type(module) is nn.Linear:
             module.__class__ = _SimulatedLinear
     return clone
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The call's result, and how far resident memory rose above its start while it ran."""
+    start = peak = _resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    peak = max(peak, _resident())
+    done.set()
+    watcher.join()
+    return result, peak - start

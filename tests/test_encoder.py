@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from models import (
     left_padded,
     norm_error,
     outputs_of,
+    peak_growth,
     quick_settings,
     ragged,
     simulated_int8,
@@ -375,30 +373,6 @@ def test_too_long_sequence_gets_the_error_of_the_original(family: str, positions
     assert error(model(**short)[1], want[1]) <= FP32_ERROR
 
 
-def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The call's result, and how far resident memory rose above its start while it ran."""
-    start = peak = _resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = call()
-    peak = max(peak, _resident())
-    done.set()
-    watcher.join()
-    return result, peak - start
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_attention_memory_is_linear_in_length(precision: str) -> None:
@@ -408,7 +382,7 @@ def test_attention_memory_is_linear_in_length(precision: str) -> None:
     want = model(**batch).last_hidden_state
     xfast.accelerate(model, precision=precision)
     model(**ragged(lengths=(9,)))  # packs the weights, starts the threads
-    got, growth = _peak_growth(lambda: model(**batch).last_hidden_state)
+    got, growth = peak_growth(lambda: model(**batch).last_hidden_state)
     assert growth < 64 * 2**20, f"{growth / 2**20:.0f} MiB"  # one head's scores alone would be 256 MiB
     tokens = batch["attention_mask"]
     limit = {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2}[precision]

@@ -22,6 +22,7 @@ from models import (
     left_padded,
     norm_error,
     outputs_of,
+    peak_growth,
     quick_settings,
     ragged,
     simulated_int8,
@@ -237,6 +238,25 @@ def test_bf16_weights_are_read_as_they_are(asked: str) -> None:
     assert got.dtype == torch.bfloat16 and fallbacks(model) == {}
     assert f"precision {'bf16' if asked == 'model' else asked}" in str(xfast.explain(model))
     assert norm_error(got, want) <= 2 * stock + (2e-2 if asked == "int8" else 5e-3)
+
+
+# --- real widths -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("precision", ["model", "int8"])
+@pytest.mark.parametrize(("hidden", "inner"), [(2560, 10240), (4096, 16384)], ids=["XL", "XXL"])
+def test_two_layers_of_real_width_need_no_copy_beside_the_packed_one(hidden: int, inner: int, precision: str) -> None:
+    sizes = {"hidden_size": hidden, "num_attention_heads": 32, "intermediate_size": inner, "num_hidden_layers": 2}
+    model, batch = build(XL, "sequence-classification", **sizes).to(torch.bfloat16), ragged(lengths=(38, 5, 20, 33))
+    want = model(**batch).logits
+    _, growth = peak_growth(lambda: xfast.accelerate(model, precision=precision))
+    packed = 2 * (4 * hidden * hidden + 2 * hidden * inner) * (1 if precision == "int8" else 2)
+    assert growth < 1.05 * packed + 2**26, f"{growth / 2**20:.0f} MiB for {packed / 2**20:.0f} MiB of weights"
+    got = model(**batch).logits
+    assert fallbacks(model) == {}
+    assert norm_error(got, want) <= 6e-2  # of bf16 in the original, too
 
 
 # --- a checkpoint that says it is another class ----------------------------------------------------------------------

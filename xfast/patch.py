@@ -108,10 +108,10 @@ def _argument_names(cls: type[nn.Module], previous: Any) -> tuple[str, ...]:
 class HeadContext:
     """What a head tells its encoder for one call, and what the encoder leaves for the head's packed module."""
 
-    def __init__(self, rows: str, original: str | None = None) -> None:
+    def __init__(self, rows: str, original: str | None = None, needs_first: bool = False) -> None:
         self.rows = rows
         self.original = original  # why the encoder must run its original code, or None
-        self.needs_first = False  # column 0 must have its original value even where it is masked
+        self.needs_first = needs_first  # column 0 must have its original value even where it is masked
         self.padded: torch.Tensor | None = None
         self.packed: Batch | None = None
         self.hidden: torch.Tensor | None = None
@@ -189,8 +189,7 @@ class EncoderPatch(Patch):
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
-        context = HeadContext("all")
-        context.needs_first = True  # which head reads the result is unknown here
+        context = HeadContext("all", needs_first=True)  # which head reads the result is unknown here
         with torch.no_grad(), _context_of(self, context):
             return self(**call, return_dict=True).last_hidden_state
 
@@ -410,7 +409,8 @@ class HeadPatch(Patch):
             return self.original(*args, **kwargs)
         if not is_plain(head_module(self.module, self.rule)):
             return self.original(*args, **kwargs)
-        with _context_of(patch, HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs))):
+        context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
+        with _context_of(patch, context):
             return self.original(*args, **kwargs)
 
     def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
