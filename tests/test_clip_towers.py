@@ -165,6 +165,15 @@ def test_altclip_weights_may_be_given_up() -> None:
     assert torch.equal(model(**batch).pooler_output, want)
 
 
+def test_altclip_on_triton() -> None:
+    device = pytest.importorskip("gpu").DEVICE
+    model = text_tower().to(device)
+    batch = {name: value.to(device) for name, value in ragged(lengths=(9, 3)).items()}
+    want = model(**batch).pooler_output
+    got = xfast.accelerate(model, backend="triton")(**batch).pooler_output
+    assert fallbacks(model) == {} and error(got.cpu(), want.cpu()) <= FP32_ERROR
+
+
 # --- M-CLIP ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ from models import (
 
 import xfast
 from xfast import architecture
+from xfast.stilts import model as stilts
+from xfast.stilts.tasks import TASKS
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
@@ -121,6 +123,19 @@ def test_selected_rows_are_the_bits_of_the_full_run(lengths: tuple[int, ...], pr
     assert [hidden.shape[1] for hidden in seen] == [1, max(lengths)]
     assert torch.equal(seen[0][:, 0], seen[1][:, 0]) and torch.equal(logits, full.logits)
     assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sixty_layers(precision: str) -> None:
+    # what is called 13B: XXL's layers, sixty of them
+    model, batch = sized((32, 2, 64), num_hidden_layers=60), ragged()
+    tokens = batch["attention_mask"]
+    want = at_tokens(model(**batch)[0], tokens)
+    plain = {"bf16": copy.deepcopy(model).to(torch.bfloat16), "int8": simulated_int8(model)}.get(precision, model)
+    theirs = norm_error(at_tokens(plain(**batch)[0], tokens), want)
+    got = at_tokens(xfast.accelerate(model, precision=precision)(**batch)[0], tokens)
+    assert fallbacks(model) == {}
+    assert norm_error(got, want) <= {"fp32": 1e-5, "bf16": 2 * theirs, "int8": 1.2 * theirs}[precision]
 
 
 # --- layers and hidden states ----------------------------------------------------------------------------------------
@@ -282,6 +297,13 @@ def test_a_checkpoint_whose_model_type_is_wrong_is_refused(
     with pytest.raises(xfast.UnsupportedModelError, match=rf"holds a {right} .*load it with transformers.{right}"):
         xfast.accelerate(model)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_wrong_model_type_stops_training_and_evaluation(tmp_path: Path) -> None:
+    folder = str(_saved_as(build(XL, "sequence-classification"), "xlm-roberta", tmp_path))
+    for load in (lambda: stilts.build(folder, {}, 0), lambda: stilts.load_task_model(folder, TASKS["xnli"])):
+        with pytest.raises(xfast.UnsupportedModelError, match=r"load it with transformers\.XLMRobertaXL"):
+            load()
 
 
 def test_the_named_class_loads_that_checkpoint(tmp_path: Path) -> None:
