@@ -157,11 +157,8 @@ def test_fewer_layers_give_the_originals_hidden_state(layers: int, head: str) ->
     assert torch.equal(got.last_hidden_state, got.hidden_states[-1])
     ours = outputs_of(model(**batch))
     assert fallbacks(model) == {}
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    theirs = outputs_of(model(**batch))  # training mode: the original code, cut to as many layers
+    encoder.embeddings.register_forward_hook(lambda *_: None)
+    theirs = outputs_of(model(**batch))  # because of the hook: the original code, cut to as many layers
     assert sum(fallbacks(model).values()) == 1
     for name, want in theirs.items():
         assert error(at_tokens(ours[name], tokens), at_tokens(want, tokens)) <= FP32_ERROR, name
