@@ -18,74 +18,92 @@ app = typer.Typer(
 )
 
 
+Output = Annotated[Path, typer.Argument(help="Folder for observations, document and report.", file_okay=False)]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Every language once, 12 samples, 3 rounds: under ten minutes on two cores.")
+]
+Sizes = Annotated[str, typer.Option(help="Comma-separated: tiny, base, large, altclip, xl, xxl, 13b.")]
+Engines = Annotated[str, typer.Option(help="Comma-separated BACKEND:PRECISION; backend stock is transformers itself.")]
+Tasks = Annotated[
+    str, typer.Option(help="Comma-separated XTREME tasks, or one: for every language the first that it has.")
+]
+Languages = Annotated[str | None, typer.Option(help="Comma-separated two-letter codes. Default: all.")]
+Policies = Annotated[str, typer.Option(help="Comma-separated: arrival, sorted, budget.")]
+BatchSizes = Annotated[str, typer.Option(help="Comma-separated examples in a batch.")]
+TokenBudget = Annotated[int, typer.Option(help="Padded tokens in a batch of policy budget.")]
+Samples = Annotated[int, typer.Option(help="Examples of a language in a throughput cell.")]
+Responses = Annotated[int, typer.Option(help="Single responses in a latency cell; 0: no latency.")]
+Rounds = Annotated[int, typer.Option(help="Visits to each cell.")]
+Margin = Annotated[float, typer.Option(help="Of equivalence: 0.02 is 2 %.")]
+Data = Annotated[Path | None, typer.Option(help="Folder in XTREME's layout. Default: the shipped length profiles.")]
+TokenizerFolder = Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")]
+Baseline = Annotated[
+    list[str] | None, typer.Option(help="Checkpoint or STILTs run without intermediate training, or TASK=FOLDER.")
+]
+Intermediate = Annotated[
+    list[str] | None, typer.Option(help="The same with intermediate training. Default of both: seeded weights.")
+]
+Probes = Annotated[bool, typer.Option(help="Tolerance to coarse arithmetic, early layers.")]
+Accuracy = Annotated[bool, typer.Option(help="Official scores, where checkpoints and labels are given.")]
+Limit = Annotated[int | None, typer.Option(help="Examples per language in evaluations.")]
+Threads = Annotated[int | None, typer.Option(help="Default: as many as xfast uses.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Of weights, lengths, samples and orders.", min=0)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+
+
 @app.command()
 def run(
-    output: Annotated[Path, typer.Argument(help="Folder for observations, document and report.", file_okay=False)],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Every language once, 12 samples, 3 rounds: under ten minutes on two cores.")
-    ] = False,
-    sizes: Annotated[str, typer.Option(help="Comma-separated: tiny, base, large, altclip, xl, xxl, 13b.")] = "base",
-    engines: Annotated[
-        str, typer.Option(help="Comma-separated BACKEND:PRECISION; backend stock is transformers itself.")
-    ] = "native:fp32,native:int8",
-    tasks: Annotated[
-        str, typer.Option(help="Comma-separated XTREME tasks, or one: for every language the first that it has.")
-    ] = "one",
-    languages: Annotated[str | None, typer.Option(help="Comma-separated two-letter codes. Default: all.")] = None,
-    policies: Annotated[str, typer.Option(help="Comma-separated: arrival, sorted, budget.")] = "sorted",
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated examples in a batch.")] = "16",
-    token_budget: Annotated[int, typer.Option(help="Padded tokens in a batch of policy budget.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Examples of a language in a throughput cell.")] = 64,
-    responses: Annotated[int, typer.Option(help="Single responses in a latency cell; 0: no latency.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Visits to each cell.")] = 5,
-    margin: Annotated[float, typer.Option(help="Of equivalence: 0.02 is 2 %.")] = 0.02,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder in XTREME's layout. Default: the shipped length profiles.")
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")] = None,
-    baseline: Annotated[
-        list[str] | None, typer.Option(help="Checkpoint or STILTs run without intermediate training, or TASK=FOLDER.")
-    ] = None,
-    intermediate: Annotated[
-        list[str] | None, typer.Option(help="The same with intermediate training. Default of both: seeded weights.")
-    ] = None,
-    probes: Annotated[bool, typer.Option(help="Tolerance to coarse arithmetic, early layers.")] = True,
-    accuracy: Annotated[bool, typer.Option(help="Official scores, where checkpoints and labels are given.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Examples per language in evaluations.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Default: as many as xfast uses.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights, lengths, samples and orders.", min=0)] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    output: Output,
+    quick: Quick = False,
+    sizes: Sizes = "base",
+    engines: Engines = "native:fp32,native:int8",
+    tasks: Tasks = "one",
+    languages: Languages = None,
+    policies: Policies = "sorted",
+    batch_sizes: BatchSizes = "16",
+    token_budget: TokenBudget = 2048,
+    samples: Samples = 64,
+    responses: Responses = 16,
+    rounds: Rounds = 5,
+    margin: Margin = 0.02,
+    data: Data = None,
+    tokenizer: TokenizerFolder = None,
+    baseline: Baseline = None,
+    intermediate: Intermediate = None,
+    probes: Probes = True,
+    accuracy: Accuracy = True,
+    limit: Limit = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    resume: Resume = False,
 ) -> None:
     """Measure; every visit is stored at once, and the report is written at the end."""
-    from xfast.study import factors
+    from xfast.study.factors import Settings
+    from xfast.study.factors import quick as quickened
     from xfast.study.run import start
 
-    settings = factors.Settings(
-        sizes=_sizes(sizes, baseline),
-        engines=_list(engines),
-        tasks=_list(tasks),
-        languages=None if languages is None else _list(languages),
-        policies=_list(policies),
-        batch_sizes=_numbers("batch-sizes", batch_sizes),
-        token_budget=token_budget,
-        samples=samples,
-        responses=responses,
-        rounds=rounds,
-        margin=margin,
-        data=None if data is None else str(data),
-        tokenizer=None if tokenizer is None else str(tokenizer),
-        baseline=_checkpoints("baseline", baseline),
-        intermediate=_checkpoints("intermediate", intermediate),
-        probes=probes,
-        accuracy=accuracy,
-        limit=limit,
-        threads=threads,
-        device=device,
-        seed=seed,
+    settings = Settings(
+        _sizes(sizes, baseline),
+        _list(engines),
+        _list(tasks),
+        None if languages is None else _list(languages),
+        _list(policies),
+        _numbers("batch-sizes", batch_sizes),
+        token_budget,
+        samples,
+        responses,
+        rounds,
+        margin,
+        None if data is None else str(data),
+        None if tokenizer is None else str(tokenizer),
+        _checkpoints("baseline", baseline),
+        _checkpoints("intermediate", intermediate),
+        *(probes, accuracy, limit, threads, device, seed),
     )
     console = Console(stderr=True)
-    document = start(factors.quick(settings) if quick else settings, output, resume=resume, console=console)
+    document = start(quickened(settings) if quick else settings, output, resume=resume, console=console)
     _write(document, output, console)
 
 
@@ -104,7 +122,7 @@ def report(
 def profile(
     data: Annotated[Path, typer.Argument(help="Folder with xtreme/ and optionally mlm/.", file_okay=False)],
     out: Annotated[Path, typer.Option(help="JSON file to write.", dir_okay=False)],
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")] = None,
+    tokenizer: TokenizerFolder = None,
 ) -> None:
     """Measure token lengths by task and language: quantiles, words, fertility; figures only, no text."""
     from xfast.study.corpus import measure_profiles
