@@ -23,6 +23,7 @@ GROUP_COLOURS = dict(zip(GROUPS, (SERIES[1], SERIES[2], SERIES[0]), strict=True)
 
 _CLIP = 28
 _PANELS = 3  # beside each other
+_REACH = 30.0  # percent; what a handful of pairs leaves open may be wider and is cut off at the frame
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def forest(axes: Any, lines: Sequence[Line], margin: float) -> None:
         text.set_fontweight("bold" if line.strong else "normal")
     axes.set_ylim(len(lines) - 0.4, -0.6)
     reach = max(abs(end) for line in lines for end in (*line.outer, high)) * 1.15
+    reach = min(reach, _REACH)
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("change of time over the baseline, %")
     axes.grid(axis="x")
