@@ -215,7 +215,8 @@ def _language(study: Study, code: str, rows: _Rows) -> Iterator[str]:
     yield first
     for one in view.tests_of(study, code):
         change = view.change_text(one["ratio"], one["interval90"])
-        yield f"{_arm(one['arm']).lower()} changes the cost by {change}: {_verdict(study, one)}"
+        verdict = "" if control_failed(study) else f": {_verdict(study, one)}"
+        yield f"{_arm(one['arm']).lower()} changes the cost by {change}{verdict}"
 
 
 # --- words ----------------------------------------------------------------------------------------

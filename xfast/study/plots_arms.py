@@ -71,7 +71,7 @@ def equivalence(study: Study) -> Drawing | str:
             _changes(one["interval95"]),
             VERDICTS[one["verdict"]],
             one["verdict"],
-            strong=one["arm"] == CONTROL,
+            strong=one is study["control"],
         )
         for one in found[:_LINES]
     ]

@@ -125,7 +125,7 @@ def _setup(study: Study) -> Iterator[str]:
         }
     )
     yield "<h3>Engines</h3>"
-    yield _pairs({name: f"{engine['explain']} ({engine['device']})" for name, engine in study["engines"].items()})
+    yield _pairs({name: f"{engine['device']}: {engine['explain']}" for name, engine in study["engines"].items()})
     yield "<h3>Machine</h3>"
     yield _pairs(study["machine"])
     codes = [code for code in view.languages(study) if not study["languages"][code]["in_pretraining"]]
