@@ -18,7 +18,7 @@ from xfast.kernels.launch import next_power_of_2
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 TYPES = {"bf16": ("*bf16", 2), "fp16": ("*fp16", 2), "fp32": ("*fp32", 4)}
-HIDDEN = {"base": (768, 3072), "large": (1024, 4096), "xl": (2560, 10240)}
+HIDDEN = {"base": (768, 3072), "large": (1024, 4096), "xl": (2560, 10240), "xxl": (4096, 16384)}
 _INT_POINTERS = {
     *("table", "count", "row_lo", "row_hi", "ids", "mask", "positions", "types", "lengths", "errors", "out_ids"),
     *("out_positions", "out_types", "source", "slot", "cu_seqlens", "row_keys", "info", "cu_q", "cu_k"),
@@ -140,20 +140,17 @@ def _rows(capability: int) -> Iterator[Case]:
                 continue
             q = {"q": "*fp8e4nv" if fp8 else pointer, "scale": "*fp32" if fp8 else pointer}
             form = f"{'-fp8' if fp8 else ''} {dtype} {name}"
-            for bias, residual in ((True, False), (True, True), (False, False)):
-                flags = {"BIAS": bias, "RESIDUAL": residual, "QUANTIZE": fp8, "BLOCK": block}
-                yield Case(
-                    f"norm{'-bias' * bias}{'-residual' * residual}{form}", norm.norm_kernel, pointer, flags, rows, q
-                )
+            for bias, residual, total in itertools.product((True, False), (True, False), (True, False)):
+                if not bias and (residual or total):
+                    continue  # no forward asks for it
+                flags = {"BIAS": bias, "RESIDUAL": residual, "TOTAL": total, "QUANTIZE": fp8, "BLOCK": block}
+                label = f"norm{'-bias' * bias}{'-residual' * residual}{'-total' * total}{form}"
+                yield Case(label, norm.norm_kernel, pointer, flags, rows, q)
             embed_rows = tiles.Tile(1, block, 0, tiles.row_warps(block), 3)
-            yield Case(
-                f"embedding{form}",
-                embedding.embedding_kernel,
-                pointer,
-                {"QUANTIZE": fp8, "BLOCK": block},
-                embed_rows,
-                q,
-            )
+            for total in (False, True):
+                flags = {"TOTAL": total, "QUANTIZE": fp8, "BLOCK": block}
+                label = f"embedding{'-total' * total}{form}"
+                yield Case(label, embedding.embedding_kernel, pointer, flags, embed_rows, q)
             part = wide if fp8 else min(wide, 2048)
             yield Case(
                 f"activation{form}", activation.gelu_kernel, pointer, {"BIAS": True, "QUANTIZE": fp8, "BLOCK": part},

@@ -127,9 +127,9 @@ class PyEncoder {
       return d[key];
     };
     const auto size = [&](const char* key) { return item(key).cast<int64_t>(); };
-    const EncoderShape s{size("layers"),    size("hidden"),       size("heads"),
-                         size("head_dim"),  size("intermediate"), size("vocab"),
-                         size("positions"), size("types"),        item("eps").cast<float>()};
+    const EncoderShape s{
+        size("layers"), size("hidden"),    size("heads"), size("head_dim"),          size("intermediate"),
+        size("vocab"),  size("positions"), size("types"), item("eps").cast<float>(), item("pre_norm").cast<bool>()};
     for (const int64_t value : {s.hidden, s.heads, s.head_dim, s.intermediate, s.vocab, s.positions})
       require(value > 0 && value < (int64_t{1} << 31), "shape: sizes must be positive 32-bit numbers");
     require(s.layers >= 0 && s.types >= 0, "shape: sizes must not be negative");
@@ -148,7 +148,7 @@ class PyEncoder {
     throw py::value_error("name: no linear layer is called " + name);
   }
   Norm& find_norm(int64_t layer, const std::string& name) {
-    if (name == "embedding_norm") return encoder_.embedding_norm();
+    if (name == (encoder_.shape().pre_norm ? "final_norm" : "embedding_norm")) return encoder_.outer_norm();
     Layer& l = find_layer(layer);
     if (name == "attention_norm") return l.attention_norm;
     if (name == "ffn_norm") return l.ffn_norm;

@@ -95,7 +95,7 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
   require_array(beta, "beta", {cols});
   F32 y({rows, cols}, x.data());
   kernel_table(isa).layer_norm(
-      {Precision::kFp32, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
+      {Precision::kFp32, y.data(), cols, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
   return y;
 }
 

@@ -27,17 +27,14 @@ class Worker {
     embed();
     const bool select = plan_.selected.rows > 0;
     for (int64_t l = 0; l < args_.layers; ++l) {
-      const Layer& layer = encoder_.layers()[l];
-      const bool last = l + 1 == args_.layers;
-      if (select && last) {
-        selected_layer(layer, plan_.qkv[l % 2]);
+      if (select && l + 1 == args_.layers) {
+        selected_layer(l, plan_.qkv[l % 2]);
         return copy_out(plan_.selected);
       }
-      const Layer* next = last ? nullptr : &encoder_.layers()[l + 1];
       if (plan_.all.by_columns)
-        columns_layer(layer, next, plan_.qkv[l % 2]);
+        columns_layer(l, plan_.qkv[l % 2]);
       else
-        rows_layer(layer, next, plan_.qkv[l % 2]);
+        rows_layer(l, plan_.qkv[l % 2]);
       keep_hidden_state(l + 1);
     }
     if (!select) return copy_out(plan_.all);
@@ -79,20 +76,38 @@ class Worker {
   void embed() const {
     const RowSet& set = plan_.all;
     const TableView* tables = encoder_.tables();
-    const Norm& norm = encoder_.embedding_norm();
     for_blocks(set, [&](const Block& block) {
       const Range rows = rows_of(set, block);
       kernels_.embed({tables[0], tables[1], tables[2], args_.ids, args_.embeds, args_.position_ids, args_.type_ids,
                       set.x, plan_.ld, block.begin + rows.begin, block.begin + rows.end, shape_.hidden});
-      normalize(set, block, rows, norm);
+      prepare(set, block, rows, 0);
     });
     sync(set);
     keep_hidden_state(0);
   }
 
-  void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
-    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, shape_.hidden,
-                         norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
+  // After `done` layers: the LayerNorm that comes now, and the operand of the next layer's QKV.
+  // Pre-norm: the last layer's output is normalised. When fewer layers are asked for, x stays as it is.
+  void prepare(const RowSet& set, const Block& block, Range rows, int64_t done) const {
+    const std::vector<Layer>& layers = encoder_.layers();
+    const bool more = done < args_.layers;
+    if (shape_.pre_norm && more)
+      normalize_apart(set, block, rows, layers[done].attention_norm);
+    else if (!shape_.pre_norm || done == shape_.layers)
+      normalize(set, block, rows, shape_.pre_norm || done == 0 ? encoder_.outer_norm() : layers[done - 1].ffn_norm,
+                more ? block.operand : Operand{});
+  }
+
+  // x = LN(x), and its operand.
+  void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm, const Operand& operand) const {
+    float* x = set.x + block.begin * plan_.ld;
+    kernels_.layer_norm({precision_, x, plan_.ld, x, plan_.ld, rows.begin, rows.end, shape_.hidden, norm.gamma.data(),
+                         norm.beta.data(), shape_.eps, operand});
+  }
+  // The operand of LN(x); x stays, it is the residual stream.
+  void normalize_apart(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
+    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, plan_.normed[member_.id], 0, rows.begin,
+                         rows.end, shape_.hidden, norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
   }
 
   // Output panels [begin, end) of linear(block's operand) -> out (row 0 = the block's first row).
@@ -139,7 +154,8 @@ class Worker {
 
   // Few rows: the outputs are split, queries, keys and values by head, so that each thread then attends to just the
   // heads that it computed.
-  void columns_layer(const Layer& layer, const Layer* next, float* qkv) const {
+  void columns_layer(int64_t index, float* qkv) const {
+    const Layer& layer = encoder_.layers()[index];
     const RowSet& set = plan_.all;
     const Block& block = set.blocks[0];
     const Range heads = share(0, shape_.heads);
@@ -156,14 +172,15 @@ class Worker {
     }
     attend(set, set.groups[0], heads, projected(qkv, 0));
     sync();
-    finish_group(set, set.groups[0], layer, next == nullptr ? nullptr : &next->qkv);
+    finish_group(set, set.groups[0], index, qkv_after(index));
   }
 
   // Many rows: group by group through the whole layer. Sequences shared with another thread begin before and end after
   // all others, so that their keys are there when they are needed.
-  void rows_layer(const Layer& layer, const Layer* next, float* shared_qkv) const {
+  void rows_layer(int64_t index, float* shared_qkv) const {
+    const Layer& layer = encoder_.layers()[index];
     const RowSet& set = plan_.all;
-    const PackedLinear* after = next == nullptr ? nullptr : &next->qkv;
+    const PackedLinear* after = qkv_after(index);
     for_groups(set, [&](const Group& group) {
       if (group.shared) project(group, layer, shared_qkv + group.begin * plan_.ld_qkv, layer.qkv);
     });
@@ -174,15 +191,20 @@ class Worker {
       attend(set, group, {0, shape_.heads}, projected(qkv, group.begin));
       const Group* following = &group == &set.groups.back() ? nullptr : &group + 1;
       const bool more = following != nullptr && following->owner == member_.id && !following->shared;
-      finish_group(set, group, layer, more ? &layer.qkv : after);
+      finish_group(set, group, index, more ? &layer.qkv : after);
     });
     if (!set.any_shared) return;
     sync();
     for_groups(set, [&](const Group& group) {
       if (!group.shared) return;
       attend(set, group, {0, shape_.heads}, projected(shared_qkv, 0));
-      finish_group(set, group, layer, after);
+      finish_group(set, group, index, after);
     });
+  }
+
+  // The weights that are read after a layer, or null.
+  const PackedLinear* qkv_after(int64_t index) const {
+    return index + 1 < args_.layers ? &encoder_.layers()[index + 1].qkv : nullptr;
   }
 
   // QKV of a group's rows -> out [group rows, ld_qkv]. `next`: the weights that are read after these.
@@ -213,15 +235,16 @@ class Worker {
     }
   }
 
-  void finish_group(const RowSet& set, const Group& group, const Layer& layer, const PackedLinear* next) const {
+  void finish_group(const RowSet& set, const Group& group, int64_t index, const PackedLinear* next) const {
     for (size_t b = group.first_block; b < group.last_block; ++b)
-      finish_block(set, set.blocks[b], plan_.ctx[scratch(set)] + (set.blocks[b].begin - group.begin) * plan_.ld, layer,
-                   b + 1 == group.last_block ? next : &layer.attention_out);
+      finish_block(set, set.blocks[b], plan_.ctx[scratch(set)] + (set.blocks[b].begin - group.begin) * plan_.ld, index,
+                   b + 1 == group.last_block ? next : &encoder_.layers()[index].attention_out);
   }
 
   // After attention: output projection + residual + norm, FFN + residual + norm, of one block in cache.
-  void finish_block(const RowSet& set, const Block& block, const float* ctx, const Layer& layer,
+  void finish_block(const RowSet& set, const Block& block, const float* ctx, int64_t index,
                     const PackedLinear* next) const {
+    const Layer& layer = encoder_.layers()[index];
     const int64_t hidden = shape_.hidden, inner = shape_.intermediate;
     const Operand& ffn_operand = plan_.ffn_operand[scratch(set)];
     const bool direct = precision_ != Precision::kInt8;  // no row scale needed: the epilogue writes the operand
@@ -233,7 +256,10 @@ class Worker {
     multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual, x,
              plan_.ld, &layer.ffn_in);
     sync(set);
-    normalize(set, block, rows, layer.attention_norm);
+    if (shape_.pre_norm)
+      normalize_apart(set, block, rows, layer.ffn_norm);
+    else
+      normalize(set, block, rows, layer.attention_norm, block.operand);
     sync(set);
     multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, plan_.ld_ffn,
              &layer.ffn_out, direct ? ffn_operand : Operand{});
@@ -245,12 +271,13 @@ class Worker {
     multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, plan_.ld,
              next);
     sync(set);
-    normalize(set, block, rows, layer.ffn_norm);
+    prepare(set, block, rows, index + 1);
     sync(set);
   }
 
   // The last layer when only some rows are read: keys and values of all rows, everything else of those rows.
-  void selected_layer(const Layer& layer, float* qkv) const {
+  void selected_layer(int64_t index, float* qkv) const {
+    const Layer& layer = encoder_.layers()[index];
     const RowSet &all = plan_.all, &set = plan_.selected;
     const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
     // Panel that holds the first key; queries before it in the same panel are computed in vain when hidden % 32 != 0.
@@ -264,8 +291,11 @@ class Worker {
       const Range rows = rows_of(set, block);
       for (int64_t i = block.begin + rows.begin; i < block.begin + rows.end; ++i)
         copy_row(set.x + i * plan_.ld, all.x + args_.rows[i] * plan_.ld);
-      kernels_.to_operand(
-          {precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
+      if (shape_.pre_norm)
+        normalize_apart(set, block, rows, layer.attention_norm);
+      else
+        kernels_.to_operand(
+            {precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
     });
     sync();
     query_rows(layer.qkv);
@@ -274,12 +304,12 @@ class Worker {
     if (set.by_columns) {
       attend(set, set.groups[0], share(0, shape_.heads), p);
       sync();
-      finish_group(set, set.groups[0], layer, nullptr);
+      finish_group(set, set.groups[0], index, nullptr);
       return;
     }
     for_groups(set, [&](const Group& group) {
       attend(set, group, {0, shape_.heads}, p);
-      finish_group(set, group, layer, nullptr);
+      finish_group(set, group, index, nullptr);
     });
   }
 
@@ -363,7 +393,7 @@ void Encoder::quantize_word_table(int threads) {
 
 bool Encoder::complete() const {
   const auto set = [](const Norm& norm) { return !norm.gamma.empty(); };
-  if (tables_[0].data == nullptr || !set(embedding_norm_)) return false;
+  if (tables_[0].data == nullptr || !set(outer_norm_)) return false;
   return std::all_of(layers_.begin(), layers_.end(), [&](const Layer& l) {
     return l.qkv.complete() && l.attention_out.complete() && l.ffn_in.complete() && l.ffn_out.complete() &&
            set(l.attention_norm) && set(l.ffn_norm);

@@ -11,11 +11,15 @@
 
 namespace xfast {
 
-// Sizes of a post-norm encoder: x = LN(x + attention(x)); x = LN(x + ffn(x)). All sizes in elements.
+// Sizes in elements, and where LayerNorms sit:
+//   post-norm  x = LN(embeddings);  x = LN(x + attention(x));  x = LN(x + ffn(x))
+//   pre-norm   x = embeddings;  x = x + attention(LN(x));  x = x + ffn(LN(x));  after the encoder's last layer x =
+//   LN(x)
 struct EncoderShape {
   int64_t layers, hidden, heads, head_dim, intermediate;
   int64_t vocab, positions, types;
   float eps;
+  bool pre_norm;
 };
 
 struct Norm {
@@ -24,7 +28,7 @@ struct Norm {
 
 struct Layer {
   PackedLinear qkv, attention_out, ffn_in, ffn_out;  // qkv: query, key, value outputs one after another
-  Norm attention_norm, ffn_norm;
+  Norm attention_norm, ffn_norm;  // post-norm: after attention and FFN; pre-norm: before them
 };
 
 // One forward call. T = cu_seqlens[sequences] packed tokens.
@@ -52,8 +56,9 @@ class Encoder {
   const KernelTable& kernels() const { return kernels_; }
   std::vector<Layer>& layers() { return layers_; }
   const std::vector<Layer>& layers() const { return layers_; }
-  Norm& embedding_norm() { return embedding_norm_; }
-  const Norm& embedding_norm() const { return embedding_norm_; }
+  // The LayerNorm outside the layers: of the embeddings (post-norm) or after the last layer (pre-norm).
+  Norm& outer_norm() { return outer_norm_; }
+  const Norm& outer_norm() const { return outer_norm_; }
   // The tables stay the caller's: they are read in place, never copied.
   void set_tables(TableView word, TableView position, TableView type);
   // Copies the word table in 8 bits a value; the caller's is not read any more. Not while a forward runs.
@@ -77,7 +82,7 @@ class Encoder {
   const KernelTable& kernels_;
   TableView tables_[3];
   QuantizedTable word_table_;
-  Norm embedding_norm_;
+  Norm outer_norm_;
   std::vector<Layer> layers_;
   mutable std::mutex workspace_mutex_;
   mutable std::vector<AlignedBuffer> free_workspaces_;

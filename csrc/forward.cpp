@@ -165,11 +165,13 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
       std::max(group_rows * ld_qkv, precision == Precision::kInt8 ? block_rows * ld_ffn : int64_t{0});
   wide.clear();
   ctx.clear();
+  normed.clear();
   ffn_operand.clear();
   attention.clear();
   for (int t = 0; t < args.threads; ++t) {
     wide.push_back(carver.take<float>(wide_floats));
     ctx.push_back(carver.take<float>(group_rows * ld));
+    normed.push_back(carver.take<float>(shape.pre_norm ? ld : 0));
     ffn_operand.push_back(take_operand(carver, precision, block_rows, shape.intermediate));
     attention.push_back(carver.take<float>(attention_scratch_floats(shape.head_dim, segment_rows)));
   }

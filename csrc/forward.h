@@ -63,6 +63,7 @@ struct ForwardPlan {
   // Per thread. `wide`: a group's QKV [group rows, ld_qkv], then, once its attention is done, a block's FFN
   // [block rows, ld_ffn] (int8 only). `ctx`: attention output of a group [group rows, ld].
   std::vector<float*> wide, ctx;
+  std::vector<float*> normed;  // [ld], pre-norm only: a normalised row on its way into an operand
   std::vector<Operand> ffn_operand;
   std::vector<float*> attention;  // scratch of the kernel
 

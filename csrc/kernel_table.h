@@ -58,12 +58,13 @@ struct OperandArgs {
   Operand out;
 };
 
-// In place x = layer_norm(x) * gamma + beta over rows [row_begin, row_end), then the operand of the result if
-// out.data is set.
+// y = layer_norm(x) * gamma + beta over rows [row_begin, row_end), then the operand of y if out.data is set.
 struct NormArgs {
   Precision precision;
-  float* x;
+  const float* x;
   int64_t ldx;
+  float* y;  // x itself, or elsewhere; ldy 0 = one row that each row overwrites, when only the operand is wanted
+  int64_t ldy;
   int64_t row_begin, row_end;
   int64_t cols;
   const float* gamma;

@@ -1,4 +1,4 @@
-// LayerNorm in place, statistics in fp32 with two passes, then the next product's operand while the row is in L1.
+// LayerNorm, statistics in fp32 with two passes, then the next product's operand while the row is in L1.
 #pragma once
 
 #include <cmath>
@@ -6,8 +6,8 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
-// x, gamma, beta: [cols]
-inline void layer_norm_row(float* x, int64_t cols, const float* gamma, const float* beta, float eps) {
+// x, gamma, beta -> y: [cols]; y may be x
+inline void layer_norm_row(const float* x, int64_t cols, const float* gamma, const float* beta, float eps, float* y) {
   V16 sum = set1(0.0f);
   for (int64_t c = 0; c < cols; c += 16) sum = add(sum, load_n(x + c, cols - c));
   const float mean = reduce_add(sum) / static_cast<float>(cols);
@@ -21,15 +21,15 @@ inline void layer_norm_row(float* x, int64_t cols, const float* gamma, const flo
   for (int64_t c = 0; c < cols; c += 16) {
     const int64_t n = cols - c;
     const V16 normed = mul(sub(load_n(x + c, n), mean16), rstd);
-    store_n(x + c, fma(normed, load_n(gamma + c, n), load_n(beta + c, n)), n);
+    store_n(y + c, fma(normed, load_n(gamma + c, n), load_n(beta + c, n)), n);
   }
 }
 
 inline void layer_norm(const NormArgs& args) {
   for (int64_t row = args.row_begin; row < args.row_end; ++row) {
-    float* x = args.x + row * args.ldx;
-    layer_norm_row(x, args.cols, args.gamma, args.beta, args.eps);
-    if (args.out.data != nullptr) operand_row(args.precision, x, args.cols, args.out, row);
+    float* y = args.y + row * args.ldy;
+    layer_norm_row(args.x + row * args.ldx, args.cols, args.gamma, args.beta, args.eps, y);
+    if (args.out.data != nullptr) operand_row(args.precision, y, args.cols, args.out, row);
   }
 }
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 import xfast
 
 PREFIXES = {"xlm-roberta": "XLMRoberta", "roberta": "Roberta", "camembert": "Camembert", "bert": "Bert"}
+PREFIXES["xlm-roberta-xl"] = "XLMRobertaXL"
 ENDINGS = {
     "base": "Model",
     "base-no-pooler": "Model",
@@ -22,7 +26,9 @@ ENDINGS = {
     "multiple-choice": "ForMultipleChoice",
     "masked-lm": "ForMaskedLM",
 }
-FAMILIES = tuple(PREFIXES)
+FAMILIES = ("xlm-roberta", "roberta", "camembert", "bert")
+ALL_FAMILIES = tuple(PREFIXES)
+"""With the pre-norm one, which not every backend runs."""
 HEADS = tuple(ENDINGS)
 TASK_HEADS = HEADS[2:]
 TOKEN_HEADS = ("token-classification", "question-answering", "masked-lm")
@@ -210,3 +216,27 @@ def simulated_int8(model: nn.Module) -> Any:
         if type(module) is nn.Linear:
             module.__class__ = _SimulatedLinear
     return clone
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The call's result, and how far resident memory rose above its start while it ran."""
+    start = peak = _resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = call()
+    peak = max(peak, _resident())
+    done.set()
+    watcher.join()
+    return result, peak - start

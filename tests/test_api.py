@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
-    FAMILIES,
+    ALL_FAMILIES,
     HEADS,
     TOKEN_HEADS,
     arguments,
@@ -48,7 +48,7 @@ def assert_untouched(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_accelerate_is_in_place_and_restore_undoes_it_exactly(family: str, head: str) -> None:
     model, batch = build(family, head), arguments(family, head)
     want = outputs_of(model(**batch, output_hidden_states=True))  # also installs transformers' own recorders

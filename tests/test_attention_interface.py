@@ -107,7 +107,7 @@ def loss_and_gradients(model: Any, head: str, family: str = "xlm-roberta") -> tu
 
 
 @pytest.mark.parametrize("head", ["sequence-classification", "token-classification", "multiple-choice", "masked-lm"])
-@pytest.mark.parametrize("family", ["xlm-roberta", "bert"])
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl", "bert"])
 def test_training_gives_the_same_loss_and_gradients(family: str, head: str) -> None:
     model = model_of(family, head).train()
     want_loss, want = loss_and_gradients(model, head, family)
@@ -159,8 +159,9 @@ def test_what_cannot_train_packed_runs_the_original_code() -> None:
     assert set(fallbacks(model)) == {"attention weights are asked for", "gradient checkpointing is on"}
 
 
-def test_hidden_states_and_embeddings_while_training() -> None:
-    model = model_of()
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_hidden_states_and_embeddings_while_training(family: str) -> None:
+    model = model_of(family)
     batch = moved(ragged())
     embeds = model.embeddings.word_embeddings(batch["input_ids"]).detach().requires_grad_()
     call = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "output_hidden_states": True}

@@ -43,9 +43,10 @@ def assert_same(got: torch.Tensor, want: torch.Tensor, batch: dict[str, torch.Te
     assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= limit
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
 @pytest.mark.parametrize("head", HEADS)
-def test_compiled_models_give_the_originals_outputs(head: str) -> None:
-    model, batch = build(head=head), arguments("xlm-roberta", head)
+def test_compiled_models_give_the_originals_outputs(head: str, family: str) -> None:
+    model, batch = build(family, head), arguments(family, head)
     want = model(**batch)
     fast = compiled(xfast.accelerate(model))
     got = fast(**batch)

@@ -292,9 +292,9 @@ def test_embed(data: st.DataObject) -> None:
 
 
 SHAPE = {"layers": 1, "hidden": 8, "heads": 2, "head_dim": 4, "intermediate": 6, "vocab": 4, "positions": 6, "types": 2}
-SHAPE["eps"] = 1
+SHAPE |= {"eps": 1, "pre_norm": False}
 LINEARS = {"qkv": (24, 8), "attention_out": (8, 8), "ffn_in": (6, 8), "ffn_out": (8, 6)}
-NORMS = ("embedding_norm", "attention_norm", "ffn_norm")
+NORMS = ("embedding_norm", "final_norm", "attention_norm", "ffn_norm")
 
 
 @FUZZ
@@ -313,14 +313,14 @@ def test_encoder_shape(data: st.DataObject) -> None:
         assert encoder.isa in _C.available_isas() and encoder.packed_bytes >= 0
 
 
-def fresh_encoder() -> _C.Encoder:
-    return _C.Encoder(SHAPE, "int8", "auto")
+def fresh_encoder(pre_norm: bool = False) -> _C.Encoder:
+    return _C.Encoder({**SHAPE, "pre_norm": pre_norm}, "int8", "auto")
 
 
 @FUZZ
 @given(data=st.data())
 def test_encoder_weights(data: st.DataObject) -> None:
-    encoder, chosen = fresh_encoder(), data.draw(st.sampled_from([None, *LINEARS]))
+    encoder, chosen = fresh_encoder(data.draw(st.booleans())), data.draw(st.sampled_from([None, *LINEARS]))
     for name, (rows, cols) in LINEARS.items():
         a = {"layer": 0, "name": name, "first": 0, "weight": np.ones((rows, cols), np.float32)}
         a |= {"bias": np.ones(rows, np.float32), "threads": 2}
@@ -345,23 +345,24 @@ def test_encoder_weights(data: st.DataObject) -> None:
         assert np.isnan(out).all()
 
 
-def complete_encoder() -> _C.Encoder:
-    encoder, rng = fresh_encoder(), np.random.default_rng(0)
+def complete_encoder(pre_norm: bool) -> _C.Encoder:
+    encoder, rng = fresh_encoder(pre_norm), np.random.default_rng(0)
     encoder.set_tables(*(rng.standard_normal((n, 8)).astype(np.float32) for n in (4, 6, 2)))
     for name, dims in LINEARS.items():
         encoder.set_linear(0, name, 0, rng.standard_normal(dims).astype(np.float32), None, 1)
-    for name in NORMS:
+    for name in ("final_norm" if pre_norm else "embedding_norm", "attention_norm", "ffn_norm"):
         encoder.set_norm(0, name, np.ones(8, np.float32), np.zeros(8, np.float32))
     return encoder
 
 
-ENCODER = complete_encoder()
+ENCODERS = [complete_encoder(pre_norm) for pre_norm in (False, True)]
 IDS, TYPES, ENDS = (np.array(v, np.int32) for v in ([3, 1, 0, 2, 2], [0, 1, 1, 0, 0], [0, 3, 3, 5]))
 
 
 @FUZZ
 @given(data=st.data())
 def test_forward(data: st.DataObject) -> None:
+    encoder = data.draw(st.sampled_from(ENCODERS))
     rows = data.draw(st.sampled_from([None, np.array([0, 4], np.int32), np.array([], np.int32)]))
     layers = data.draw(st.sampled_from([0, 1]))
     count = 5 if rows is None else len(rows)
@@ -379,11 +380,11 @@ def test_forward(data: st.DataObject) -> None:
     }
     a = data.draw(disturbed(arguments))
     a["threads"] = threads_of(a["threads"])
-    if not attempt(lambda: ENCODER.forward(*a.values()) or True):
+    if not attempt(lambda: encoder.forward(*a.values()) or True):
         return
     plain = np.full((len(a["position_ids"]), 8), np.nan, np.float32)
     words = [a["ids"], a["embeds"], a["position_ids"], a["type_ids"], a["cu_seqlens"]]
-    ENCODER.forward(*words, None, a["layers"], plain, None, 1)
+    encoder.forward(*words, None, a["layers"], plain, None, 1)
     np.testing.assert_array_equal(a["out"], plain if a["rows"] is None else plain[a["rows"]])
     if a["hidden_states"] is not None:
         np.testing.assert_array_equal(a["hidden_states"][-1], plain)
@@ -412,6 +413,7 @@ spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 shape = dict(layers=1, hidden=8, heads=2, head_dim=4, intermediate=6, vocab=4, positions=6, types=2, eps=1.0)
+shape["pre_norm"] = True
 f32 = lambda *sizes: np.ones(sizes, np.float32)
 names = {"encoder": lambda **sizes: module.Encoder({**shape, **sizes}, "fp32", "auto"), "f32": f32}
 try:

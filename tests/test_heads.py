@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
-    FAMILIES,
+    ALL_FAMILIES,
     LABELS,
     TOKEN_HEADS,
     arguments,
@@ -31,7 +31,7 @@ HIDDEN = 64
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_classification_computes_one_row_and_the_same_bits(family: str, precision: str) -> None:
     model, batch = build(family, "sequence-classification"), ragged(family)
     encoder = xfast.accelerate(model, precision=precision).base_model

@@ -27,6 +27,7 @@ SHAPE = {
     "positions": 12,
     "types": 1,
     "eps": 1e-5,
+    "pre_norm": False,
 }
 
 

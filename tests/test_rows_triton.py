@@ -39,6 +39,28 @@ def test_norm(columns: int, dtype: torch.dtype) -> None:
         assert_within(got.cpu(), truth, same, floor=2.0**-20, what=f"{dtype} {columns}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 100, 4096])
+@pytest.mark.parametrize("place", ["x", "residual", "elsewhere"])
+def test_norm_keeps_the_sum_beside_it(place: str, columns: int, dtype: torch.dtype) -> None:
+    x, residual, elsewhere = (randn(5, columns, dtype=dtype) for _ in range(3))
+    bias, gamma, beta = (randn(columns, dtype=dtype) for _ in range(3))
+    want, _ = add_norm(x, gamma, beta, EPS, bias=bias, residual=residual)
+    rounded = (x.cpu().float() + bias.cpu().float() + residual.cpu().float()).to(dtype)
+    total = {"x": x, "residual": residual, "elsewhere": elsewhere}[place]
+    got, _ = add_norm(x, gamma, beta, EPS, bias=bias, residual=residual, total=total)
+    assert torch.equal(got, want) and torch.equal(total.cpu(), rounded)
+
+
+@FP8
+def test_norm_beside_the_sum_quantises_the_same() -> None:
+    x, bias, gamma, beta = randn(5, 100, dtype=torch.bfloat16), *(randn(100, dtype=torch.bfloat16) for _ in range(3))
+    want = add_norm(x, gamma, beta, EPS, bias=bias, quantize=True)[1]
+    got = add_norm(x, gamma, beta, EPS, bias=bias, total=x, quantize=True)[1]
+    assert want is not None and got is not None
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8)) and torch.equal(got[1], want[1])
+
+
 def test_norm_of_rows_far_from_zero_does_not_cancel() -> None:
     x = randn(4, 256) + 4096
     ones, zeros = torch.ones(256, device=DEVICE), torch.zeros(256, device=DEVICE)
@@ -132,3 +154,10 @@ def test_embedding(columns: int, dtype: torch.dtype) -> None:
     same = F.layer_norm(w[here[0]] + t[here[2]] + p[here[1]], (columns,), gamma.cpu(), beta.cpu(), EPS)
     assert_within(got[:count].cpu(), truth, same, floor=2.0**-20, what=f"{dtype} {columns}")
     assert torch.isfinite(got).all()
+    total = torch.full_like(got, torch.nan)
+    beside, _ = embed(
+        ids, pos, kind, tokens, word, positions, types, gamma, beta, EPS, rows=rows, dtype=dtype, total=total
+    )
+    rounded = (w.float()[here[0]] + t.float()[here[2]] + p.float()[here[1]]).to(dtype)
+    assert torch.equal(beside, got) and torch.equal(total[:count].cpu(), rounded)
+    assert not total[count:].any()

@@ -83,10 +83,11 @@ def test_the_number_of_threads_changes_nothing(precision: str, hidden: int, head
     assert not xfast.explain(model).encoders[0].fallbacks, "these calls tested the original code"
 
 
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_number_of_threads_changes_no_selected_row_and_no_hidden_state(precision: str) -> None:
+def test_the_number_of_threads_changes_no_selected_row_and_no_hidden_state(precision: str, pre_norm: bool) -> None:
     spec = {"layers": 2, "hidden": 40, "heads": 5, "head_dim": 8, "intermediate": 70}
-    encoder = native_encoder(spec, precision)
+    encoder = native_encoder(spec, precision, pre_norm=pre_norm)
     for lengths in ([3, 1, 40, 8], [120, 1, 9, 90]):
         total = sum(lengths)
         cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
@@ -106,14 +107,14 @@ def test_the_number_of_threads_changes_no_selected_row_and_no_hidden_state(preci
                 assert_same_bits(other, one, f"{threads} threads")
 
 
-def native_encoder(sizes: dict[str, int], precision: str, threads: int = 2) -> _C.Encoder:
+def native_encoder(sizes: dict[str, int], precision: str, threads: int = 2, *, pre_norm: bool = False) -> _C.Encoder:
     """An _C.Encoder with random weights: vocab 7, 300 positions, one type."""
     rng = np.random.default_rng(0)
     hidden, inner = sizes["hidden"], sizes["intermediate"]
-    shape = {**sizes, "vocab": 7, "positions": 300, "types": 1, "eps": 1e-5}
+    shape = {**sizes, "vocab": 7, "positions": 300, "types": 1, "eps": 1e-5, "pre_norm": pre_norm}
     encoder = _C.Encoder(shape, precision, "auto")
     encoder.set_tables(*(rng.standard_normal((n, hidden)).astype(np.float32) for n in (7, 300, 1)))
-    norms = [(0, "embedding_norm")]
+    norms = [(0, "final_norm" if pre_norm else "embedding_norm")]
     linears = {"qkv": (3 * hidden, hidden), "attention_out": (hidden, hidden)}
     linears |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
     for layer in range(sizes["layers"]):

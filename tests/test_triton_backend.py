@@ -29,6 +29,8 @@ from xfast.backends.triton import TritonBackend
 pytestmark = NO_NUMPY_WARNINGS
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
+PRE_NORM = "xlm-roberta-xl"
+
 
 def moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.to(DEVICE) for name, value in batch.items()}
@@ -56,7 +58,11 @@ def same_at_tokens(got: torch.Tensor, want: torch.Tensor, batch: dict[str, torch
 
 @pytest.mark.parametrize(
     ("family", "head"),
-    [*(("xlm-roberta", head) for head in HEADS), *((family, "base") for family in FAMILIES[1:]), ("bert", "masked-lm")],
+    [
+        *((family, head) for family in ("xlm-roberta", PRE_NORM) for head in HEADS),
+        *((family, "base") for family in FAMILIES[1:]),
+        ("bert", "masked-lm"),
+    ],
 )
 def test_every_family_and_head(family: str, head: str) -> None:
     model, batch = model_of(family, head), moved(arguments(family, head))
@@ -73,8 +79,9 @@ def test_every_family_and_head(family: str, head: str) -> None:
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp16", 3e-3), ("bf16", 2e-2), pytest.param("fp8", 0.12, marks=FP8)])
-def test_precisions(precision: str, limit: float) -> None:
-    model, batch = model_of(), moved(ragged())
+@pytest.mark.parametrize("family", ["xlm-roberta", PRE_NORM])
+def test_precisions(family: str, precision: str, limit: float) -> None:
+    model, batch = model_of(family), moved(ragged())
     want = first_output(model, batch)
     got = first_output(fast(model, precision=precision), batch)
     same_at_tokens(got, want, batch, limit)
@@ -126,9 +133,10 @@ def test_inputs_embeds_and_token_types() -> None:
     assert fallbacks(model) == {}
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", PRE_NORM])
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_layers_and_hidden_states(layers: int) -> None:
-    model, batch = model_of(), moved(ragged())
+def test_layers_and_hidden_states(layers: int, family: str) -> None:
+    model, batch = model_of(family), moved(ragged())
     want = model(**batch, output_hidden_states=True).hidden_states
     fast(model, layers=layers)
     got = model(**batch, output_hidden_states=True)
@@ -136,6 +144,31 @@ def test_layers_and_hidden_states(layers: int) -> None:
     for ours, theirs in zip(got.hidden_states, want, strict=False):
         same_at_tokens(ours.cpu(), theirs.cpu(), batch)
     torch.testing.assert_close(model(**batch).last_hidden_state, got.last_hidden_state)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp8", marks=FP8)])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_pre_norm_rows_of_one_token_are_those_of_the_full_run(layers: int, precision: str) -> None:
+    model, batch = model_of(PRE_NORM, "sequence-classification"), moved(ragged())
+    fast(model, precision=precision, layers=layers)
+    one = model(**batch).logits
+    full = model(**batch, output_hidden_states=True).logits
+    assert norm_error(one.float().cpu(), full.float().cpu()) <= {"fp32": 1e-6, "bf16": 2e-2, "fp8": 2e-2}[precision]
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_pre_norm_head_sizes_of_xl_and_xxl(head_dim: int) -> None:
+    model = model_of(PRE_NORM, "base-no-pooler", hidden_size=2 * head_dim, num_hidden_layers=1)
+    batch = moved(ragged(lengths=(7, 0, 9)))
+    want = first_output(model, batch)
+    same_at_tokens(first_output(fast(model), batch), want, batch)
+    assert fallbacks(model) == {}
+
+
+def test_an_encoder_without_layers_is_its_embeddings_and_the_final_norm() -> None:
+    model, batch = model_of(PRE_NORM, "base-no-pooler", num_hidden_layers=0), moved(ragged())
+    want = first_output(model, batch)
+    same_at_tokens(first_output(fast(model), batch), want, batch)
 
 
 def test_a_head_that_reads_one_token_computes_one_row() -> None:
@@ -244,7 +277,8 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 8.6; fp8 needs 8.9" in (reason(monkeypatch, capability=86, precision="fp8") or "")
     assert "int8 is not available on the GPU" in (reason(monkeypatch, precision="int8") or "")
     assert "head_dim 24" in (reason(monkeypatch, head_dim=24) or "")
-    assert "pre-norm" in (reason(monkeypatch, norm="pre") or "")
+    assert "neither BERT's nor XLM-R-XL's" in (reason(monkeypatch, norm="pre") or "")
+    assert reason(monkeypatch, norm="pre", embedding_norm=False, final_norm=True) is None
     assert "multiples of 16" in (reason(monkeypatch, precision="fp8", intermediate_size=100) or "")
 
 
@@ -311,11 +345,9 @@ def test_batches_of_one_bucket_share_a_graph() -> None:
     assert "token buckets 32" in str(xfast.explain(model))
 
 
-def test_graphs_of_selected_rows() -> None:
-    model, stock = (
-        model_of(head="sequence-classification", num_hidden_layers=1),
-        model_of(head="sequence-classification", num_hidden_layers=1),
-    )
+@pytest.mark.parametrize("family", ["xlm-roberta", PRE_NORM])
+def test_graphs_of_selected_rows(family: str) -> None:
+    model, stock = (model_of(family, "sequence-classification", num_hidden_layers=1) for _ in range(2))
     captures = with_graphs(fast(model))
     for lengths in ((9, 1, 17), (3, 3, 3, 3), (20,)):
         batch = moved(ragged(lengths=lengths))

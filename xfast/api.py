@@ -161,8 +161,10 @@ def _head_patches(root: nn.Module, encoders: list[nn.Module]) -> list[HeadPatch]
     patches: list[HeadPatch] = []
     for module in root.modules():
         rule = rule_for(module)
-        encoder = getattr(module, "base_model", None)
-        if rule is None or not any(encoder is candidate for candidate in encoders):
+        # AltCLIP's text model is its own base_model in transformers 4
+        read = (getattr(module, "base_model", None), *module.children())
+        encoder = next((e for e in encoders if any(e is candidate for candidate in read)), None)
+        if rule is None or encoder is None:
             continue
         patches.append(HeadPatch(module, encoder, rule, _unpatched(module)))
         token_head = head_module(module, rule) if rule.rows == "all" else None

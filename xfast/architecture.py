@@ -19,6 +19,7 @@ class EncoderSpec:
     """Sizes and rules of one encoder. Sizes in elements.
 
     ``norm`` is ``"post"`` (x = LN(x + f(x)), BERT to XLM-R) or ``"pre"`` (x = x + f(LN(x)), XLM-R-XL).
+    ``final_norm``: a LayerNorm follows the last layer (not one before it when fewer are run).
     ``position_rule`` is ``"columns"`` (0, 1, 2, ...; BERT) or ``"padding"`` (RoBERTa: ids other than ``pad_token_id``
     count from ``pad_token_id + 1``, padding keeps ``pad_token_id``).
     """
@@ -50,7 +51,7 @@ class Family:
     norm: str
     position_rule: str
     paths: dict[str, str]  # role -> module path below a layer
-    embedding_paths: dict[str, str]  # role -> module path below the encoder
+    outer_paths: dict[str, str]  # role -> module path below the encoder, outside the layers
 
 
 _POST_NORM_LAYER = {
@@ -63,18 +64,26 @@ _POST_NORM_LAYER = {
     "ffn_out": "output.dense",
     "ffn_norm": "output.LayerNorm",
 }
-_EMBEDDINGS = {
+_PRE_NORM_LAYER = {
+    **_POST_NORM_LAYER,
+    "attention_norm": "attention.self_attn_layer_norm",
+    "ffn_norm": "LayerNorm",
+}
+_TABLES = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
     "type": "embeddings.token_type_embeddings",
-    "embedding_norm": "embeddings.LayerNorm",
 }
+_POST_NORM = {**_TABLES, "embedding_norm": "embeddings.LayerNorm"}
+_PRE_NORM = {**_TABLES, "final_norm": "encoder.LayerNorm"}
 
 FAMILIES = (
-    Family("xlm-roberta", ("XLMRobertaModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
-    Family("roberta", ("RobertaModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
-    Family("camembert", ("CamembertModel",), "post", "padding", _POST_NORM_LAYER, _EMBEDDINGS),
-    Family("bert", ("BertModel",), "post", "columns", _POST_NORM_LAYER, _EMBEDDINGS),
+    Family("xlm-roberta", ("XLMRobertaModel",), "post", "padding", _POST_NORM_LAYER, _POST_NORM),
+    Family("xlm-roberta-xl", ("XLMRobertaXLModel",), "pre", "padding", _PRE_NORM_LAYER, _PRE_NORM),
+    Family("roberta", ("RobertaModel",), "post", "padding", _POST_NORM_LAYER, _POST_NORM),
+    Family("camembert", ("CamembertModel",), "post", "padding", _POST_NORM_LAYER, _POST_NORM),
+    Family("altclip", ("AltRobertaModel",), "post", "padding", _POST_NORM_LAYER, _POST_NORM),
+    Family("bert", ("BertModel",), "post", "columns", _POST_NORM_LAYER, _POST_NORM),
 )
 
 LINEAR_ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
@@ -85,7 +94,8 @@ NORM_ROLES = ("attention_norm", "ffn_norm")
 class EncoderWeights:
     """The modules of one encoder by role; parameters are read from them when packing, so they are never stale.
 
-    ``modules`` maps ``(layer, role)`` to a module, with layer -1 for embeddings, and ``names`` to its dotted path.
+    ``modules`` maps ``(layer, role)`` to a module, with layer -1 for what is outside the layers, and ``names`` to its
+    dotted path.
     """
 
     spec: EncoderSpec
@@ -135,10 +145,11 @@ def describe(module: nn.Module, family: Family) -> EncoderWeights:
     """
     config = module.config
     _refuse(module, family)
+    layers_path, layers = _layers(module)
     hidden, heads = config.hidden_size, config.num_attention_heads
     spec = EncoderSpec(
         family=family.name,
-        num_layers=len(module.encoder.layer),
+        num_layers=len(layers),
         hidden_size=hidden,
         num_heads=heads,
         head_dim=hidden // heads,
@@ -151,18 +162,64 @@ def describe(module: nn.Module, family: Family) -> EncoderWeights:
         norm=family.norm,
         position_rule=family.position_rule,
         pad_token_id=_padding_idx(module, family),
+        embedding_norm="embedding_norm" in family.outer_paths,
+        final_norm="final_norm" in family.outer_paths,
     )
     modules: dict[tuple[int, str], nn.Module] = {}
     names: dict[tuple[int, str], str] = {}
-    places = [(-1, "", role, path) for role, path in family.embedding_paths.items()]
+    places = [(-1, "", role, path) for role, path in family.outer_paths.items()]
     for layer in range(spec.num_layers):
-        places += [(layer, f"encoder.layer.{layer}.", role, path) for role, path in family.paths.items()]
+        places += [(layer, f"{layers_path}.{layer}.", role, path) for role, path in family.paths.items()]
     for layer, prefix, role, path in places:
         key = (layer, role)
         modules[key], names[key] = _leaf(module, prefix + path, role), prefix + path
     weights = EncoderWeights(spec, modules, names)
     _check_shapes(weights)
     return weights
+
+
+def _layers(encoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    name = "layer" if hasattr(encoder.encoder, "layer") else "layers"  # so AltRoberta calls them in transformers 5
+    return f"encoder.{name}", getattr(encoder.encoder, name)
+
+
+def layers_of(encoder: nn.Module) -> nn.ModuleList:
+    """An encoder's layers."""
+    return _layers(encoder)[1]
+
+
+def output_dtype(encoder: nn.Module) -> torch.dtype:
+    """The dtype of an encoder's hidden states: that of the LayerNorm outside its layers."""
+    norm = encoder.embeddings.LayerNorm if hasattr(encoder.embeddings, "LayerNorm") else encoder.encoder.LayerNorm
+    dtype: torch.dtype = norm.weight.dtype
+    return dtype
+
+
+def check_class(encoder: nn.Module) -> None:
+    """Refuses an encoder that transformers built from the wrong class.
+
+    A published config.json of XLM-R-XXL says ``model_type: xlm-roberta``, from which the Auto classes build a post-norm
+    model: most weights fit, the LayerNorms are new. ``architectures`` in the same file tells.
+
+    Raises:
+        UnsupportedModelError: names the class to load the checkpoint with.
+    """
+    family, config = family_of(encoder), encoder.config
+    for name in getattr(config, "architectures", None) or ():
+        meant = _family_named(name)
+        if family is not None and meant is not None and meant.norm != family.norm:
+            raise UnsupportedModelError(
+                f"the checkpoint holds a {name} (config.architectures), whose LayerNorms sit elsewhere, but its "
+                f"model_type {config.model_type!r} made transformers build a {type(encoder).__name__}, which gives "
+                f"meaningless results; load it with transformers.{name} or another class of {meant.name}, or correct "
+                "model_type in its config.json"
+            )
+
+
+def _family_named(architecture: str) -> Family | None:
+    """The family that a class name such as XLMRobertaXLForMaskedLM belongs to."""
+    stems = {cls.removesuffix("Model"): family for family in FAMILIES for cls in family.encoder_classes}
+    return stems[max(found, key=len)] if (found := [s for s in stems if architecture.startswith(s)]) else None
 
 
 def _check_shapes(weights: EncoderWeights) -> None:
@@ -185,6 +242,7 @@ def _padding_idx(module: nn.Module, family: Family) -> int:
 
 
 def _refuse(module: nn.Module, family: Family) -> None:
+    check_class(module)
     config = module.config
     reasons = []
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -235,7 +293,7 @@ def _is_exact_gelu(activation: object) -> bool:
 
 _LEAF_TYPES: dict[str, type[nn.Module]] = {
     **dict.fromkeys(LINEAR_ROLES, nn.Linear),
-    **dict.fromkeys((*NORM_ROLES, "embedding_norm"), nn.LayerNorm),
+    **dict.fromkeys((*NORM_ROLES, "embedding_norm", "final_norm"), nn.LayerNorm),
     **dict.fromkeys(("word", "position", "type"), nn.Embedding),
 }
 

@@ -16,11 +16,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class HeadRule:
-    """One row: class-name ending, rows read, and the names of the modules that read hidden states."""
+    """One row: class-name ending, rows read, and the names of the modules that read hidden states.
+
+    ``pools``: column 0 of an ``all`` head's output is used whatever its mask says, as a pooler does.
+    """
 
     ending: str
     rows: str
     modules: tuple[str, ...]
+    pools: bool = False
 
 
 HEAD_RULES = (
@@ -30,6 +34,7 @@ HEAD_RULES = (
     HeadRule("ForTokenClassification", "all", ("classifier",)),
     HeadRule("ForQuestionAnswering", "all", ("qa_outputs",)),
     HeadRule("ForMaskedLM", "all", ("lm_head", "cls")),
+    HeadRule("AltCLIPTextModel", "all", ("pre_LN",), pools=True),
 )
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from xfast import training
-from xfast.architecture import family_of
+from xfast.architecture import family_of, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import HeadRule, head_module, is_plain
@@ -108,10 +108,10 @@ def _argument_names(cls: type[nn.Module], previous: Any) -> tuple[str, ...]:
 class HeadContext:
     """What a head tells its encoder for one call, and what the encoder leaves for the head's packed module."""
 
-    def __init__(self, rows: str, original: str | None = None) -> None:
+    def __init__(self, rows: str, original: str | None = None, needs_first: bool = False) -> None:
         self.rows = rows
         self.original = original  # why the encoder must run its original code, or None
-        self.needs_first = False  # column 0 must have its original value even where it is masked
+        self.needs_first = needs_first  # column 0 must have its original value even where it is masked
         self.padded: torch.Tensor | None = None
         self.packed: Batch | None = None
         self.hidden: torch.Tensor | None = None
@@ -189,8 +189,7 @@ class EncoderPatch(Patch):
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
-        context = HeadContext("all")
-        context.needs_first = True  # which head reads the result is unknown here
+        context = HeadContext("all", needs_first=True)  # which head reads the result is unknown here
         with torch.no_grad(), _context_of(self, context):
             return self(**call, return_dict=True).last_hidden_state
 
@@ -209,7 +208,7 @@ class EncoderPatch(Patch):
     def _original_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original code, cut to the ``layers`` that were asked for."""
         layers, module = self.options.layers, self.module
-        if layers is None or layers == len(module.encoder.layer):
+        if layers is None or layers == len(layers_of(module)):
             return self.original(*args, **kwargs)
         call = dict(zip(self._names, args, strict=False), **kwargs)
         full = self.original(**{**call, "output_hidden_states": True, "return_dict": True})
@@ -271,7 +270,7 @@ class EncoderPatch(Patch):
         pooler = getattr(module, "pooler", None)
         first = context is not None and context.rows == "first" and is_plain(pooler)
         _refuse_batch(packed, first or pooler is not None or (context is not None and context.needs_first))
-        dtype = self.plan.weights.modules[-1, "embedding_norm"].weight.dtype
+        dtype = output_dtype(module)
         rows = packed.first_rows() if first and not want_states else None
         hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
         last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
@@ -333,7 +332,7 @@ class EncoderPatch(Patch):
             or _flag(module, call, "output_hidden_states")
         ):
             return self._original_layers(args, kwargs)
-        dtype = module.embeddings.LayerNorm.weight.dtype
+        dtype = output_dtype(module)
         hidden = torch.ops.xfast.encode(
             self.handle,
             ids,
@@ -410,7 +409,8 @@ class HeadPatch(Patch):
             return self.original(*args, **kwargs)
         if not is_plain(head_module(self.module, self.rule)):
             return self.original(*args, **kwargs)
-        with _context_of(patch, HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs))):
+        context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
+        with _context_of(patch, context):
             return self.original(*args, **kwargs)
 
     def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

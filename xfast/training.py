@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from xfast.architecture import EncoderSpec
+from xfast.architecture import EncoderSpec, layers_of
 from xfast.attention_interface import dropout_seed
 from xfast.backends.triton import TritonBackend
 
@@ -70,10 +70,10 @@ def run(
         return out.view(packed.batch, packed.length, -1)
 
     states = []
-    for layer in module.encoder.layer:
+    for layer in layers_of(module):
         states.append(padded(x))
         x = _layer(layer, x, spec, rows.cu_seqlens, packed.max_seqlen)
-    return padded(x), states
+    return padded(module.encoder.LayerNorm(x) if spec.final_norm else x), states
 
 
 def _layer(layer: Any, x: torch.Tensor, spec: EncoderSpec, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
@@ -82,11 +82,13 @@ def _layer(layer: Any, x: torch.Tensor, spec: EncoderSpec, cu_seqlens: torch.Ten
 
     attention = layer.attention.self
     shape = (x.shape[0], spec.num_heads, spec.head_dim)
-    q, k, v = (getattr(attention, name)(x).view(shape) for name in ("query", "key", "value"))
+    pre_norm = spec.norm == "pre"
+    normed = layer.attention.self_attn_layer_norm(x) if pre_norm else x
+    q, k, v = (getattr(attention, name)(normed).view(shape) for name in ("query", "key", "value"))
     dropout = attention.dropout.p if attention.dropout.training else 0.0
     context = VarlenAttention.apply(
         q, k, v, cu_seqlens, cu_seqlens, longest, spec.head_dim**-0.5, dropout, dropout_seed(dropout)
     )
     middle = layer.attention.output(context.reshape(x.shape), x)
-    out: torch.Tensor = layer.output(layer.intermediate(middle), middle)
+    out: torch.Tensor = layer.output(layer.intermediate(layer.LayerNorm(middle) if pre_norm else middle), middle)
     return out

@@ -118,6 +118,14 @@ class Backend(Protocol):
         ...
 
 
+def unusual_norms(spec: EncoderSpec) -> str | None:
+    """Why LayerNorms sit where no backend expects them, or None."""
+    places = (spec.norm, spec.embedding_norm, spec.final_norm)
+    if places in (("post", True, False), ("pre", False, True)):
+        return None
+    return f"LayerNorms {places} (norm, embedding_norm, final_norm) are neither BERT's nor XLM-R-XL's"
+
+
 def choose(
     backends: Sequence[Backend], name: str, spec: EncoderSpec, device: torch.device, precision: str
 ) -> tuple[Backend | None, list[str]]:

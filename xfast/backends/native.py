@@ -9,6 +9,7 @@ import torch
 
 from xfast import _C
 from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
 from xfast.threads import get_num_threads
@@ -43,6 +44,7 @@ class NativeEngine:
             "positions": spec.max_positions,
             "types": spec.type_vocab_size,
             "eps": spec.layer_norm_eps,
+            "pre_norm": spec.norm == "pre",
         }
         self.precision = precision
         self.device = torch.device("cpu")
@@ -124,9 +126,7 @@ class NativeBackend:
             return f"the model is on {device}, this backend runs on cpu"
         if precision not in _PRECISIONS:
             return f"precision {precision} is not available on the CPU; available: {', '.join(_PRECISIONS)}"
-        if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
-            return "pre-norm encoders are not supported yet"
-        return None
+        return unusual_norms(spec)
 
     def automatic(self, device: torch.device) -> bool:
         """See :class:`xfast.backends.base.Backend`."""
@@ -145,10 +145,11 @@ class _Packer:
         self._weights = weights
 
     def pack(self) -> None:
-        hidden = self._weights.spec.hidden_size
+        spec = self._weights.spec
+        hidden = spec.hidden_size
         self._tables()
-        self._norm(-1, "embedding_norm")
-        for layer in range(self._weights.spec.num_layers):
+        self._norm(-1, "final_norm" if spec.norm == "pre" else "embedding_norm")
+        for layer in range(spec.num_layers):
             for i, role in enumerate(("query", "key", "value")):
                 self._linear(layer, role, "qkv", i * hidden)
             for role in ("attention_out", "ffn_in", "ffn_out"):

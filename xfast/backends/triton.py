@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.backends.base import unusual_norms
 from xfast.backends.triton_weights import DTYPES, Packer
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class TritonBackend:
             return reason
         if precision not in DTYPES:
             return f"precision {precision} is not available on the GPU; available: {', '.join(DTYPES)}"
-        if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
-            return "pre-norm encoders are not supported yet"
+        if (unusual := unusual_norms(spec)) is not None:
+            return unusual
         from xfast.kernels.attention import HEAD_DIMS  # not before triton is known to be there
 
         if spec.head_dim not in HEAD_DIMS:

@@ -49,16 +49,20 @@ class DeviceBatch:
 
 @dataclass
 class _Hidden:
-    """The residual stream [R, hidden_size] and, where the next product is e4m3, its quantised form."""
+    """The residual stream [R, hidden_size], and what the next product reads: the stream or, pre-norm, its LayerNorm.
+
+    ``quantised``: the latter in e4m3, where that product is.
+    """
 
     values: torch.Tensor
+    normed: torch.Tensor
     quantised: Scaled | None
 
     def operand(self, fp8: bool) -> torch.Tensor | Scaled:
         """What a product reads."""
         if not fp8:
-            return self.values
-        return quantize(self.values) if self.quantised is None else self.quantised
+            return self.normed
+        return quantize(self.normed) if self.quantised is None else self.quantised
 
 
 class TritonForward:
@@ -68,6 +72,7 @@ class TritonForward:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.parameters = parameters
         self.capability = capability_of(device)
+        self._pre_norm = spec.norm == "pre"
 
     def plan(self, max_seqlen: int, sequences: int) -> tuple[Tile, bool]:
         """Attention's tile and whether short sequences share tiles."""
@@ -86,12 +91,11 @@ class TritonForward:
         keys = batch.row_keys if batch.shared else None
         tiles = attention_tiles(batch.cu_seqlens, batch.cu_seqlens, batch.ids.shape[0], batch.tile, row_keys=keys)
         for index in range(layers):
-            layer = self.parameters.layers[index]
             next_fp8 = index + 1 < layers and self.parameters.layers[index + 1].fp8
             if index + 1 == layers and batch.selected is not None:
-                hidden = self._last_layer(layer, hidden, batch, batch.selected)
+                hidden = self._last_layer(index, hidden, batch, batch.selected)
             else:
-                hidden = self._layer(layer, hidden, tiles, next_fp8)
+                hidden = self._layer(index, hidden, tiles, next_fp8)
             if hidden_states:
                 states.append(hidden.values.clone())
         return hidden.values, torch.stack(states) if hidden_states else None
@@ -100,62 +104,85 @@ class TritonForward:
         p, spec = self.parameters, self.spec
         table = p.word if batch.embeds is None else batch.embeds
         fp8 = layers > 0 and p.layers[0].fp8
-        return _Hidden(
-            *embed(
-                batch.ids, batch.positions, batch.types, batch.count, table, p.position, p.type, *p.embedding_norm,
-                spec.layer_norm_eps, rows=batch.ids.shape[0], dtype=self.dtype, quantize=fp8,
-            )
+        rows, columns = batch.ids.shape[0], spec.hidden_size
+        norm, apart = self._norm_after(0)
+        stream = torch.empty(rows, columns, dtype=self.dtype, device=self.device) if apart else None
+        normed, quantised = embed(
+            batch.ids, batch.positions, batch.types, batch.count, table, p.position, p.type, *norm,
+            spec.layer_norm_eps, rows=rows, dtype=self.dtype, total=stream, quantize=fp8,
         )  # fmt: skip
+        return _Hidden(normed if stream is None else stream, normed, quantised)
 
-    def _layer(self, layer: Layer, x: _Hidden, tiles: Tiles, next_fp8: bool) -> _Hidden:
+    def _norm_after(self, done: int) -> tuple[tuple[torch.Tensor, torch.Tensor], bool]:
+        """The LayerNorm after ``done`` layers, and whether the residual stream stays beside it (pre-norm)."""
+        p = self.parameters
+        if not self._pre_norm:
+            return (p.outer_norm if done == 0 else p.layers[done - 1].ffn_norm), False
+        if done < self.spec.num_layers:
+            return p.layers[done].attention_norm, True
+        return p.outer_norm, False
+
+    def _layer(self, index: int, x: _Hidden, tiles: Tiles, next_fp8: bool) -> _Hidden:
+        layer = self.parameters.layers[index]
         heads, head_dim, rows = self.spec.num_heads, self.spec.head_dim, x.values.shape[0]
         qkv = self._product(x.operand(layer.fp8), layer.qkv, layer.qkv_bias)
         q, k, v = qkv.view(rows, 3, heads, head_dim).unbind(1)
         context = attention(q, k, v, tiles).view(rows, self.spec.hidden_size)
-        return self._rest(layer, x.values, context, next_fp8)
+        return self._rest(index, x.values, context, next_fp8)
 
-    def _last_layer(self, layer: Layer, x: _Hidden, batch: DeviceBatch, selected: torch.Tensor) -> _Hidden:
+    def _last_layer(self, number: int, x: _Hidden, batch: DeviceBatch, selected: torch.Tensor) -> _Hidden:
         """Keys and values of every token, everything else of the ``selected`` rows only."""
+        layer = self.parameters.layers[number]
         hidden, heads, head_dim = self.spec.hidden_size, self.spec.num_heads, self.spec.head_dim
         index = selected.long()
         residual = x.values[index]
         operand = x.operand(layer.fp8)
         kv = self._product(operand, _part(layer.qkv, hidden, 3 * hidden), layer.qkv_bias[hidden:])
-        # e4m3 rows are gathered as bytes: indexing has no kernel for the type
-        mine = (
-            residual
-            if not layer.fp8
-            else (operand[0].view(torch.uint8)[index].view(operand[0].dtype), operand[1][index])
-        )
+        if isinstance(operand, tuple):  # e4m3 rows are gathered as bytes: indexing has no kernel for the type
+            mine: torch.Tensor | Scaled = (
+                operand[0].view(torch.uint8)[index].view(operand[0].dtype),
+                operand[1][index],
+            )
+        else:
+            mine = operand[index] if self._pre_norm else residual
         q = self._product(mine, _part(layer.qkv, 0, hidden), layer.qkv_bias[:hidden])
         cu_q = torch.searchsorted(selected, batch.cu_seqlens, out_int32=True)
         tile = attention_tile(head_dim, self.dtype.itemsize, self.capability, 1)
         tiles = attention_tiles(cu_q, batch.cu_seqlens, selected.shape[0], tile)
         k, v = kv.view(-1, 2, heads, head_dim).unbind(1)
         context = attention(q.view(-1, heads, head_dim), k, v, tiles, out=torch.zeros_like(q).view(-1, heads, head_dim))
-        return self._rest(layer, residual, context.view(-1, hidden), False)
+        return self._rest(number, residual, context.view(-1, hidden), False)
 
-    def _rest(self, layer: Layer, residual: torch.Tensor, context: torch.Tensor, next_fp8: bool) -> _Hidden:
+    def _rest(self, index: int, residual: torch.Tensor, context: torch.Tensor, next_fp8: bool) -> _Hidden:
         """Everything after attention: output projection, LayerNorm, FFN, LayerNorm."""
-        eps = self.spec.layer_norm_eps
+        layer = self.parameters.layers[index]
         out = self._projected(context, layer.attention_out, residual, layer.fp8)
-        middle = _Hidden(
-            *add_norm(
-                out, *layer.attention_norm, eps, bias=layer.attention_out_bias,
-                residual=residual if layer.fp8 else None, quantize=layer.fp8,
-            )
-        )  # fmt: skip
+        norm = layer.ffn_norm if self._pre_norm else layer.attention_norm
+        middle = self._add_norm(out, residual, layer.attention_out_bias, norm, self._pre_norm, layer.fp8, layer.fp8)
         inner = self._ffn_in(layer, middle)
         if isinstance(inner, tuple):
             out = self._product(inner, layer.ffn_out, None)
         else:
             out = self._projected(inner, layer.ffn_out, middle.values, False)
-        return _Hidden(
-            *add_norm(
-                out, *layer.ffn_norm, eps, bias=layer.ffn_out_bias,
-                residual=middle.values if layer.fp8 else None, quantize=next_fp8,
-            )
+        norm, apart = self._norm_after(index + 1)
+        return self._add_norm(out, middle.values, layer.ffn_out_bias, norm, apart, layer.fp8, next_fp8)
+
+    def _add_norm(
+        self, out: torch.Tensor, stream: torch.Tensor, bias: torch.Tensor | None,
+        norm: tuple[torch.Tensor, torch.Tensor], apart: bool, alone: bool, quantize: bool,
+    ) -> _Hidden:  # fmt: skip
+        """The residual stream after a product, and its LayerNorm.
+
+        Args:
+            out: the product without its bias, already added to the ``stream`` in place unless it is ``alone``.
+            apart: the stream stays beside its LayerNorm; else LayerNorm is the stream.
+            quantize: the next product is e4m3.
+        """
+        normed, quantised = add_norm(
+            out, *norm, self.spec.layer_norm_eps, bias=bias, residual=stream if alone else None,
+            total=stream if apart else None, quantize=quantize,
         )  # fmt: skip
+        return _Hidden(stream if apart else normed, normed, quantised)
 
     def _ffn_in(self, layer: Layer, x: _Hidden) -> torch.Tensor | Scaled:
         """GELU(x W^T + b), quantised when the layer is e4m3."""

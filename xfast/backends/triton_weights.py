@@ -48,7 +48,7 @@ class Parameters:
     word: torch.Tensor
     position: torch.Tensor
     type: torch.Tensor
-    embedding_norm: tuple[torch.Tensor, torch.Tensor]
+    outer_norm: tuple[torch.Tensor, torch.Tensor]  # of the embeddings (post-norm), after the last layer (pre-norm)
     layers: tuple[Layer, ...]
 
 
@@ -64,7 +64,8 @@ class Packer:
     def pack(self) -> Parameters:
         layers = tuple(self._layer(layer) for layer in range(self._weights.spec.num_layers))
         word, position, kind = (self._read(-1, role, "weight", keep=True) for role in ("word", "position", "type"))
-        return Parameters(word, position, kind, self._norm(-1, "embedding_norm"), layers)
+        outer = self._norm(-1, "final_norm" if self._weights.spec.norm == "pre" else "embedding_norm")
+        return Parameters(word, position, kind, outer, layers)
 
     def _layer(self, layer: int) -> Layer:
         spec = self._weights.spec

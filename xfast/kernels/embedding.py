@@ -1,4 +1,4 @@
-"""Word + type + position embeddings and their LayerNorm in one pass: nothing but the result is written.
+"""Word + type + position embeddings and their LayerNorm in one pass: nothing but what is read again is written.
 
 Rows from ``count`` on (a bucket that is not full) become LayerNorm's image of zeros: ids past the count, which may be
 anything, are never looked up.
@@ -19,8 +19,8 @@ from xfast.kernels.tiles import row_warps
 @triton.jit
 def embedding_kernel(
     ids, positions, types, count,  # int32 [T]; count int32 [1]
-    word, position_table, type_table, gamma, beta, out, q, scale, columns, word_stride, eps,
-    QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    word, position_table, type_table, gamma, beta, out, total, q, scale, columns, word_stride, eps,
+    TOTAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token."""
     row = tl.program_id(0).to(tl.int64)
@@ -34,7 +34,7 @@ def embedding_kernel(
     values = tl.load(word + token * word_stride + column, mask=real, other=0.0).to(tl.float32)
     values += tl.load(type_table + kind * columns + column, mask=real, other=0.0).to(tl.float32)
     values += tl.load(position_table + position * columns + column, mask=real, other=0.0).to(tl.float32)
-    store_normalized(values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE, BLOCK)
+    store_normalized(values, gamma, beta, out, total, q, scale, row, columns, eps, TOTAL, QUANTIZE, BLOCK)
 
 
 def embed(
@@ -51,6 +51,7 @@ def embed(
     *,
     rows: int,
     dtype: torch.dtype,
+    total: torch.Tensor | None = None,
     quantize: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """LayerNorm(word[ids] + types + positions): [rows, columns] in ``dtype``, and its e4m3 form.
@@ -63,6 +64,8 @@ def embed(
         gamma, beta, eps: of the LayerNorm.
         rows: rows to write.
         dtype: of the result.
+        total: contiguous [rows, columns] that receives the sum itself, or None; see
+            :func:`xfast.kernels.norm.add_norm`.
         quantize: also return e4m3 rows and scales.
     """
     check_device("ids", ids)
@@ -73,7 +76,7 @@ def embed(
         block = next_power_of_2(columns)
         embedding_kernel[(rows,)](
             ids, positions, types, count, word, position_table, type_table, gamma, beta, out,
-            *(quantised or (out, out)), columns, word.stride(0), eps,
-            QUANTIZE=quantize, BLOCK=block, num_warps=row_warps(block),
+            out if total is None else total, *(quantised or (out, out)), columns, word.stride(0), eps,
+            TOTAL=total is not None, QUANTIZE=quantize, BLOCK=block, num_warps=row_warps(block),
         )  # fmt: skip
     return out, quantised

@@ -1,4 +1,4 @@
-"""LayerNorm of (x + bias + residual), and its e4m3 form for the next product, in one pass over the row.
+"""LayerNorm of (x + bias + residual), that sum, and the e4m3 form for the next product, in one pass over the row.
 
 Statistics in fp32 from the row in registers (two passes over registers, none over memory): mean first, then the sum of
 squared differences, which does not cancel. One rounding, at the store.
@@ -26,15 +26,19 @@ def normalize(values, gamma, beta, inside, columns, eps):
 
 @triton.jit
 def store_normalized(
-    values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Writes LayerNorm of one row [BLOCK], and its e4m3 form."""
+    values, gamma, beta, out, total, q, scale, row, columns, eps,
+    TOTAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes LayerNorm of one row [BLOCK] and its e4m3 form; with TOTAL the row too, and only one form of LayerNorm."""
     column = tl.arange(0, BLOCK)
     inside = column < columns
+    if TOTAL:
+        tl.store(total + row * columns + column, cast(values, total.dtype.element_ty), mask=inside)
     g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(beta + column, mask=inside, other=0.0).to(tl.float32)
     y = cast(normalize(values, g, b, inside, columns, eps), out.dtype.element_ty)
-    tl.store(out + row * columns + column, y, mask=inside)
+    if not (TOTAL and QUANTIZE):
+        tl.store(out + row * columns + column, y, mask=inside)
     if QUANTIZE:
         # From the rounded value, which is what an unfused pass would read.
         y8, s = to_fp8(y.to(tl.float32))
@@ -44,9 +48,10 @@ def store_normalized(
 
 @triton.jit
 def norm_kernel(
-    x, bias, residual, gamma, beta, out, q, scale,  # x, residual, out [rows, columns]; bias, gamma, beta [columns]
+    x, bias, residual, gamma, beta,  # x, residual [rows, columns]; bias, gamma, beta [columns]
+    out, total, q, scale,  # out, total, q [rows, columns]; scale [rows]; total may be x or residual
     columns, stride, residual_stride, eps,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +62,7 @@ def norm_kernel(
         values += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         values += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-    store_normalized(values, gamma, beta, out, q, scale, row, columns, eps, QUANTIZE, BLOCK)
+    store_normalized(values, gamma, beta, out, total, q, scale, row, columns, eps, TOTAL, QUANTIZE, BLOCK)
 
 
 def add_norm(
@@ -68,9 +73,14 @@ def add_norm(
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     quantize: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """LayerNorm(x + bias + residual): [rows, columns] in x's dtype, and with ``quantize`` its e4m3 rows and scales."""
+    """LayerNorm(x + bias + residual): [rows, columns] in x's dtype, and with ``quantize`` its e4m3 rows and scales.
+
+    ``total``, contiguous [rows, columns] and possibly x or residual, receives x + bias + residual. With ``quantize``
+    the first result is then not written: its memory holds whatever it did.
+    """
     check_device("x", x)
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -79,8 +89,9 @@ def add_norm(
         block = next_power_of_2(columns)
         norm_kernel[(rows,)](
             x, x if bias is None else bias, x if residual is None else residual, gamma, beta, out,
-            *(quantised or (out, out)), columns, x.stride(0), x.stride(0) if residual is None else residual.stride(0),
-            eps, BIAS=bias is not None, RESIDUAL=residual is not None, QUANTIZE=quantize, BLOCK=block,
+            out if total is None else total, *(quantised or (out, out)), columns, x.stride(0),
+            x.stride(0) if residual is None else residual.stride(0), eps, BIAS=bias is not None,
+            RESIDUAL=residual is not None, TOTAL=total is not None, QUANTIZE=quantize, BLOCK=block,
             num_warps=row_warps(block, x.element_size()),
         )  # fmt: skip
     return out, quantised

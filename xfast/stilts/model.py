@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from xfast.architecture import check_class
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
 from xfast.stilts.task import CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
 
@@ -213,7 +214,8 @@ def build(
 
     Raises:
         DataFileError: there is no such checkpoint, or it does not fit its configuration.
-        UnsupportedModelError: transformers has no head of a task's type for it.
+        UnsupportedModelError: transformers has no head of a task's type for it, or its configuration names another
+            class.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(model)
@@ -238,6 +240,7 @@ def _encoder(model: str, pooled: bool) -> Any:
     encoder, report = transformers.AutoModel.from_pretrained(
         model, add_pooling_layer=True, output_loading_info=True, dtype=torch.float32
     )
+    check_class(encoder)
     if not pooled and any("pooler" in name for name in report["missing_keys"]):
         encoder.pooler = None
     return encoder
@@ -248,6 +251,7 @@ def load_task_model(folder: str, task: Task) -> Any:
 
     Raises:
         DataFileError: there is none, or it holds no trained head of this type.
+        UnsupportedModelError: its configuration names another class.
     """
     cls = AUTO_CLASSES.get(task.type, transformers.AutoModel)
     extra = {} if task.type in AUTO_CLASSES else {"add_pooling_layer": False}
@@ -255,6 +259,7 @@ def load_task_model(folder: str, task: Task) -> Any:
         loaded, report = cls.from_pretrained(folder, output_loading_info=True, **extra)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataFileError(f"model: {folder}: {error}") from None
+    check_class(loaded.base_model)
     new = sorted(name for name in report["missing_keys"] if "pooler" not in name or task.type == CHOICE)
     if new:
         raise DataFileError(f"model: {folder}: no trained weights for {', '.join(new[:4])}; train {task.name} first")

@@ -123,7 +123,7 @@ def _write(document: dict[str, Any], folder: Path, console: Console) -> None:
     from xfast.study.report import write
 
     paths = write(document, folder)  # type: ignore[arg-type]
-    typer.echo(f"report: {paths['html']}")
+    typer.echo(f"report: {paths['index.html']}")
     for note in document["notes"]:
         console.print(note, style="yellow", markup=False, highlight=False)
 

@@ -166,12 +166,14 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
         """The inverse of ``as_dict``."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**given)
 
     def fingerprint(self) -> str:
         """Names what is measured, so that a folder is continued by the same study only."""

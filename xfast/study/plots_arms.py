@@ -56,8 +56,7 @@ def _changes(interval: Sequence[float]) -> list[float]:
 
 
 def equivalence(study: Study) -> Drawing | str:
-    """The control and every comparison with the band of the margin."""
-    # Single languages have a figure of their own.
+    """The control and every comparison but single languages', which ``ratios`` shows, with the band of the margin."""
     found = [one for one in comparisons(study) if one["pairs"] and one["scope"] not in study["languages"]]
     if all(one["arm"] == CONTROL for one in found):
         return "no arm was compared with the baseline"

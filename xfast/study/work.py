@@ -128,7 +128,7 @@ class Texts:
 
     def _sequences(self, task: str, sample: Any, model: workloads.Model) -> list[list[int]]:
         """Token ids of one text or pair; a question over a long context gives several windows (SQuAD's doc stride)."""
-        pair = (sample,) if isinstance(sample, str) else sample
+        pair: Sequence[str] = (sample,) if isinstance(sample, str) else sample
         if TYPES[task] != SPAN:
             return [self.tokenizer(*pair, truncation=True, max_length=model.limit)["input_ids"]]
         recipe = get(task).recipe
