@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xfast.study import view
-from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Study
+from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Scaling, Study
 from xfast.study.profiles import GROUPS
 from xfast.study.tables import Column, Table, Value, ends, interval
 
@@ -257,7 +257,13 @@ def scaling(study: Study) -> Table:
         Column("tokens_per_s", "tokens/s", "figure"),
         Column("p50_ms", "p50, ms", "figure"),
     ]
-    found = sorted(study["scaling"], key=lambda one: (_group_place(one["group"]), one["parameters"]))
+    arms = [BASELINE, *view.other_arms(study)]
+
+    def place(one: Scaling) -> tuple[int, ...]:
+        ranks = view.ranked(study, "engines", one["engine"]), arms.index(one["arm"])
+        return (_group_place(one["group"]), one["parameters"], *ranks)
+
+    found = sorted(study["scaling"], key=place)
     legend = ["Geometric means over the languages of each group."]
     return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -23,6 +24,7 @@ from xfast.study.document import (
     Study,
 )
 from xfast.study.drawing import (
+    PANELS,
     WIDTH,
     Drawing,
     Line,
@@ -222,13 +224,15 @@ def _probe(study: Study, rows: Sequence[Probe]) -> Drawing:
         _probe_panel(axes, [row for row in mine if row["what"] == what])
         if rows[0]["probe"] in ("layer", "early"):
             axes.set_xlabel("layer")
-        axes.set_title(what if len(what) < 60 else f"{what[:59]}…", color=INK)
+        axes.set_title(textwrap.fill(what, 96 // min(len(whats), PANELS), max_lines=3, placeholder="…"), color=INK)
     legend_above(made, all_axes[0])
     languages = len({row["language"] for row in mine})
     return Drawing(made, f"Mean over {languages} languages, and the range over them ({size}, {task}).")
 
 
 def _probe_panel(axes: Any, rows: Sequence[Probe]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     over_numbers = all(isinstance(row["x"], (int, float)) for row in rows)
     names = list(dict.fromkeys(str(row["x"]) if row["x"] is not None else "" for row in rows))
@@ -251,4 +255,6 @@ def _probe_panel(axes: Any, rows: Sequence[Probe]) -> None:
     if not over_numbers:
         axes.set_xticks(range(len(names)), [clip(name) for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
