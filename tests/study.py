@@ -12,9 +12,12 @@ import numpy as np
 from xfast.study.document import (
     BASELINE,
     CONTROL,
+    DIFFERENT,
+    EQUIVALENT,
     FORMAT,
     INTERMEDIATE,
     PERCENTILES,
+    UNDECIDED,
     Cell,
     CostModel,
     Equivalence,
@@ -105,18 +108,19 @@ def cell(
 def equivalence(scope: str, arm: str, middle: float, half: float, margin: float = 0.02) -> Equivalence:
     ends = [middle * math.exp(-half), middle * math.exp(half)]
     low, high = 1 / (1 + margin), 1 + margin
-    inside, beyond = low < ends[0] and ends[1] < high, ends[0] > high or ends[1] < low
+    wider = [middle * math.exp(-1.2 * half), middle * math.exp(1.2 * half)]
+    inside, apart = low < ends[0] and ends[1] < high, not wider[0] <= 1 <= wider[1]
     return Equivalence(
         scope=scope,
         arm=arm,
         ratio=middle,
         interval90=ends,
-        interval95=[middle * math.exp(-1.2 * half), middle * math.exp(1.2 * half)],
+        interval95=wider,
         p_value=0.0004 if inside else 0.31,
         margin=margin,
-        verdict="equivalent" if inside else "different" if beyond else "undecided",
+        verdict=EQUIVALENT if inside else DIFFERENT if apart else UNDECIDED,
         pairs=640,
-        pairs_needed=None if beyond else 31,
+        pairs_needed=31 if low < middle < high else None,
     )
 
 
@@ -250,6 +254,7 @@ def study(
     ]
     present = [group for group in ("all", *GROUPS) for code in languages if group in ("all", language(code)["group"])]
     scopes = [*dict.fromkeys(present), *(f"{size} {engine}" for size in sizes for engine in engines)]
+    scopes += ordered(languages)
     pairs = [(size, engine) for size in sizes for engine in engines]
     found = Study(
         format=FORMAT,

@@ -83,7 +83,7 @@ def test_forest_has_the_control_first(full: dict[str, Plot | Absent]) -> None:
     rows = [text for text in texts if "intermediate" in text or "control" in text]
     assert rows[0].startswith("control (A/A)") and rows[1] == "all, intermediate"
     languages = [text for text in svg_texts(full["ratios"]) if text.endswith(")")]
-    assert len(languages) == len(FULL["languages"])
+    assert len(languages) == len(FULL["languages"]) and not any(text.endswith(")") for text in rows[1:])
 
 
 # --- what cannot be drawn -------------------------------------------------------------------------
@@ -162,3 +162,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_heat_scale_is_monotonous() -> None:
     reds = [int(figures.heat(step / 100)[1:3], 16) for step in range(101)]
     assert reds == sorted(reds, reverse=True) and figures.heat(1) == figures.HEAT
+
+
+def test_same_study_same_bytes() -> None:
+    assert plots(builder.minimal()) == plots(builder.minimal())

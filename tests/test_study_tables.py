@@ -107,10 +107,25 @@ def test_control_leads_the_tests_of_equivalence() -> None:
     assert float(rows[1]["ratio_low90"]) == found["equivalence"][0]["interval90"][0]
     assert float(rows[1]["ratio_high95"]) == found["equivalence"][0]["interval95"][1]
     also = {**found["equivalence"][2], "arm": CONTROL}
-    found["equivalence"].append(also)
-    assert contents.comparisons(found)[1] == also  # other control scopes follow the control
+    found["equivalence"].insert(0, also)
     found["equivalence"].append(found["control"])
-    assert contents.comparisons(found).count(found["control"]) == 1
+    order = contents.comparisons(found)
+    assert order.count(found["control"]) == 1 and order[-1] == also  # parts of the control come last
+    languages = [one["scope"] for one in order if one["scope"] in found["languages"]]
+    assert languages == view.languages(found)
+
+
+def test_predictions_of_several_tasks() -> None:
+    found = builder.study(languages=("sw", "en"), engines=("native int8",), sizes=("base",))
+    found["cost_models"][0] |= {
+        "seen": {"panx sw": 2.0, "udpos sw": 4.0},
+        "predicted": {"panx sw": 1.0, "udpos sw": 5.0},
+    }
+    rows = parsed(contents.predictions(found))
+    assert [(row["language"], row["task"], row["error"]) for row in rows] == [
+        ("sw", "panx", "-0.5"),
+        ("sw", "udpos", "0.25"),
+    ]
 
 
 def test_accuracy_pairs_arms() -> None:
@@ -284,6 +299,5 @@ def test_setting_is_the_one_measured_most() -> None:
 
 
 def test_margin_is_the_same_factor_both_ways() -> None:
-    assert view.within([0.9805, 1.0199], 0.02) and not view.within([0.9800, 1.0], 0.02)
-    assert view.outside([1.021, 1.03], 0.02) and view.outside([0.9, 0.98], 0.02)
-    assert not view.outside([0.97, 1.0], 0.02)
+    for ends, beyond in (([1.021, 1.03], True), ([0.9, 0.98], True), ([0.97, 1.0], False), ([0.981, 0.99], False)):
+        assert view.outside({**builder.equivalence("all", INTERMEDIATE, 1.0, 0.1), "interval95": ends}) is beyond

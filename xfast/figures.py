@@ -57,6 +57,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "xtick.color": LINE,
     "ytick.color": LINE,
     "xtick.labelcolor": SOFT,

@@ -9,13 +9,20 @@ from typing import Any
 
 from xfast.pages import signed
 from xfast.study import view
-from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Equivalence, Study
+from xfast.study.document import (
+    BASELINE,
+    CONTROL,
+    DIFFERENT,
+    EQUIVALENT,
+    INTERMEDIATE,
+    Cell,
+    Equivalence,
+    Study,
+)
 from xfast.study.languages import LOW_RESOURCE
 from xfast.study.tables import grouped
 
 _Rows = dict[str, dict[str, Cell]]
-
-EQUIVALENT, DIFFERENT = "equivalent", "different"
 
 _NAMED = 3  # what is not measured is named up to so many, then counted
 
@@ -75,7 +82,7 @@ def _cautions(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _cost(study: Study) -> Iterator[str]:
-    found = [one for one in study["equivalence"] if one["arm"] != CONTROL and one["scope"] == view.ALL]
+    found = [one for one in study["equivalence"] if one["arm"] != CONTROL and one["scope"] == view.ALL and one["pairs"]]
     if not found:
         yield "No other weights were compared with the baseline: nothing is said about intermediate training."
     for one in found:
@@ -88,21 +95,15 @@ def _arm(arm: str) -> str:
 
 
 def _verdict(study: Study, one: Equivalence) -> str:
+    margin = _percent(one["margin"])
     if control_failed(study):
         return "not to be judged, since the control failed"
-    return _judged(one["verdict"], one["margin"]) + _needed(one)
-
-
-def _judged(verdict: str, margin: float) -> str:
-    if verdict == EQUIVALENT:
-        return f"equivalent within {_percent(margin)}"
-    return f"different, by more than {_percent(margin)}" if verdict == DIFFERENT else f"undecided at {_percent(margin)}"
-
-
-def _needed(one: Equivalence) -> str:
-    if one["verdict"] in (EQUIVALENT, DIFFERENT) or not one["pairs_needed"]:
-        return ""
-    return f" ({one['pairs']} paired visits, about {one['pairs_needed']} are needed)"
+    if one["verdict"] == EQUIVALENT:
+        return f"equivalent within {margin}"
+    if one["verdict"] == DIFFERENT:
+        return f"different, by more than {margin}" if view.outside(one) else f"different, whether by {margin} is open"
+    needed = f" ({one['pairs']} paired visits, about {one['pairs_needed']} are needed)" if one["pairs_needed"] else ""
+    return f"undecided at {margin}{needed}"
 
 
 def _gain(study: Study) -> Iterator[str]:
@@ -176,6 +177,7 @@ def _between(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
             rest = "".join(f", {cause} {_percent(share, 0)}" for cause, share in others)
             sentence = f"{first} explains {_percent(most, 0)} of the variance of speed between languages{rest}."
             yield sentence[0].upper() + sentence[1:]
+            return  # of the other ways of batching, the table
 
 
 def _left_out(study: Study) -> Iterator[str]:
@@ -211,13 +213,10 @@ def _language(study: Study, code: str, rows: _Rows) -> Iterator[str]:
     if reference is not None and reference != engine:
         first += f", {_times(cell, rows[reference][code]):.1f}× {reference}"
     yield first
-    for arm, ratio in cell["ratios"].items():
-        if arm == CONTROL:
-            continue
-        pair, margin = ratio["interval95"], study["control"]["margin"]
-        verdict = EQUIVALENT if view.within(pair, margin) else DIFFERENT if view.outside(pair, margin) else "undecided"
-        judged = "" if control_failed(study) else f": {_judged(verdict, margin)}"
-        yield f"{_arm(arm).lower()} changes the cost by {view.change_text(ratio['ratio'], pair)}{judged}"
+    for one in view.tests_of(study, code):
+        change = view.change_text(one["ratio"], one["interval90"])
+        verdict = "" if control_failed(study) else f": {_verdict(study, one)}"
+        yield f"{_arm(one['arm']).lower()} changes the cost by {change}{verdict}"
 
 
 # --- words ----------------------------------------------------------------------------------------

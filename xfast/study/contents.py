@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xfast.study import view
-from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Study
+from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Scaling, Study
 from xfast.study.profiles import GROUPS
 from xfast.study.tables import Column, Table, Value, ends, interval
 
@@ -153,12 +153,17 @@ def arms(study: Study) -> Table:
 
 
 def comparisons(study: Study) -> list[Equivalence]:
-    """The control first, then what was compared: everything together, groups with low-resource first, the others."""
+    """The control first, then tests of other arms, then of parts of the control.
+
+    Each from everything together over resource groups, low-resource first, and other parts to single languages.
+    """
+    codes = view.languages(study)
 
     def place(found: Equivalence) -> tuple[Any, ...]:
         scope = found["scope"]
         group = next((at for at, name in enumerate(GROUPS) if name in scope), len(GROUPS))
-        return found["arm"] != CONTROL, scope != view.ALL, group
+        language = codes.index(scope) if scope in codes else -1
+        return found["arm"] == CONTROL, language, scope != view.ALL, group
 
     return [study["control"], *sorted((one for one in study["equivalence"] if one != study["control"]), key=place)]
 
@@ -252,7 +257,13 @@ def scaling(study: Study) -> Table:
         Column("tokens_per_s", "tokens/s", "figure"),
         Column("p50_ms", "p50, ms", "figure"),
     ]
-    found = sorted(study["scaling"], key=lambda one: (_group_place(one["group"]), one["parameters"]))
+    arms = [BASELINE, *view.other_arms(study)]
+
+    def place(one: Scaling) -> tuple[int, ...]:
+        ranks = view.ranked(study, "engines", one["engine"]), arms.index(one["arm"])
+        return (_group_place(one["group"]), one["parameters"], *ranks)
+
+    found = sorted(study["scaling"], key=place)
     legend = ["Geometric means over the languages of each group."]
     return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
 
@@ -282,6 +293,7 @@ def predictions(study: Study) -> Table:
     columns = [
         *_LANGUAGE,
         *_WHERE,
+        _TASK,
         Column("seen", "seen, samples/s", "figure"),
         Column("predicted", "predicted, samples/s", "figure"),
         Column("error", "error, %", "share"),
@@ -289,10 +301,12 @@ def predictions(study: Study) -> Table:
     rows: list[Row] = []
     for code in view.languages(study):
         for model in study["cost_models"]:
-            if code in model["seen"] and code in model["predicted"]:
-                seen, said = model["seen"][code], model["predicted"][code]
-                figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
-                rows.append({**_taken(model, _WHERE), **_named(study, code), **figures})
+            for name, seen in model["seen"].items():
+                task, _, language = name.rpartition(" ")  # of several tasks each has its name before the language's
+                if language == code and name in model["predicted"]:
+                    said = model["predicted"][name]
+                    figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
+                    rows.append({**_taken(model, _WHERE), **_named(study, code), "task": task or None, **figures})
     return Table("predictions", "The cost model, language by language", columns, rows)
 
 

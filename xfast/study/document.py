@@ -19,6 +19,9 @@ FORMAT = 1
 BASELINE, INTERMEDIATE, CONTROL = "baseline", "intermediate", "control"
 """The arms: without and with intermediate training, and the baseline a second time (A/A)."""
 
+EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
+"""Verdicts: the 90 % interval lies inside the margin; else the 95 % interval excludes 1; else."""
+
 PERCENTILES = tuple(range(0, 101, 5))
 """Where ``Latency.quantiles_ms`` is sampled, in percent."""
 
@@ -111,14 +114,14 @@ class Cell(TypedDict):
 class Equivalence(TypedDict):
     """Two one-sided tests of one ratio against a margin."""
 
-    scope: str  # "all", or "base native int8", "low-resource", ...
+    scope: str  # "all", or "base native int8", "low-resource", "latency", a language
     arm: str  # over the baseline
     ratio: float
     interval90: list[float]  # what the two tests at 5 % compare with the margin
     interval95: list[float]
     p_value: float
     margin: float
-    verdict: str  # equivalent, different, undecided
+    verdict: str  # EQUIVALENT, DIFFERENT, UNDECIDED
     pairs: int
     pairs_needed: int | None  # for a power of 0.9 at the noise seen; None where it is undefined
 

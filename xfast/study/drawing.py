@@ -16,13 +16,16 @@ from xfast.study.profiles import GROUPS
 WIDTH = 8.4
 """Inches; the column of the page is about as wide."""
 
+PANELS = 3
+"""Beside each other, at most."""
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Beside colours, so that series are told apart without them."""
 
 GROUP_COLOURS = dict(zip(GROUPS, (SERIES[1], SERIES[2], SERIES[0]), strict=True))
 
 _CLIP = 28
-_PANELS = 3  # beside each other
+_REACH = 30.0  # percent; what a handful of pairs leaves open may be wider and is cut off at the frame
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def arm_style(arm: str) -> tuple[str, str]:
 
 def panels(count: int, height: float) -> tuple[Any, list[Any]]:
     """A figure of some panels of equal size, at most three beside each other."""
-    columns = min(count, _PANELS)
+    columns = min(count, PANELS)
     rows = -(-count // columns)
     made = figures.new(WIDTH, height * rows)
     return made, [made.add_subplot(rows, columns, at + 1) for at in range(count)]
@@ -131,6 +134,7 @@ def forest(axes: Any, lines: Sequence[Line], margin: float) -> None:
         text.set_fontweight("bold" if line.strong else "normal")
     axes.set_ylim(len(lines) - 0.4, -0.6)
     reach = max(abs(end) for line in lines for end in (*line.outer, high)) * 1.15
+    reach = min(reach, _REACH)
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("change of time over the baseline, %")
     axes.grid(axis="x")

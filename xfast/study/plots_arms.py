@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,8 +13,18 @@ from xfast import figures
 from xfast.figures import INK, LINE, PAPER, SERIES, SOFT
 from xfast.study import view
 from xfast.study.contents import comparisons
-from xfast.study.document import BASELINE, CONTROL, ParetoPoint, Probe, Study
+from xfast.study.document import (
+    BASELINE,
+    CONTROL,
+    DIFFERENT,
+    EQUIVALENT,
+    UNDECIDED,
+    ParetoPoint,
+    Probe,
+    Study,
+)
 from xfast.study.drawing import (
+    PANELS,
     WIDTH,
     Drawing,
     Line,
@@ -32,8 +43,7 @@ from xfast.study.languages import LOW_RESOURCE
 _LINES = 40  # of a forest plot; more are in the table
 _TASKS = 6  # panels of accuracy against cost
 
-VERDICTS = {"equivalent": SERIES[2], "different": SERIES[1]}
-"""Colours of verdicts; any other is undecided."""
+VERDICTS = {EQUIVALENT: SERIES[2], DIFFERENT: SERIES[1], UNDECIDED: SOFT}
 
 
 def _change(ratio: float) -> float:
@@ -49,8 +59,8 @@ def _changes(interval: Sequence[float]) -> list[float]:
 
 def equivalence(study: Study) -> Drawing | str:
     """The control and every comparison but single languages', which ``ratios`` shows, with the band of the margin."""
-    found = [one for one in comparisons(study) if one["scope"] not in study["languages"]]
-    if len(found) < 2:
+    found = [one for one in comparisons(study) if one["pairs"] and one["scope"] not in study["languages"]]
+    if all(one["arm"] == CONTROL for one in found):
         return "no arm was compared with the baseline"
     lines = [
         Line(
@@ -60,9 +70,9 @@ def equivalence(study: Study) -> Drawing | str:
             _change(one["ratio"]),
             _changes(one["interval90"]),
             _changes(one["interval95"]),
-            VERDICTS.get(one["verdict"], SOFT),
+            VERDICTS[one["verdict"]],
             one["verdict"],
-            strong=one["arm"] == CONTROL,
+            strong=one is study["control"],
         )
         for one in found[:_LINES]
     ]
@@ -78,39 +88,30 @@ def equivalence(study: Study) -> Drawing | str:
 
 
 def ratios(study: Study) -> Drawing | str:
-    """Change of time by language, with the fastest engine in the main setting."""
-    chosen = view.setting(study)
+    """Change of time by language, over all of its cells."""
     arm = next((name for name in view.other_arms(study) if name != CONTROL), None)
-    if chosen is None or arm is None:
-        return "no arm was compared with the baseline language by language"
-    cells = view.throughput_cells(study, chosen)
-    engine = view.fastest(cells)
-    margin = study["control"]["margin"]
-    lines = []
-    for code, cell in cells[engine].items():
-        if ratio := cell["ratios"].get(arm):
-            pair = ratio["interval95"]
-            inside, beyond = view.within(pair, margin), view.outside(pair, margin)
-            colour = VERDICTS["equivalent"] if inside else VERDICTS["different"] if beyond else SOFT
-            remark = view.change_text(ratio["ratio"], pair)
-            lines.append(
-                Line(
-                    label(study, code),
-                    _change(ratio["ratio"]),
-                    None,
-                    _changes(pair),
-                    colour,
-                    remark,
-                    code in LOW_RESOURCE,
-                )
-            )
+    tests = {code: [one for one in view.tests_of(study, code) if one["arm"] == arm] for code in view.languages(study)}
+    lines = [
+        Line(
+            label(study, code),
+            _change(one["ratio"]),
+            _changes(one["interval90"]),
+            _changes(one["interval95"]),
+            VERDICTS[one["verdict"]],
+            view.change_text(one["ratio"], one["interval90"]),
+            code in LOW_RESOURCE,
+        )
+        for code, found in tests.items()
+        for one in found
+    ]
     if not lines:
-        return f"{arm} was not compared with the baseline in {chosen}"
+        return "no arm was compared with the baseline language by language"
     made = figures.new(WIDTH, 0.9 + 0.27 * len(lines))
-    forest(made.add_subplot(), lines, margin)
+    forest(made.add_subplot(), lines, study["control"]["margin"])
     caption = (
-        f"{arm} over baseline with {engine} ({chosen}), 95 % intervals of paired visits. Grey band: the margin of "
-        f"{100 * margin:g} %. Green lies inside it, orange beyond it."
+        f"{arm} over baseline, all measurements of a language together. Thick and in figures: 90 % interval; "
+        f"thin: 95 %. Grey band: the margin of {100 * study['control']['margin']:g} %. Green: equivalent, orange: "
+        "different, grey: undecided."
     )
     return Drawing(made, caption)
 
@@ -223,13 +224,15 @@ def _probe(study: Study, rows: Sequence[Probe]) -> Drawing:
         _probe_panel(axes, [row for row in mine if row["what"] == what])
         if rows[0]["probe"] in ("layer", "early"):
             axes.set_xlabel("layer")
-        axes.set_title(what if len(what) < 60 else f"{what[:59]}…", color=INK)
+        axes.set_title(textwrap.fill(what, 96 // min(len(whats), PANELS), max_lines=3, placeholder="…"), color=INK)
     legend_above(made, all_axes[0])
     languages = len({row["language"] for row in mine})
     return Drawing(made, f"Mean over {languages} languages, and the range over them ({size}, {task}).")
 
 
 def _probe_panel(axes: Any, rows: Sequence[Probe]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     over_numbers = all(isinstance(row["x"], (int, float)) for row in rows)
     names = list(dict.fromkeys(str(row["x"]) if row["x"] is not None else "" for row in rows))
@@ -252,4 +255,6 @@ def _probe_panel(axes: Any, rows: Sequence[Probe]) -> None:
     if not over_numbers:
         axes.set_xticks(range(len(names)), [clip(name) for name in names])
         axes.set_xlim(-0.6, len(names) - 0.4)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")

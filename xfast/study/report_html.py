@@ -24,7 +24,7 @@ Throughput is of whole batches, medians over rounds; latency is of single sample
 the baseline's, from paired visits. The control is the baseline a second time: it shows what noise looks like.
 
 Whether two arms cost the same is asked with two one-sided tests against a margin: “equivalent” is a finding, not the
-absence of one. For single languages a 95 % interval inside the margin counts as equivalent.
+absence of one. Tests of single languages are not corrected for their number.
 
 Low-resource languages come first everywhere: XTREME's Javanese, Burmese, Malayalam, Telugu, Swahili, Yoruba and
 Marathi, then by class (Joshi et al. 2020), 0 to 5.
@@ -125,7 +125,7 @@ def _setup(study: Study) -> Iterator[str]:
         }
     )
     yield "<h3>Engines</h3>"
-    yield _pairs({name: f"{engine['explain']} ({engine['device']})" for name, engine in study["engines"].items()})
+    yield _pairs({name: f"{engine['device']}: {engine['explain']}" for name, engine in study["engines"].items()})
     yield "<h3>Machine</h3>"
     yield _pairs(study["machine"])
     codes = [code for code in view.languages(study) if not study["languages"][code]["in_pretraining"]]

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from scipy import optimize, stats
 
 from xfast.errors import InvalidInputError, InvalidOptionError
+from xfast.study.document import DIFFERENT, EQUIVALENT, UNDECIDED
 
 Floats = npt.NDArray[np.float64]
 
-EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 ALPHA = 0.05
 """Level of every test."""
 

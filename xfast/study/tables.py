@@ -38,7 +38,7 @@ class Column:
     Attributes:
         key: its name in CSV, with the unit.
         title: its name where people read it.
-        kind: text, flag, count, figure (a rate or a time: as many decimals as the column needs), number (four digits),
+        kind: text, flag, count, figure (a rate or a time: as many decimals as the column needs), number (six digits),
             share (0 to 1, shown in percent), ratio, score, p, bytes.
         bounds: keys of the columns that hold the ends of an interval, shown beside the figure.
         hidden: whether only CSV has it, such as those ends.
@@ -106,7 +106,7 @@ def shown(kind: str, value: Value, places: int = 0) -> str:
     if kind == "p":
         return "<0.001" if value < 0.001 else f"{value:.3f}"
     if kind == "number":
-        return f"{value:.4g}"
+        return f"{value:.6g}"
     if kind == "bytes":
         return f"{value / 1e9:.2f}"
     if kind == "share":
@@ -133,7 +133,7 @@ def sheet(table: Table) -> Sheet:
         for column in table.columns
         if not column.hidden and column.key not in fixed and any(value is not None for value in values[column.key])
     ]
-    same = ", ".join(_named(column, values[key][0]) for key, column in fixed.items())
+    same = ", ".join(_named(column, values[key][0]) for key, column in fixed.items() if values[key][0] is not None)
     by_column = [_items(column, values) for column in columns]
     return Sheet(
         table.key,

@@ -11,7 +11,7 @@ from typing import Any
 
 from xfast.errors import InvalidInputError
 from xfast.pages import signed
-from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Latency, Study, Throughput
+from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Equivalence, Latency, Study, Throughput
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
 
@@ -200,14 +200,15 @@ def seeded(study: Study) -> list[str]:
     return [name for name, arm in study["arms"].items() if arm["source"] == "seeded"]
 
 
-def within(interval: Sequence[float], margin: float) -> bool:
-    """Whether an interval of a ratio of times lies inside the margin, the same factor upwards and downwards."""
-    return 1 / (1 + margin) < interval[0] and interval[1] < 1 + margin
+def tests_of(study: Study, language: str) -> list[Equivalence]:
+    """The tests of one language alone, of every arm but the control; those without a pair left out."""
+    return [one for one in study["equivalence"] if one["scope"] == language and one["arm"] != CONTROL and one["pairs"]]
 
 
-def outside(interval: Sequence[float], margin: float) -> bool:
-    """Whether an interval of a ratio of times lies wholly beyond the margin."""
-    return interval[0] > 1 + margin or interval[1] < 1 / (1 + margin)
+def outside(one: Equivalence) -> bool:
+    """Whether the 95 % interval lies wholly beyond the margin, the same factor upwards and downwards."""
+    low, high = one["interval95"]
+    return low > 1 + one["margin"] or high < 1 / (1 + one["margin"])
 
 
 def change_text(ratio: float, interval: Sequence[float]) -> str:
