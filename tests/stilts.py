@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from xfast.stilts.config import RunConfig
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -205,3 +212,67 @@ def mewslix_pairs(rng: Any, path: Path, count: int) -> Path:
         row = {"contextual_mention": {"context": context, "mention": mention}, "entity": entity}
         rows.append(json.dumps(row))
     return write_lines(path, rows)
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+DATA = {
+    "xnli": (nli, "mnli", "train.tsv"),
+    "xquad": (squad, "squad_v1", "train.json"),
+    "udpos": (tagged, "udpos", "train.tsv"),
+    "hellaswag": (hellaswag, "hellaswag", "train.jsonl"),
+    "mewslix": (mewslix_pairs, "mewslix", "train.jsonl"),
+}
+SETTINGS = {
+    "batch_size": 16,
+    "device_batch_size": 16,
+    "learning_rate": 2e-3,
+    "max_length": 64,
+    "eval_steps": 1000,
+    "warmup_share": 0.05,
+}
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from xfast.stilts.config import from_dict, load
+from xfast.stilts.training import train
+from pathlib import Path
+train(from_dict(load(Path(sys.argv[1]))))
+"""
+"""A program that trains what the file named by its argument says."""
+
+
+def run_config(base: Path, output: Path, tasks: list[str], rng: Any, count: int = 64, **changes: Any) -> RunConfig:
+    """A run of some of ``DATA`` on ``count`` examples each, which are its dev set, too."""
+    files = {}
+    for task in tasks:
+        make, origin, name = DATA[task]
+        path = make(rng, output.parent / "data" / origin / name, count)
+        files[origin] = {"train": [str(path)], "dev": [str(path)]}
+    return RunConfig(str(base), tuple(tasks), str(output), files=files, **{**SETTINGS, **changes})
+
+
+def changed(run: RunConfig, **changes: Any) -> RunConfig:
+    return dataclasses.replace(run, **changes)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(next(folder.glob("**/model.safetensors")))
+
+
+def torchrun(run: RunConfig, folder: Path, program: str = RUN, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes, with the run's file, which is written into ``folder``, as its argument."""
+    name = Path(run.output).name
+    run.save(folder / f"{name}.yaml")
+    script = folder / f"{name}.py"
+    script.write_text(program, encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), str(folder / f"{name}.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )

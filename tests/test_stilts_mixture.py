@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import config as configs
-from xfast.stilts import features, mixture, readers
+from xfast.stilts import features, readers
 from xfast.stilts.config import RunConfig, from_dict
 from xfast.stilts.mixture import examples_task, probabilities, steps, training_sets
 from xfast.stilts.tasks import get
@@ -420,7 +420,3 @@ def test_steps_of_masked_language_modelling_alone_and_with_no_room_for_tasks() -
     assert steps(alone, sized(mlm_sw=100, mlm_yo=60)) == 10
     with pytest.raises(InvalidOptionError, match="mlm_share: 1 leaves no step for the tasks"):
         steps(run(mlm_files=("a",), mlm_share=1.0), sized(mnli=100, mlm_sw=100))
-
-
-def test_sizes_for_logs() -> None:
-    assert json.loads(mixture.describe(sized(mnli=2, mlm_sw=3))) == {"mnli": 2, "mlm:sw": 3}

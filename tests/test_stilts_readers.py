@@ -16,6 +16,7 @@ import stilts
 from xfast.errors import DataFileError
 from xfast.stilts import readers
 from xfast.stilts.examples import Answer, ChoiceExample, Examples, PairExample, SpanExample
+from xfast.stilts.rows import json_rows, lines
 from xfast.stilts.task import Task
 from xfast.stilts.tasks import TASKS, get
 
@@ -59,17 +60,17 @@ def test_the_line_that_is_not_utf8_is_named_far_into_a_file(write: Write) -> Non
 
 def test_lines_end_with_lf_or_crlf_and_a_first_mark_is_dropped(write: Write) -> None:
     path = write("text", "\ufeffone\r\ntwo\n\n\u2028three\u0085\ufeff")
-    assert list(readers.lines(path)) == [(1, "one"), (2, "two"), (3, ""), (4, "\u2028three\u0085\ufeff")]
-    assert list(readers.lines(write("empty", ""))) == []
+    assert list(lines(path)) == [(1, "one"), (2, "two"), (3, ""), (4, "\u2028three\u0085\ufeff")]
+    assert list(lines(write("empty", ""))) == []
 
 
 def test_json_lines(write: Write) -> None:
     path = write("rows.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": 2}')
-    assert list(readers.json_rows(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+    assert list(json_rows(path)) == [(1, {"a": 1}), (3, {"a": 2})]
     with pytest.raises(DataFileError, match=r"cut\.jsonl:2: not JSON, perhaps truncated"):
-        list(readers.json_rows(write("cut.jsonl", '{"a": 1}\n{"a": ')))
+        list(json_rows(write("cut.jsonl", '{"a": 1}\n{"a": ')))
     with pytest.raises(DataFileError, match=r"list\.jsonl:1: expected a JSON object, got list"):
-        list(readers.json_rows(write("list.jsonl", "[1]\n")))
+        list(json_rows(write("list.jsonl", "[1]\n")))
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from xfast.stilts.retrieval import (
     nearest,
     rank,
     tatoeba,
-    tatoeba_predictions,
 )
 
 
@@ -182,8 +181,6 @@ def test_bad_arrays_are_named(rng: np.random.Generator) -> None:
                 nearest(array, good, 1)
     with pytest.raises(InvalidInputError, match="hidden sizes 24 and 23"):
         nearest(good, good[:, 1:], 1)
-    with pytest.raises(InvalidInputError, match="foreign and english: 5 and 4 rows"):
-        tatoeba_predictions(good, good[1:])
     with pytest.raises(InvalidInputError, match="candidate_ids: 1 for 5"):
         rank(good, good, ["a"])
     with pytest.raises(InvalidInputError, match="source_texts: 1 for 5"):
@@ -219,9 +216,8 @@ def test_tatoeba_accuracy(rng: np.random.Generator, noise: float) -> None:
     gold = rng.permutation(90).tolist()
     foreign = made_up(rng, 90)
     english = foreign[gold] + noise * made_up(rng, 90)
-    predicted = tatoeba_predictions(foreign, english)
-    brute = [row[0] for row in brute_nearest(english, foreign, 1)[1]]
-    assert predicted == brute and all(type(row) is int for row in predicted)
+    predicted = nearest(english, foreign, 1)[1][:, 0].tolist()
+    assert predicted == [row[0] for row in brute_nearest(english, foreign, 1)[1]]
     accuracy = metrics.accuracy(gold, predicted)["accuracy"]
     assert (accuracy == 100) is (noise == 0)
 
@@ -233,7 +229,7 @@ def test_tatoeba_is_the_nearest_by_l2(rng: np.random.Generator, faiss: ModuleTyp
     index = faiss.IndexFlatL2(64)
     index.add(foreign / np.linalg.norm(foreign, axis=1, keepdims=True))
     expected = index.search(english / np.linalg.norm(english, axis=1, keepdims=True), 1)[1][:, 0]
-    assert tatoeba_predictions(foreign, english) == expected.tolist()
+    assert nearest(english, foreign, 1)[1][:, 0].tolist() == expected.tolist()
 
 
 @needs_faiss
@@ -242,7 +238,7 @@ def test_tatoeba_with_the_real_labels(data_dir: Path, rng: np.random.Generator, 
     data = tatoeba(data_dir / "xtreme", language)
     assert data.gold is not None
     foreign = made_up(rng, len(data.foreign), 32)
-    predicted = tatoeba_predictions(foreign, foreign[list(data.gold)])
+    predicted = nearest(foreign[list(data.gold)], foreign, 1)[1][:, 0].tolist()
     assert metrics.accuracy(data.gold, predicted) == {"accuracy": 100.0}
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import stilts
 import torch
 import transformers
@@ -25,43 +24,13 @@ from xfast.stilts.model import build, load_task_model
 from xfast.stilts.tasks import get
 from xfast.stilts.training import CheckpointError, train
 
-DATA = {
-    "xnli": (stilts.nli, "mnli", "train.tsv"),
-    "xquad": (stilts.squad, "squad_v1", "train.json"),
-    "udpos": (stilts.tagged, "udpos", "train.tsv"),
-    "hellaswag": (stilts.hellaswag, "hellaswag", "train.jsonl"),
-    "mewslix": (stilts.mewslix_pairs, "mewslix", "train.jsonl"),
-}
-SETTINGS = {
-    "batch_size": 16,
-    "device_batch_size": 16,
-    "learning_rate": 2e-3,
-    "max_length": 64,
-    "eval_steps": 1000,
-    "warmup_share": 0.05,
-}
-
-
 _one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
 base = pytest.fixture(scope="module")(stilts.base)
 
 
-def config(base: Path, output: Path, tasks: list[str], rng: Any, count: int = 64, **changes: Any) -> RunConfig:
-    files = {}
-    for task in tasks:
-        make, origin, name = DATA[task]
-        path = make(rng, output.parent / "data" / origin / name, count)
-        files[origin] = {"train": [str(path)], "dev": [str(path)]}
-    return RunConfig(str(base), tuple(tasks), str(output), files=files, **{**SETTINGS, **changes})
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(next(folder.glob("**/model.safetensors")))
-
-
-@pytest.mark.parametrize("task", list(DATA))
+@pytest.mark.parametrize("task", list(stilts.DATA))
 def test_a_model_learns_64_examples(task: str, base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    run = config(base, tmp_path / "run", [task], rng, epochs=25 if task == "hellaswag" else 40)
+    run = stilts.run_config(base, tmp_path / "run", [task], rng, epochs=25 if task == "hellaswag" else 40)
     trained = train(run)
     metrics = {name.removeprefix(f"{task}_"): value for name, value in trained.metrics.items()}
     score = metrics.get("f1") if task == "xquad" else metrics.get("token_accuracy", trained.score)
@@ -72,43 +41,41 @@ def test_a_model_learns_64_examples(task: str, base: Path, tmp_path: Path, rng: 
 def test_several_tasks_share_an_encoder(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     text = stilts.write_lines(tmp_path / "sw.txt", stilts.sentences(rng, 60))
     other = stilts.write_lines(tmp_path / "yo.txt", stilts.sentences(rng, 20))
-    run = config(
-        base, tmp_path / "run", list(DATA), rng, 32, epochs=24, mlm_files=(str(text), str(other)), device_batch_size=8
+    run = stilts.run_config(
+        base,
+        tmp_path / "run",
+        list(stilts.DATA),
+        rng,
+        32,
+        epochs=24,
+        mlm_files=(str(text), str(other)),
+        device_batch_size=8,
     )
     trained = train(run)
     assert trained.metrics["udpos_token_accuracy"] >= 75 and trained.metrics["xnli_accuracy"] >= 80, trained.metrics
     assert {"mlm:sw_perplexity", "mlm:yo_perplexity"} <= trained.metrics.keys()
-    encoder = weights(trained.folder / "encoder")
+    encoder = stilts.weights(trained.folder / "encoder")
     for task in ("xnli", "xquad", "udpos", "hellaswag", "mewslix", "mlm"):
         model = load_task_model(str(trained.folder / "tasks" / task), get(task))
         own = {k.removeprefix("roberta."): v for k, v in model.state_dict().items() if "pooler" not in k}
         assert torch.equal(own["encoder.layer.0.output.dense.weight"], encoder["encoder.layer.0.output.dense.weight"])
-    before = weights(base)["roberta.encoder.layer.0.output.dense.weight"]
+    before = stilts.weights(base)["roberta.encoder.layer.0.output.dense.weight"]
     assert not torch.equal(before, encoder["encoder.layer.0.output.dense.weight"])
 
 
 def test_masked_language_modelling_lowers_perplexity(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     text = stilts.write_lines(tmp_path / "text.txt", [" ".join(stilts.WORDS[i % 5 : i % 5 + 8]) for i in range(200)])
-    values = {**SETTINGS, "epochs": 20, "mlm_files": [str(text)], "eval_steps": 60}
+    values = {**stilts.SETTINGS, "epochs": 20, "mlm_files": [str(text)], "eval_steps": 60}
     trained = train(RunConfig(str(base), ("mlm",), str(tmp_path / "run"), **values))
     log = json.loads((trained.folder / "result.json").read_text())["log"]
     first = next(entry["eval_mlm:text_perplexity"] for entry in log if "eval_mlm:text_perplexity" in entry)
     assert trained.metrics["mlm:text_perplexity"] < min(first, 30)
     continued = transformers.AutoModelForMaskedLM.from_pretrained(trained.folder / "tasks" / "mlm")
-    assert not torch.equal(continued.lm_head.dense.weight, weights(base)["lm_head.dense.weight"])
+    assert not torch.equal(continued.lm_head.dense.weight, stilts.weights(base)["lm_head.dense.weight"])
     assert continued.lm_head.decoder.weight is continued.roberta.embeddings.word_embeddings.weight
 
 
 # --- continuing ----------------------------------------------------------------------------------------
-
-RUN = """
-import sys, torch
-torch.set_num_threads(1)
-from xfast.stilts.config import from_dict, load
-from xfast.stilts.training import train
-from pathlib import Path
-train(from_dict(load(Path(sys.argv[1]))))
-"""
 
 
 def test_a_killed_run_continues_to_the_same_weights(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -119,11 +86,11 @@ def test_a_killed_run_continues_to_the_same_weights(base: Path, tmp_path: Path, 
     stilts.checkpoint(dropout, len(made), hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     text = stilts.write_lines(tmp_path / "sw.txt", stilts.sentences(rng, 60))
     changes = {"epochs": 6, "eval_steps": 10, "mlm_files": (str(text),), "device_batch_size": 8}
-    whole = config(dropout, tmp_path / "whole", ["xnli", "udpos"], rng, **changes)
-    cut = RunConfig(**{**{k: getattr(whole, k) for k in whole.__dataclass_fields__}, "output": str(tmp_path / "cut")})
+    whole = stilts.run_config(dropout, tmp_path / "whole", ["xnli", "udpos"], rng, **changes)
+    cut = stilts.changed(whole, output=str(tmp_path / "cut"))
     expected = train(whole)
     cut.save(tmp_path / "cut.yaml")
-    command = [sys.executable, "-P", "-c", RUN, str(tmp_path / "cut.yaml")]
+    command = [sys.executable, "-P", "-c", stilts.RUN, str(tmp_path / "cut.yaml")]
     environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -135,23 +102,22 @@ def test_a_killed_run_continues_to_the_same_weights(base: Path, tmp_path: Path, 
     assert not (tmp_path / "cut" / "result.json").exists()
     continued = train(cut)
     assert continued.steps == expected.steps and continued.score == expected.score
-    a, b = weights(expected.folder / "encoder"), weights(continued.folder / "encoder")
+    a, b = stilts.weights(expected.folder / "encoder"), stilts.weights(continued.folder / "encoder")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_finished_run_is_not_repeated_and_another_is_refused(base: Path, tmp_path: Path, rng: Any) -> None:
-    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=2)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], rng, max_steps=2)
     first = train(run)
     stamp = (first.folder / "result.json").stat().st_mtime_ns
     assert train(run) == first and (first.folder / "result.json").stat().st_mtime_ns == stamp
     assert not list(first.folder.glob("checkpoint-*"))
-    changed = RunConfig(**{**{k: getattr(run, k) for k in run.__dataclass_fields__}, "learning_rate": 1e-4})
     with pytest.raises(InvalidOptionError, match=r"another learning_rate"):
-        train(changed)
+        train(stilts.changed(run, learning_rate=1e-4))
 
 
 def test_a_truncated_checkpoint_is_passed_over(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=4)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], rng, max_steps=4)
     broken = tmp_path / "run" / "checkpoint-2"
     broken.mkdir(parents=True)
     (broken / "model.safetensors").write_bytes(b"cut")
@@ -175,7 +141,7 @@ except CheckpointError as error:
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path, tmp_path: Path, rng: Any) -> None:
-    run = config(base, tmp_path / "run", ["xnli"], rng, max_steps=4, eval_steps=2)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], rng, max_steps=4, eval_steps=2)
     run.save(tmp_path / "run.yaml")
     done = subprocess.run(
         [sys.executable, "-P", "-c", LIMITED, str(tmp_path / "run.yaml")], capture_output=True, text=True, check=False
@@ -191,11 +157,11 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path
 def test_accumulation_changes_no_gradient(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     """16 examples at once or 4 x 4: the same optimizer steps, to rounding."""
     runs = [
-        config(base, tmp_path / f"run{size}", ["xnli"], np.random.default_rng(1), max_steps=6, device_batch_size=size,
-               batching="random")
+        stilts.run_config(base, tmp_path / f"run{size}", ["xnli"], np.random.default_rng(1), max_steps=6,
+                          device_batch_size=size, batching="random")
         for size in (16, 4)
     ]  # fmt: skip
-    a, b = (weights(train(run).folder / "encoder") for run in runs)
+    a, b = (stilts.weights(train(run).folder / "encoder") for run in runs)
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-4), name
 
@@ -215,7 +181,9 @@ def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, mon
     packed_run = xfast.training.run
     monkeypatch.setattr(xfast.training, "run", lambda *given: (calls.append(1), packed_run(*given))[1])
     for batching in ("length", "packed"):
-        run = config(base, tmp_path / batching, ["udpos"], np.random.default_rng(2), 16, batching=batching, **small)
+        run = stilts.run_config(
+            base, tmp_path / batching, ["udpos"], np.random.default_rng(2), 16, batching=batching, **small
+        )
         log = json.loads((train(run).folder / "result.json").read_text())["log"]
         losses.append([entry["loss"] for entry in log if "loss" in entry])
     assert len(losses[0]) == 3 and len(calls) == 3
@@ -225,23 +193,13 @@ def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, mon
 def test_two_processes_train_as_one(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     """torchrun with two CPU processes and half the examples in each: the same weights, to rounding."""
     settings = {"max_steps": 4, "batch_size": 8, "batching": "random", "trainer": {"use_cpu": True}}
-    one = config(base, tmp_path / "one", ["xnli", "udpos"], np.random.default_rng(3), device_batch_size=8, **settings)
-    two = RunConfig(
-        **{
-            **{k: getattr(one, k) for k in one.__dataclass_fields__},
-            "output": str(tmp_path / "two"),
-            "device_batch_size": 4,
-        }
+    one = stilts.run_config(
+        base, tmp_path / "one", ["xnli", "udpos"], np.random.default_rng(3), device_batch_size=8, **settings
     )
-    two.save(tmp_path / "two.yaml")
-    script = tmp_path / "run.py"
-    script.write_text(RUN, encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "two.yaml")], capture_output=True, text=True, check=False
-    )
+    two = stilts.changed(one, output=str(tmp_path / "two"), device_batch_size=4)
+    done = stilts.torchrun(two, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    a, b = weights(train(one).folder / "encoder"), weights(tmp_path / "two" / "encoder")
+    a, b = stilts.weights(train(one).folder / "encoder"), stilts.weights(tmp_path / "two" / "encoder")
     for name in a:
         assert torch.allclose(a[name], b[name], atol=2e-4), name
 
@@ -265,17 +223,15 @@ class _Checkpointing(transformers.TrainerCallback):
 
 def test_gradient_checkpointing_changes_no_weight(base: Path, tmp_path: Path) -> None:
     runs = [
-        config(base, tmp_path / str(on), ["xnli"], np.random.default_rng(4), max_steps=3, gradient_checkpointing=on)
+        stilts.run_config(
+            base, tmp_path / str(on), ["xnli"], np.random.default_rng(4), max_steps=3, gradient_checkpointing=on
+        )
         for on in (False, True)
     ]
     seen = _Checkpointing()
-    a, b = (weights(train(run, callbacks=[seen]).folder / "encoder") for run in runs)
+    a, b = (stilts.weights(train(run, callbacks=[seen]).folder / "encoder") for run in runs)
     assert seen.on == [False] * 3 + [True] * 3
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
-
-
-def _changed(run: RunConfig, **changes: Any) -> RunConfig:
-    return RunConfig(**{**{k: getattr(run, k) for k in run.__dataclass_fields__}, **changes})
 
 
 class _Stop(transformers.TrainerCallback):
@@ -293,9 +249,9 @@ def test_early_stopping_goes_on_counting(base: Path, tmp_path: Path, monkeypatch
     """A score that never gets better: stopped after 1 + patience evaluations, interrupted in between or not."""
     monkeypatch.setattr("xfast.stilts.dev.Evaluator.__call__", lambda self, model: {"score": 50.0})
     make = np.random.default_rng
-    whole = config(base, tmp_path / "whole", ["xnli"], make(6), max_steps=20, eval_steps=1, patience=3)
+    whole = stilts.run_config(base, tmp_path / "whole", ["xnli"], make(6), max_steps=20, eval_steps=1, patience=3)
     assert train(whole).steps == 4
-    cut = _changed(whole, output=str(tmp_path / "cut"))
+    cut = stilts.changed(whole, output=str(tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
         train(cut, callbacks=[_Stop(2)])
     assert train(cut).steps == 4
@@ -310,17 +266,19 @@ def test_the_best_checkpoint_is_what_is_saved(base: Path, tmp_path: Path, monkey
         return {"score": next(scores)}
 
     monkeypatch.setattr("xfast.stilts.dev.Evaluator.__call__", judged)
-    trained = train(config(base, tmp_path / "run", ["xnli"], np.random.default_rng(7), max_steps=6, eval_steps=2))
+    trained = train(
+        stilts.run_config(base, tmp_path / "run", ["xnli"], np.random.default_rng(7), max_steps=6, eval_steps=2)
+    )
     assert trained.score == 30 and len(kept) == 4  # the last evaluation is of the best model
-    saved = weights(trained.folder / "encoder")["encoder.layer.0.output.dense.weight"]
+    saved = stilts.weights(trained.folder / "encoder")["encoder.layer.0.output.dense.weight"]
     assert torch.equal(saved, kept[1]) and not torch.equal(saved, kept[2])
 
 
 def test_starting_anew_forgets_everything(base: Path, tmp_path: Path) -> None:
     make = np.random.default_rng
-    first = config(base, tmp_path / "run", ["xnli"], make(8), max_steps=2)
+    first = stilts.run_config(base, tmp_path / "run", ["xnli"], make(8), max_steps=2)
     train(first)
-    other = _changed(first, max_steps=4, eval_steps=2)
+    other = stilts.changed(first, max_steps=4, eval_steps=2)
     with pytest.raises(KeyboardInterrupt):
         train(other, resume=False, callbacks=[_Stop(3)])
     assert not (tmp_path / "run/result.json").exists()
@@ -328,9 +286,9 @@ def test_starting_anew_forgets_everything(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_refused_run_can_be_corrected(base: Path, tmp_path: Path) -> None:
-    run = config(base, tmp_path / "run", ["xnli"], np.random.default_rng(9), max_steps=2)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], np.random.default_rng(9), max_steps=2)
     with pytest.raises(InvalidOptionError, match="max_length"):
-        train(_changed(run, max_length=600))
+        train(stilts.changed(run, max_length=600))
     assert train(run).steps == 2
 
 
@@ -338,13 +296,13 @@ def test_half_precision_checkpoints_train_in_fp32(base: Path, tmp_path: Path) ->
     half = tmp_path / "half"
     transformers.AutoModelForMaskedLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(half)
-    trained = train(config(half, tmp_path / "run", ["xnli"], np.random.default_rng(10), max_steps=2))
-    assert {t.dtype for t in weights(trained.folder / "encoder").values()} == {torch.float32}
+    trained = train(stilts.run_config(half, tmp_path / "run", ["xnli"], np.random.default_rng(10), max_steps=2))
+    assert {t.dtype for t in stilts.weights(trained.folder / "encoder").values()} == {torch.float32}
 
 
 def test_tensorboard_logs(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    run = config(base, tmp_path / "run", ["xnli"], np.random.default_rng(11), max_steps=2, tensorboard=True)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], np.random.default_rng(11), max_steps=2, tensorboard=True)
     assert list((train(run).folder / "logs").glob("events.out.tfevents.*"))
 
 
@@ -367,10 +325,9 @@ def test_tensorboard_logs(base: Path, tmp_path: Path) -> None:
 def test_bad_input_is_refused(
     changes: dict[str, Any], error: type, match: str, base: Path, tmp_path: Path, rng: Any
 ) -> None:
-    run = config(base, tmp_path / "run", ["xnli"], rng)
-    values = {k: getattr(run, k) for k in run.__dataclass_fields__}
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], rng)
     with pytest.raises(error, match=match):
-        train(RunConfig(**{**values, **changes}))
+        train(stilts.changed(run, **changes))
 
 
 def test_a_checkpoint_of_another_size_is_refused(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
@@ -379,8 +336,8 @@ def test_a_checkpoint_of_another_size_is_refused(base: Path, tmp_path: Path, rng
     made = transformers.AutoTokenizer.from_pretrained(base)
     made.save_pretrained(other)
     with pytest.raises(InvalidOptionError, match=r"vocabulary of 64"):
-        train(config(other, tmp_path / "run", ["xnli"], rng))
+        train(stilts.run_config(other, tmp_path / "run", ["xnli"], rng))
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "hidden_size": 64, "vocab_size": 5000}))
     with pytest.raises(DataFileError, match=r"model: "):
-        train(config(other, tmp_path / "run2", ["xnli"], rng))
+        train(stilts.run_config(other, tmp_path / "run2", ["xnli"], rng))

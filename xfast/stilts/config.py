@@ -63,7 +63,7 @@ class RunConfig:
         gradient_checkpointing: less memory, more time.
         keep_checkpoints: leave the checkpoints in place when the run has finished.
         tensorboard: write TensorBoard logs into ``output/logs``.
-        trainer: further arguments of ``transformers.TrainingArguments`` (``fsdp``, ``deepspeed``, ...).
+        trainer: further arguments of ``transformers.TrainingArguments`` (``fsdp``, ``optim``, ...).
     """
 
     model: str

@@ -11,6 +11,7 @@ from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionEr
 from xfast.stilts import files, readers
 from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample
 from xfast.stilts.languages import NAMES
+from xfast.stilts.rows import pick, text
 from xfast.stilts.task import BITEXT, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
 
@@ -234,7 +235,7 @@ def _hub_row(row: Mapping[str, Any], task: Task, language: str, where: str, name
 
 def _hub_question(row: Mapping[str, Any], task: Task, language: str, where: str) -> Examples[SpanExample]:
     """None, one, and what was left out: as the reader of SQuAD's format has it."""
-    answers = readers.pick(row, ("answers",), where)
+    answers = pick(row, ("answers",), where)
     try:
         if isinstance(answers, Mapping):
             pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
@@ -243,19 +244,19 @@ def _hub_question(row: Mapping[str, Any], task: Task, language: str, where: str)
     except (KeyError, TypeError, ValueError):
         raise DataFileError(f"{where}: answers {answers!r}; expected a text and an answer_start for each") from None
     question = {
-        "id": readers.pick(row, ("id",), where),
-        "question": readers.text(row, ("question",), where),
+        "id": pick(row, ("id",), where),
+        "question": text(row, ("question",), where),
         "answers": [{"text": text, "answer_start": start} for text, start in pairs],
         "is_impossible": task.name == "squad_v2" and not pairs,
     }
     found: Examples[SpanExample] = Examples()
-    readers._add(found, readers.text(row, ("context",), where), question, task, language)
+    readers.add_question(found, text(row, ("context",), where), question, task, language)
     return found
 
 
 def _hub_sentence(row: Mapping[str, Any], task: Task, where: str, names: tuple[str, ...]) -> TaggedExample:
-    words = readers.pick(row, ("tokens",), where)
-    given = readers.pick(row, ("ner_tags", "pos_tags"), where)
+    words = pick(row, ("tokens",), where)
+    given = pick(row, ("ner_tags", "pos_tags"), where)
     tags = tuple(names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in given)
     if len(words) != len(tags) or not set(tags) <= set(task.labels):
         raise DataFileError(

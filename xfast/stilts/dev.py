@@ -63,7 +63,7 @@ class Evaluator:
         device = next(model.parameters()).device
         features, items = part.dev_features, part.dev.items
         if part.task.type == MATCHING:
-            return self._matching(model, part, device)
+            return self._matching(forward, part, device)
         if part.task.type == SPAN:
             answered = prediction.answers(forward, features, items, self.padding, device)
             return _answer_scores(part, answered)
@@ -79,11 +79,11 @@ class Evaluator:
         tagged = prediction.tags(forward, features, words, part.labels, self.padding, device)
         return metrics.tag_f1([item.tags for item in items], tagged)
 
-    def _matching(self, model: Any, part: TrainingSet, device: torch.device) -> metrics.Scores:
+    def _matching(self, encoder: prediction.Forward, part: TrainingSet, device: torch.device) -> metrics.Scores:
         """Share of the queries whose own target is the nearest of all dev targets."""
         sides = [
             prediction.vectors(
-                model.encoder,
+                encoder,
                 [feature.rows[i] for feature in part.dev_features.items],
                 self.padding,
                 device,
@@ -108,7 +108,7 @@ class Evaluator:
             number = int((inputs["labels"] != IGNORED).sum())
             if not number:
                 continue
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode: sharded weights, gathered here, are trained on
                 loss = model(task=name, **{key: value.to(device) for key, value in inputs.items()})["loss"]
             total, count = total + float(loss) * number, count + number
         return total / max(count, 1)

@@ -18,6 +18,7 @@ from xfast.stilts import readers
 from xfast.stilts.data import SPLITS, Source
 from xfast.stilts.examples import ChoiceExample, Examples, PairExample, SpanExample, TaggedExample, TextExample
 from xfast.stilts.languages import ISO3, NAMES, UDPOS_WITHOUT_DEV
+from xfast.stilts.rows import json_rows, lines
 from xfast.stilts.scoring import TARGETS
 from xfast.stilts.task import BITEXT, CHOICE, MATCHING, SPAN, TAGGING, TARGET, Task
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, get
@@ -453,18 +454,18 @@ def _alternatives(task: Task, split: str) -> tuple[tuple[str, ...], ...]:
 
 def _read(path: Path, task: Task, language: str) -> Examples[Any]:
     if task.reader == "mewslix":  # a line is a mention or a pair; only its form matters here
-        return Examples([TextExample(str(number), "") for number, _ in readers.json_rows(path)])
+        return Examples([TextExample(str(number), "") for number, _ in json_rows(path)])
     if task.type == MATCHING:
         return readers.READERS["squad"](path, task, language)
     return readers.READERS[task.reader](path, task, language)
 
 
 def _count(path: Path) -> int:
-    return sum(1 for _ in readers.lines(path))
+    return sum(1 for _ in lines(path))
 
 
 def _columns(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in readers.lines(path):
+    for number, line in lines(path):
         row = line.split("\t")
         if len(row) < 2:
             raise DataFileError(f"{path}:{number}: {len(row)} columns, expected 2")

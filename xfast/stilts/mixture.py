@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from xfast.stilts.config import RunConfig
 from xfast.stilts.data import read_file
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import Features, encode
-from xfast.stilts.readers import load_json
+from xfast.stilts.rows import load_json
 from xfast.stilts.task import TAGGING, Task
 from xfast.stilts.tasks import get
 
@@ -188,8 +187,3 @@ def steps(config: RunConfig, sets: Mapping[str, TrainingSet]) -> int:
             raise InvalidOptionError("mlm_share: 1 leaves no step for the tasks; leave the tasks out instead")
         wanted = math.ceil(wanted / (1 - share))
     return max(1, min(wanted, config.max_steps or wanted))
-
-
-def describe(sets: Mapping[str, TrainingSet]) -> str:
-    """One line for logs."""
-    return json.dumps({name: len(s.features) for name, s in sets.items()})

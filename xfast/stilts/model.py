@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from xfast.architecture import check_class
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
@@ -72,12 +73,17 @@ class MultiTaskModel(nn.Module):
             if types[name] == MLM:
                 _tie(head, encoder)
             self.heads[name] = head
+        layers = [part for part in encoder.modules() if isinstance(part, GradientCheckpointingLayer)]
+        self._no_split_modules = sorted({type(layer).__name__ for layer in layers})  # what FSDP shards one by one
 
     def forward(self, task: str, **inputs: Any) -> Any:
-        """The head's output: ``loss`` where labels are given, and ``logits``."""
+        """The head's output: ``loss`` where labels are given, and ``logits``.
+
+        Of a dual encoder: the loss of ``query`` and ``target``, or one side's own states.
+        """
         name = head_name(task)
         if self.types[name] == MATCHING:
-            return self._match(**inputs)
+            return self._match(**inputs) if "query" in inputs else self.encoder(**inputs)
         if self.types[name] == MLM:
             return self._masked(self.heads[name], **inputs)
         return self.heads[name](**inputs)
@@ -107,21 +113,30 @@ class MultiTaskModel(nn.Module):
         """The same under the name that transformers gave it in 5.23."""
         self.encoder.activation_checkpointing_enable(*args, **kwargs)
 
-    def save_encoder(self, folder: Path) -> None:
-        """The bare encoder, for the next phase."""
-        self.encoder.save_pretrained(folder)
+    def save_encoder(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """The bare encoder, for the next phase.
 
-    def save_task(self, name: str, folder: Path) -> None:
-        """The encoder with one task's head, an ordinary transformers model."""
+        Args:
+            folder: made if it is missing.
+            state: this model's whole state, which is not in the model where it is sharded.
+        """
+        self.encoder.save_pretrained(folder, state_dict=_below(state, "encoder"))
+
+    def save_task(self, name: str, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """The encoder with one task's head, an ordinary transformers model; ``state`` as above."""
         if self.types[name] == MATCHING:
-            self.encoder.save_pretrained(folder)
+            self.save_encoder(folder, state)
             return
         head = self.heads[name]
-        prefix = head.base_model_prefix
-        encoder = {f"{prefix}.{key}": value for key, value in self.encoder.state_dict().items()}
+        encoder = {f"{head.base_model_prefix}.{key}": value for key, value in _below(state, "encoder").items()}
         wanted = _bare(type(head), self.encoder.config, head.config).state_dict().keys()
-        state = {key: value for key, value in {**encoder, **head.state_dict()}.items() if key in wanted}
-        head.save_pretrained(folder, state_dict=state)
+        own = {**encoder, **_below(state, f"heads.{name}")}
+        head.save_pretrained(folder, state_dict={key: value for key, value in own.items() if key in wanted})
+
+
+def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The part of a state that belongs to one submodule, under that module's own names."""
+    return {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}
 
 
 def _bare(cls: Any, encoder_config: Any, head_config: Any) -> Any:

@@ -60,7 +60,7 @@ def outputs(
     lengths = [feature.length * len(feature.rows) for feature in features]
     for indices in by_length(lengths, TOKENS_PER_BATCH):
         batch = collate([features[i] for i in indices], type, padding, labels=False)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: sharded weights, gathered here, are trained on
             result = forward(**_to(batch, device))
         yield indices, result
         if progress is not None:
@@ -194,7 +194,7 @@ def vectors(
     second = second or [len(row) for row in rows]
     for indices in by_length([len(row) for row in rows], TOKENS_PER_BATCH):
         batch = pad_rows([rows[i] for i in indices], [second[i] for i in indices], padding)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: sharded weights, gathered here, are trained on
             states = encoder(**_to(batch, device)).last_hidden_state.float()
         if pooling == "cls":
             pooled = states[:, 0]

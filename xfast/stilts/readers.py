@@ -7,8 +7,6 @@ mark and end their lines with CRLF (XTREME writes its TSV files with Python's cs
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,90 +26,12 @@ from xfast.stilts.examples import (
     TextExample,
 )
 from xfast.stilts.languages import NAMES
+from xfast.stilts.rows import csv_rows, headed_rows, json_rows, lines, load_json, pick, text
 from xfast.stilts.task import CHOICE, TAGGING, Task
-
-csv.field_size_limit(2**24)  # a paragraph is longer than the csv module's 128 KiB in a few languages' files
 
 UNLABELLED = "no agreed label"
 """Why SNLI's rows with the gold label ``-`` are left out: the paper's sizes count without them."""
 BROKEN_ROW = "a row with the wrong number of columns"
-
-
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text without its line end) of a UTF-8 file; an error where it is missing or not UTF-8."""
-    number = 0
-    try:
-        with path.open("rb") as file:  # decoded line by line, so that an error can name the line
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataFileError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1} of it)") from None
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def load_json(path: Path) -> Any:
-    """The file's JSON value, with typed errors."""
-    text = "\n".join(line for _, line in lines(path))
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataFileError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON, perhaps truncated: {error}") from None
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a JSON-lines file; empty lines are passed over."""
-    for number, line in lines(path):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataFileError(f"{path}:{number}: not JSON, perhaps truncated: {error}") from None
-            if not isinstance(row, dict):
-                raise DataFileError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-            yield number, row
-
-
-def csv_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(line number where the row ends, fields) of a CSV or TSV file with the csv module's quoting."""
-    texts = (line + "\n" for _, line in lines(path))
-    reader = csv.reader(texts, delimiter=delimiter, strict=True)  # else a stray quote swallows the rows after it
-    start = 1
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataFileError(f"{path}:{start}: the row that begins here: {error}") from None
-
-
-def headed_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, fields by column name) of a CSV or TSV file whose first row names the columns."""
-    header: list[str] = []
-    for number, row in csv_rows(path, delimiter):
-        if not header:
-            header = row
-        elif len(row) != len(header):
-            raise DataFileError(f"{path}:{number}: {len(row)} columns, expected {len(header)}: {', '.join(header)}")
-        else:
-            yield number, dict(zip(header, row, strict=True))
-
-
-def pick(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
-    """The value of the first of these columns that the row has, an error where it has none."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise DataFileError(f"{where}: no column {' or '.join(names)}; the row has {', '.join(map(str, row))}")
-
-
-def text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    """:func:`pick` for a column that must hold text: null or a number there is an error."""
-    value = pick(row, names, where)
-    if not isinstance(value, str):
-        raise DataFileError(f"{where}: {' or '.join(names)} is {value!r}, expected text")
-    return value
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -287,7 +207,7 @@ def read_squad(path: Path, task: Task, language: str) -> Examples[SpanExample]:
             for paragraph in article["paragraphs"]:
                 context = paragraph["context"]
                 for qa in paragraph["qas"]:
-                    _add(examples, context, qa, task, language)
+                    add_question(examples, context, qa, task, language)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise DataFileError(
             f"{path}: not SQuAD's format, data[].paragraphs[].{{context, qas[].{{id, question, answers}}}}: {error!r}"
@@ -297,7 +217,14 @@ def read_squad(path: Path, task: Task, language: str) -> Examples[SpanExample]:
     return Examples(unique, examples.skipped)
 
 
-def _add(examples: Examples[SpanExample], context: str, qa: Mapping[str, Any], task: Task, language: str) -> None:
+def add_question(
+    examples: Examples[SpanExample], context: str, qa: Mapping[str, Any], task: Task, language: str
+) -> None:
+    """Add a question of SQuAD's format (id, question, answers, is_impossible), or count why it is left out.
+
+    Raises:
+        TypeError, KeyError, ValueError: it has not this format.
+    """
     identity = str(qa["id"])
     if task.name == "tydiqa" and _names_another_language(identity, language):
         examples.skipped[OTHER_LANGUAGE] += 1

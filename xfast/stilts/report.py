@@ -20,7 +20,7 @@ from rich.console import Console
 from xfast import files
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import report_html
-from xfast.stilts.readers import json_rows, lines, load_json
+from xfast.stilts.rows import json_rows, lines, load_json
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, TASKS, XTREME_R_TARGETS, XTREME_TARGETS
 from xfast.study.profiles import GROUPS, JOSHI_CLASS
 

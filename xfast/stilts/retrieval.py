@@ -57,7 +57,6 @@ __all__ = [
     "nearest",
     "rank",
     "tatoeba",
-    "tatoeba_predictions",
 ]
 
 AMBIGUOUS = "a mined pair whose text occurs more than once in its file"
@@ -205,27 +204,6 @@ def _dense_search(queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[
             chosen = chosen[np.lexsort((chosen, -line[chosen]))]
             similarities[row], indices[row] = line[chosen], chosen
     return similarities, indices
-
-
-def tatoeba_predictions(foreign: np.ndarray, english: np.ndarray) -> list[int]:
-    """For each English sentence the row of the nearest foreign one, as XTREME evaluates Tatoeba.
-
-    XTREME takes the smallest L2 distance of normalised embeddings: the same row, but for embeddings of zeros, which no
-    encoder gives.
-
-    Args:
-        foreign: [N, H] float embeddings; English sentences search in them.
-        english: [N, H] float.
-
-    Raises:
-        InvalidInputError: as for :func:`nearest`, or the numbers of rows differ.
-        BackendUnavailableError: faiss is not installed.
-    """
-    unit_foreign, unit_english = _unit(foreign, "foreign"), _unit(english, "english")
-    _same_width(foreign, english, "foreign and english")
-    if len(foreign) != len(english):
-        raise InvalidInputError(f"foreign and english: {len(foreign)} and {len(english)} rows; expected as many")
-    return [int(row) for row in _search(unit_english, unit_foreign, 1)[1][:, 0]]
 
 
 def rank(queries: np.ndarray, candidates: np.ndarray, candidate_ids: Sequence[str], k: int = 20) -> list[list[str]]:

@@ -18,7 +18,7 @@ from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.examples import Examples, MatchExample
 from xfast.stilts.files import find
 from xfast.stilts.languages import ISO3
-from xfast.stilts.readers import json_rows, lines, load_json
+from xfast.stilts.rows import json_rows, lines, load_json
 
 NO_SENTENCE = "the answer starts in no sentence"
 CROSSES = "the mention lies in no single sentence"

@@ -15,7 +15,8 @@ from typing import Any
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError
 from xfast.stilts import metrics
 from xfast.stilts.languages import XTREME, XTREME_R
-from xfast.stilts.readers import json_rows, lines, load_json, pick, read_gold
+from xfast.stilts.readers import read_gold
+from xfast.stilts.rows import json_rows, lines, load_json, pick
 from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS, get
 
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -1,12 +1,13 @@
 """A training run on transformers' ``Trainer``: its data, its evaluation on English dev sets, its checkpoints.
 
-``Trainer`` and ``accelerate`` bring devices, mixed precision, ``torchrun``, FSDP and DeepSpeed; what is here is the
-order of the batches, the heads and the scores.
+``Trainer`` and ``accelerate`` bring devices, mixed precision, ``torchrun`` and FSDP; what is here is the order of the
+batches, the heads and the scores.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import math
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xfast import files
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, XfastError
-from xfast.stilts import dev, mixture
+from xfast.stilts import dev, mixture, sharding
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
@@ -78,6 +79,8 @@ class _Collate:
 
 class _MarkComplete(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes a part: its random state, its shards
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
@@ -138,6 +141,23 @@ class StiltsTrainer(transformers.Trainer):
         self.schedule = schedule
         self.evaluate_with = evaluate_with
 
+    def create_accelerator_and_postprocess(self) -> None:
+        sharding.settle(self.args)
+        super().create_accelerator_and_postprocess()
+        sharding.switch_on(self)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            sharding.fill(self.optimizer)  # its parameters are sharded by now, and no checkpoint is loaded yet
+        return super().create_scheduler(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # Sharded weights are written with the optimizer's state; the Trainer looks for the folder before that.
+        Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
             self.train_dataset,
@@ -148,14 +168,24 @@ class StiltsTrainer(transformers.Trainer):
         return self.accelerator.prepare(loader)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
+        # sharded weights are gathered by the wrapped model's forward, in every process
+        model = self.model if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         metrics = {f"eval_{name}": value for name, value in self.evaluate_with(model).items()}
         model.train(training)
+        metrics = self._of_the_first(metrics)
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _of_the_first(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The first process's metrics: rounding may differ between machines, and all must stop and save together."""
+        if self.args.world_size == 1:
+            return metrics
+        shared = [metrics]
+        torch.distributed.broadcast_object_list(shared, device=self.args.device)
+        return shared[0]
 
 
 @dataclass(frozen=True)
@@ -221,7 +251,7 @@ def train(
     trainer.accelerator.wait_for_everyone()
     if announce is not None and first:
         announce(estimate(config, model, sets, trainer.schedule.steps, str(trainer.args.device)))
-    with _packed(config, model), _checkpoint_errors(folder):
+    with _packed(config, model), _checkpoint_errors(folder), sharding.quiet():
         trainer.train(resume_from_checkpoint=_last_complete(folder))
         return _finish(config, trainer, model, tokenizer, sets)
 
@@ -275,8 +305,11 @@ def _trainer(
         evaluate_with=evaluator,
         callbacks=[*own, *callbacks, _MarkComplete()],
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise InvalidOptionError("trainer: FSDP and DeepSpeed shard the weights, which cannot be saved from here yet")
+    if (trainer.is_fsdp_enabled and not arguments.fsdp) or trainer.is_deepspeed_enabled:
+        raise InvalidOptionError(
+            "trainer: FSDP or DeepSpeed by accelerate's own settings; give `trainer: {fsdp: true}`"
+        )
+    sharding.with_autocast(trainer, model)
     return trainer
 
 
@@ -315,12 +348,15 @@ def _arguments(config: RunConfig) -> transformers.TrainingArguments:
         raise InvalidOptionError(f"trainer: TrainingArguments has no {', '.join(sorted(unknown))}")
     if taken := set(config.trainer) & ((given.keys() - FREE) | COMPUTED):
         raise InvalidOptionError(f"trainer: {', '.join(sorted(taken))} follows from the run's own options")
+    sharding.check_wish(config.trainer)
     try:
-        arguments = transformers.TrainingArguments(**{**given, **config.trainer})
+        # a copy: transformers writes its defaults into the mappings that it is given
+        arguments = transformers.TrainingArguments(**{**given, **copy.deepcopy(config.trainer)})
     except ImportError as error:  # accelerate, which training needs and evaluation does not
         raise BackendUnavailableError(f'training needs more packages: pip install "xfast[stilts]" ({error})') from None
     except ValueError as error:  # bf16 where there is none, for instance
         raise InvalidOptionError(f"precision or trainer: {error}") from None
+    sharding.check(config, arguments)
     if arguments.n_gpu > 1:  # one process drives one GPU: replicas of a head would refer to the first GPU's encoder
         arguments._n_gpu = 1
     return arguments
@@ -427,11 +463,12 @@ def _finish(
     """Save models and result. ``result.json`` comes last: a run is finished when it is there."""
     folder = Path(config.output)
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, in the first process; all must ask for it
     if trainer.is_world_process_zero():
-        model.save_encoder(folder / "encoder")
+        model.save_encoder(folder / "encoder", state)
         tokenizer.save_pretrained(folder / "encoder")
         for name in model.types:
-            model.save_task(name, folder / "tasks" / name)
+            model.save_task(name, folder / "tasks" / name, state)
             tokenizer.save_pretrained(folder / "tasks" / name)
         notes = {name: dict(s.features.notes) for name, s in sets.items()}
         result = {
