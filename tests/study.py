@@ -148,6 +148,8 @@ def cost_model(cells: Sequence[Cell], size: str, engine: str) -> CostModel:
     return CostModel(
         size=size,
         engine=engine,
+        policy="sorted",
+        batch_size=16,
         us_per_token=per_token,
         us_per_sequence=per_sequence,
         r2=0.992,

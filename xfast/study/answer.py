@@ -172,12 +172,13 @@ def _between(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
     by_group = f"; by group: {', '.join(means)}" if len(means) > 1 else ""
     yield f"With {engine} the slowest language is {names[0]}, the fastest {names[1]}{by_group}."
     for model in study["cost_models"]:
-        if (model["size"], model["engine"]) == (chosen.size, engine) and model["explained"]:
+        where = (model["size"], model["engine"], model["policy"], model["batch_size"])
+        if where == (chosen.size, engine, chosen.policy, chosen.batch_size) and model["explained"]:
             (first, most), *others = sorted(model["explained"].items(), key=lambda item: -item[1])
             rest = "".join(f", {cause} {_percent(share, 0)}" for cause, share in others)
             sentence = f"{first} explains {_percent(most, 0)} of the variance of speed between languages{rest}."
             yield sentence[0].upper() + sentence[1:]
-            return  # of the other ways of batching, the table
+            return
 
 
 def _left_out(study: Study) -> Iterator[str]:

@@ -274,6 +274,7 @@ def cost_models(study: Study) -> Table:
     columns = [
         Column("engine", "engine"),
         Column("size", "size", factor=True),
+        *_BATCHES,
         Column("us_per_token", "µs/token", "figure"),
         Column("us_per_sequence", "µs/sequence", "figure"),
         Column("r2", "R²", "ratio"),
@@ -293,6 +294,7 @@ def predictions(study: Study) -> Table:
     columns = [
         *_LANGUAGE,
         *_WHERE,
+        *_BATCHES,
         _TASK,
         Column("seen", "seen, samples/s", "figure"),
         Column("predicted", "predicted, samples/s", "figure"),
@@ -306,7 +308,8 @@ def predictions(study: Study) -> Table:
                 if language == code and name in model["predicted"]:
                     said = model["predicted"][name]
                     figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
-                    rows.append({**_taken(model, _WHERE), **_named(study, code), "task": task or None, **figures})
+                    where = _taken(model, [*_WHERE, *_BATCHES])
+                    rows.append({**where, **_named(study, code), "task": task or None, **figures})
     return Table("predictions", "The cost model, language by language", columns, rows)
 
 

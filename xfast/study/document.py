@@ -131,6 +131,8 @@ class CostModel(TypedDict):
 
     size: str
     engine: str
+    policy: str
+    batch_size: int
     us_per_token: float
     us_per_sequence: float
     r2: float

@@ -314,6 +314,8 @@ def _cost_model(cells: _Cells, rows: Sequence[document.Cell]) -> document.CostMo
     return document.CostModel(
         size=rows[0]["size"],
         engine=rows[0]["engine"],
+        policy=rows[0]["policy"],
+        batch_size=rows[0]["batch_size"],
         us_per_token=1e6 * model.per_token,
         us_per_sequence=1e6 * model.per_sequence,
         r2=model.r2,

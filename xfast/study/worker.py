@@ -162,7 +162,8 @@ class _Group:
 
     def _take_out(self, models: dict[str, nn.Module]) -> None:
         """Keep the encoders for the next head, where their weights are still there."""
-        if self.job.size == CHECKPOINT or arms.is_large(self.job.size):
+        rounded = self.engine.backend == STOCK and self.engine.quantised  # its weights were converted in place
+        if self.job.size == CHECKPOINT or arms.is_large(self.job.size) or rounded:
             return
         for arm, model in models.items():
             xfast.restore(model)
