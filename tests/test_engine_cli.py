@@ -67,8 +67,12 @@ def test_damage_is_seen(model: Path, tmp_path: Path) -> None:
 def test_errors(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     transformers.ViTConfig(num_hidden_layers=1).save_pretrained(other)
+    damaged = tmp_path / "damaged"
+    build().save_pretrained(damaged)
+    (damaged / "model.safetensors").write_bytes(b"no")
     for arguments, words in (
         (("build", "/nowhere/at/all", tmp_path, "--target", "SM89"), "/nowhere/at/all"),
+        (("build", damaged, tmp_path, "--target", "SM89"), "damaged: SafetensorError"),
         (("build", model, tmp_path, "--target", "SM12"), "target: 'SM12'"),
         (("build", model, tmp_path, "--target", "SM89", "--precision", "int3"), "int3"),
         (("build", model, tmp_path, "--target", "SM89", "--layers", "7"), "layers"),

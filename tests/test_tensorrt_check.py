@@ -29,7 +29,7 @@ def test_the_reference_is_the_model(family: str) -> None:
         parts = []
         for ids, types in zip(case.ids.split(case.lengths), case.types.split(case.lengths), strict=True):
             # positions as the family counts them: ids that happen to be the padding id must not shift them
-            start = weights.spec.pad_token_id + 1 if weights.spec.position_rule == "padding" else 0
+            start = weights.spec.first_position
             positions = torch.arange(start, start + len(ids))[None]
             with torch.no_grad():
                 out = model(ids[None].long(), token_type_ids=types[None].long(), position_ids=positions)
@@ -98,7 +98,7 @@ def test_an_engine_with_a_layer_too_few_is_refused() -> None:
 
 def test_cases_fit_the_model() -> None:
     _, weights = _weights("xlm-roberta")
-    assert judge.usable_positions(weights.spec) == 38
+    assert weights.spec.usable_positions == 38
     for case in judge.cases(weights.spec, 1000, CPU):
         assert sum(case.lengths) == len(case.ids) and max(case.lengths) <= 38
         assert int(case.positions.max()) < weights.spec.max_positions

@@ -20,6 +20,7 @@ from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
+from xfast.checkpoints import reading
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, UnsupportedModelError
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
@@ -38,11 +39,9 @@ def load_weights(model: str) -> EncoderWeights:
         DataFileError: there is no such checkpoint.
         UnsupportedModelError: it is none of the supported families.
     """
-    try:
+    with reading(model):
         config = transformers.AutoConfig.from_pretrained(model)
         loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataFileError(f"model: {model}: {error}") from None
     found = find_encoders(loaded)
     if not found:
         raise UnsupportedModelError(f"model: {config.model_type} is not supported; supported: {supported_families()}")

@@ -206,7 +206,7 @@ class TensorRTEngine:
 
 def default_profiles(spec: EncoderSpec) -> tuple[builder.Profile, ...]:
     """For batches of up to ``MAX_BATCH`` sequences of any length the model takes, ``MAX_TOKENS`` tokens together."""
-    longest = judge.usable_positions(spec)
+    longest = spec.usable_positions
     return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest)
 
 

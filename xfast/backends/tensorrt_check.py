@@ -80,19 +80,14 @@ class Report:
 def cases(spec: EncoderSpec, longest: int, device: torch.device, seed: int = 0) -> list[Case]:
     """Seeded batches: one token, ragged, one long sequence (at most ``longest`` tokens)."""
     generator = torch.Generator().manual_seed(seed)
-    longest = min(longest, usable_positions(spec))
+    longest = min(longest, spec.usable_positions)
     shapes = ((1,), tuple(min(n, longest) for n in (9, 1, 17, 33, 2)), (longest,))
     return [_case(spec, lengths, generator, device) for lengths in shapes]
 
 
-def usable_positions(spec: EncoderSpec) -> int:
-    """Tokens of the longest sequence."""
-    return spec.max_positions - (spec.pad_token_id + 1 if spec.position_rule == "padding" else 0)
-
-
 def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Case:
     total = sum(lengths)
-    first = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
+    first = spec.first_position
     positions = torch.cat([torch.arange(first, first + length) for length in lengths])
     ids = torch.randint(0, spec.vocab_size, (total,), generator=generator)
     types = torch.randint(0, spec.type_vocab_size, (total,), generator=generator)
