@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, 
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of engines; XFAST_CACHE=FOLDER makes accelerate use it.")]
-PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (8.9 or later).")]
 LayersOption = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -62,7 +62,7 @@ def build_engine(
     Args:
         model: folder or Hub id.
         folder: of the store.
-        precision: "fp32", "fp16" or "bf16".
+        precision: one of ``tensorrt_network.PRECISIONS``.
         layers: None for all.
         target: a compute capability such as "SM89" (``tensorrt_rtx`` only); None: the GPU that is there.
         progress: called by TensorRT's builder.

@@ -33,6 +33,9 @@ CHECKED_LENGTH = 128
 """Tokens of the longest sequence that a new engine is checked on."""
 
 
+MIN_FP8_CAPABILITY = (8, 9)
+
+
 class Runner(Protocol):
     """What runs a built engine: :class:`xfast.backends.tensorrt_session.Session`."""
 
@@ -55,6 +58,10 @@ class TensorRTBackend:
         reason = networks.refusal(spec, precision)
         if reason is not None:
             return reason
+        capability = torch.cuda.get_device_capability(device)
+        if precision == "fp8" and capability < MIN_FP8_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has compute capability {'.'.join(map(str, capability))}; fp8 needs 8.9 or later"
         try:
             runtimes.find()
         except XfastError as error:
