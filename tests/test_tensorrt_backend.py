@@ -7,20 +7,23 @@ dropped by the Triton kernels in their interpreter.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, NO_NUMPY_WARNINGS
+from gpu import DEVICE, NO_NUMPY_WARNINGS, Captures
 from models import FAMILIES, HEADS, arguments, at_tokens, build, left_padded, norm_error, quick_settings, ragged
 
 import xfast
 from xfast.architecture import describe, find_encoders
+from xfast.backends import cuda_graphs, tensorrt_graphs
 from xfast.backends import tensorrt as backend
 from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_network as networks
+from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
@@ -32,6 +35,8 @@ LAYERS = 2
 
 class Simulated:
     """Stands in for a loaded engine."""
+
+    device = DEVICE
 
     def __init__(self, weights: Any, precision: str, layers: int) -> None:
         from tensorrt_interpreter import Interpreter
@@ -47,6 +52,9 @@ class Simulated:
         outputs = self.interpreter({name: value.cpu() for name, value in inputs.items()})
         return outputs[networks.OUTPUT].to(DEVICE)
 
+    def recorded(self, inputs: dict[str, torch.Tensor], profile: int) -> Callable[[], torch.Tensor]:
+        return lambda: self.run(inputs, profile)
+
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -55,7 +63,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def make(self: backend.TensorRTEngine, layers: int) -> Any:
         made.append((self.precision, layers))
-        runner = Simulated(self._weights, self.precision, layers)
+        runner = GraphRunner(Simulated(self._weights, self.precision, layers), self.profiles)
         self._notes.append(f"simulated, {self._check(runner, layers)}")
         return runner
 
@@ -124,6 +132,20 @@ def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
     got = xfast.accelerate(bare, backend="tensorrt", layers=1)(**batch).last_hidden_state
     _same(got, states[1], batch["attention_mask"])
     assert simulated == [*((precision, LAYERS) for precision in ("fp16", "bf16", "int8", "fp8")), ("fp32", 1)]
+
+
+def test_graphs_of_enlarged_batches(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network on padding of every kind that a graph's sizes add, tokens, sequences, columns and rows."""
+    monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
+    monkeypatch.setattr(tensorrt_graphs, "Graphs", lambda device: cuda_graphs.Graphs(device, Captures()))
+    for head in ("base-no-pooler", "sequence-classification"):
+        model, stock = _model(head=head), _model(head=head)
+        fast = xfast.accelerate(model, backend="tensorrt")
+        for seed, lengths in enumerate([(9, 1, 17), (17, 2, 16), (3,), (12, 11, 13), (38, 1)]):
+            batch = _moved(ragged("xlm-roberta", lengths, seed=seed))
+            _same(fast(**batch)[0], stock(**batch)[0], batch["attention_mask"])
+        text = str(xfast.explain(fast))
+        assert "captured, token buckets 16, 32, 64" in text and "no graph" not in text
 
 
 def test_what_an_engine_cannot_do_runs_the_original(simulated: list[tuple[str, int]]) -> None:

@@ -21,6 +21,7 @@ from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError
+from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.errors import BackendUnavailableError, XfastError
 
 if TYPE_CHECKING:
@@ -37,10 +38,14 @@ MIN_FP8_CAPABILITY = (8, 9)
 
 
 class Runner(Protocol):
-    """What runs a built engine: :class:`xfast.backends.tensorrt_session.Session`."""
+    """What runs a built engine: :class:`xfast.backends.tensorrt_graphs.GraphRunner`."""
 
     def run(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size]."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines for ``explain``."""
         ...
 
 
@@ -182,7 +187,9 @@ class TensorRTEngine:
     def _load(self, runtime: runtimes.Runtime, blob: bytes) -> Runner:
         from xfast.backends.tensorrt_session import Session
 
-        return Session(runtime, blob, self.precision, self.spec.hidden_size, self.device)
+        with torch.cuda.device(self.device):  # the graphs' stream and memory pool belong to a device
+            session = Session(runtime, blob, self.precision, self.spec.hidden_size, self.device)
+            return GraphRunner(session, self.profiles)
 
     def _check(self, runner: Runner, layers: int) -> judge.Report:
         def run(case: judge.Case) -> torch.Tensor:
@@ -207,6 +214,7 @@ class TensorRTEngine:
             "fused: what TensorRT chooses, on packed tokens; attention alone is padded",
             f"profiles: {len(self.profiles)}, up to {largest.tokens[2]} tokens, {largest.batch[2]} sequences",
             *(self._notes or ["no engine yet: the first call builds it"]),
+            *(line for runner in self._runners.values() for line in runner.describe()),
             *self._refused.values(),
         ]
 
