@@ -234,6 +234,13 @@ def test_an_interrupt(old: Path) -> None:
     assert xfast.explain(model).encoders
 
 
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(InvalidOptionError, match="exists; --force"):
+        export.export_onnx(model_of("base-no-pooler"), path, progress=lambda _: path.write_bytes(b"other"))
+    assert path.read_bytes() == b"other" and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     model = model_of("base-no-pooler")
     (tmp_path / "file").write_text("")

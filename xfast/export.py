@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -147,6 +148,7 @@ def export_onnx(model: nn.Module, out: Path, *, force: bool = False, progress: P
             error, batches = _prove(model, made, outputs, tell)
         parts = [path for path in (folder / data.name, made) if path.exists()]
         size = sum(path.stat().st_size for path in parts)
+        check_free(out, force)  # again: minutes have passed
         _put(parts, out, data)
     return Exported(out, data if len(parts) == 2 else None, size, opset, tuple(example), outputs, error, batches)
 
@@ -210,6 +212,9 @@ def _folder_beside(out: Path) -> Iterator[Path]:
 
 def _put(parts: list[Path], out: Path, data: Path) -> None:
     """Renames into place. Of two files neither is right without the other: ``out`` goes first and comes last."""
+    for part in parts:
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # a name must not outlive a power failure that the contents do not
     if len(parts) == 2 or data.exists():
         with suppress(FileNotFoundError):
             out.unlink()
