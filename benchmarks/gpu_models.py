@@ -63,7 +63,7 @@ def tensorrt(clock: Clock) -> Iterator[Row]:
     for size in ("base", "large"):
         stock: Any = random_model(size).to("cuda", torch.bfloat16)
         engines = {"xfast bf16": xfast.accelerate(copy.deepcopy(stock), backend="triton", precision="bf16")}
-        for precision in ("bf16", "fp16"):
+        for precision in ("bf16", "fp8", "int8", "fp16"):
             if clock.left < BUILD_SECONDS:
                 break
             model = xfast.accelerate(copy.deepcopy(stock), backend="tensorrt", precision=precision)

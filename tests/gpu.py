@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -32,3 +32,22 @@ def cu_seqlens(lengths: Sequence[int]) -> torch.Tensor:
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """An output that is wrong wherever a kernel forgets to write."""
     return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+class Captures:
+    """In place of capturing CUDA graphs: records what was captured; ``fail`` makes the next ones run out of memory."""
+
+    def __init__(self) -> None:
+        self.count, self.replays, self.fail = 0, 0, False
+
+    def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        if self.fail:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.count += 1
+        output = function()
+
+        def replay() -> None:
+            self.replays += 1
+            output.copy_(function())
+
+        return replay, output

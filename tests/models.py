@@ -198,23 +198,29 @@ def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 class _SimulatedLinear(nn.Linear):
-    """Plain W8A8: weights per output channel, activations per token, both symmetric in [-127, 127]."""
+    """Plain 8-bit products: weights per output channel, activations per token, both symmetric."""
+
+    precision: str
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(_quantised(x), _quantised(self.weight), self.bias)
+        operands = _quantised(x, self.precision), _quantised(self.weight, self.precision)
+        return nn.functional.linear(*operands, self.bias)
 
 
-def _quantised(x: torch.Tensor) -> torch.Tensor:
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (x / scale).round().clamp(-127, 127) * scale
+def _quantised(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """int8 in [-127, 127], or e4m3, whose largest value is 448."""
+    top = 127 if precision == "int8" else 448
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / top
+    scaled = (x / scale).clamp(-top, top)
+    return (scaled.round() if precision == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)) * scale
 
 
-def simulated_int8(model: nn.Module) -> Any:
-    """A copy whose encoder layers compute int8 products in plain PyTorch: what xfast's int8 is measured against."""
+def simulated(model: nn.Module, precision: str) -> Any:
+    """A copy whose encoder layers round products' operands to ``"int8"`` or ``"fp8"`` in plain PyTorch."""
     clone = copy.deepcopy(model)
     for module in encoder_of(clone).encoder.modules():
         if type(module) is nn.Linear:
-            module.__class__ = _SimulatedLinear
+            module.__class__, module.precision = _SimulatedLinear, precision
     return clone
 
 
@@ -240,3 +246,8 @@ def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
     done.set()
     watcher.join()
     return result, peak - start
+
+
+def simulated_int8(model: nn.Module) -> Any:
+    """What xfast's int8 is measured against."""
+    return simulated(model, "int8")

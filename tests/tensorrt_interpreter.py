@@ -29,8 +29,8 @@ class Interpreter:
     Args:
         trt: the module.
         network: its ``INetworkDefinition``.
-        arrays: the constants' tensors in the order of the constant layers: the API cannot read bfloat16 back. Where it
-            can, they must be the very memory that the network reads.
+        arrays: the constants' tensors in the order of the constant layers: the API cannot read bfloat16 and e4m3 back.
+            Where it can, they must be the very memory that the network reads.
     """
 
     def __init__(self, trt: Any, network: Any, arrays: Sequence[torch.Tensor]) -> None:
@@ -43,6 +43,8 @@ class Interpreter:
             trt.int32: torch.int32,
             trt.int64: torch.int64,
             trt.bool: torch.bool,
+            trt.int8: torch.int8,
+            trt.fp8: torch.float8_e4m3fn,
         }
         kinds = trt.LayerType
         # Layer type -> (class, method). The Python API returns plain ILayer objects: the class gives them attributes.
@@ -61,6 +63,10 @@ class Interpreter:
             kinds.SOFTMAX: (trt.ISoftMaxLayer, self._softmax),
             kinds.FILL: (trt.IFillLayer, self._fill),
             kinds.SELECT: (trt.ISelectLayer, self._select),
+            kinds.UNARY: (trt.IUnaryLayer, self._unary),
+            kinds.REDUCE: (trt.IReduceLayer, self._reduce),
+            kinds.QUANTIZE: (trt.IQuantizeLayer, self._quantize),
+            kinds.DEQUANTIZE: (trt.IDequantizeLayer, self._dequantize),
         }
         if hasattr(kinds, "ATTENTION_INPUT"):
             self.layers[kinds.ATTENTION_INPUT] = (trt.IAttentionInputLayer, self._attention_input)
@@ -105,8 +111,9 @@ class Interpreter:
         self.constants += 1
         weights = layer.weights
         known(values.is_contiguous() and values.numel() == weights.size, f"{layer.name}: its array is another's")
-        if isinstance(weights, self.trt.Weights):  # bfloat16, which NumPy cannot hold
-            known(weights.dtype == self.trt.bfloat16, f"{layer.name}: {weights.dtype}")
+        if isinstance(weights, self.trt.Weights):  # what NumPy cannot hold
+            known(weights.dtype in (self.trt.bfloat16, self.trt.fp8), f"{layer.name}: {weights.dtype}")
+            assert values.dtype == self.dtypes[weights.dtype], f"{layer.name}: {values.dtype}"
         else:
             assert weights.ctypes.data == values.data_ptr(), f"{layer.name} reads other memory"
             values = torch.from_numpy(weights)
@@ -127,10 +134,44 @@ class Interpreter:
         assert a.dtype == b.dtype, f"{layer.name}: {a.dtype} and {b.dtype}"
         self._check_broadcast(layer, a, b)
         operations = self.trt.ElementWiseOperation
-        if layer.op == operations.SUM:
-            return (a.float() + b.float()).to(a.dtype)
-        known(layer.op == operations.LESS, f"{layer.name}: {layer.op}")
-        return a < b
+        if layer.op == operations.LESS:
+            return a < b
+        arithmetic = {
+            operations.SUM: torch.add,
+            operations.PROD: torch.mul,
+            operations.DIV: torch.div,
+            operations.MAX: torch.maximum,
+        }
+        known(layer.op in arithmetic, f"{layer.name}: {layer.op}")
+        return arithmetic[layer.op](a.float(), b.float()).to(a.dtype)
+
+    def _unary(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        known(layer.op == self.trt.UnaryOperation.ABS, f"{layer.name}: {layer.op}")
+        return x.abs()
+
+    def _reduce(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        known(layer.op == self.trt.ReduceOperation.MAX and layer.keep_dims, f"{layer.name}: {layer.op}")
+        known(layer.axes == 1 << x.dim() - 1, f"{layer.name}: axes {layer.axes:b}")
+        return x.amax(-1, keepdim=True)
+
+    def _quantize(self, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Division in float32, rounding to even, saturation: at -128 and 127, or e4m3's largest finite values."""
+        assert x.dtype == scale.dtype, f"{layer.name}: {x.dtype} by {scale.dtype}"
+        known(scale.dim() == 0, f"{layer.name}: a scale of shape {tuple(scale.shape)}")
+        scaled = x.float() / scale.float()
+        if self.dtypes[layer.to_type] == torch.int8:
+            return scaled.round().clamp(-128, 127).to(torch.int8)
+        return scaled.clamp(-448, 448).to(self.dtypes[layer.to_type])
+
+    def _dequantize(self, layer: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        dtype = self.dtypes[layer.to_type]
+        assert scale.dtype == dtype, f"{layer.name}: a scale in {scale.dtype} for {dtype}"
+        if scale.dim() == 1:
+            known(layer.axis == 0 and len(scale) == len(x), f"{layer.name}: axis {layer.axis}")
+            scale = scale[:, None]
+        else:
+            known(scale.dim() == 0, f"{layer.name}: a scale of shape {tuple(scale.shape)}")
+        return (x.float() * scale.float()).to(dtype)
 
     def _normalization(self, layer: Any, x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         assert x.dtype == gain.dtype == bias.dtype == torch.float32, f"{layer.name}: statistics in {x.dtype}"

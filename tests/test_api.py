@@ -189,6 +189,24 @@ def test_accelerated_does_not_hide_an_exception_behind_freed_weights() -> None:
         raise KeyError("mine")
 
 
+def test_restored_runs_the_original_inside_the_block_only() -> None:
+    model, batch = build(), ragged()
+    want = model(**batch).last_hidden_state
+    fast = xfast.accelerate(model, precision="int8")(**batch).last_hidden_state
+    with xfast.restored(model) as inside:
+        assert inside is model
+        assert_untouched(model)
+        assert torch.equal(model(**batch).last_hidden_state, want)
+    with pytest.raises(KeyError, match="mine"), xfast.restored(model):
+        raise KeyError("mine")
+    assert torch.equal(model(**batch).last_hidden_state, fast)
+    with xfast.restored(build()) as plain:
+        assert_untouched(plain)
+    xfast.accelerate(model, keep_weights=False)
+    with pytest.raises(xfast.WeightsFreedError, match="restored"), xfast.restored(model):
+        pass
+
+
 # --- explain ---------------------------------------------------------------------------------------------------------
 
 

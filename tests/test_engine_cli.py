@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_build_and_inspect(precision: str, model: Path, tmp_path: Path) -> None:
     done = _run("build", model, tmp_path, "--precision", precision, "--target", "SM89", "--json")
     assert done.exit_code == 0, done.output
@@ -67,10 +67,15 @@ def test_damage_is_seen(model: Path, tmp_path: Path) -> None:
 def test_errors(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     transformers.ViTConfig(num_hidden_layers=1).save_pretrained(other)
+    damaged = tmp_path / "damaged"
+    build().save_pretrained(damaged)
+    (damaged / "model.safetensors").write_bytes(b"no")
     for arguments, words in (
         (("build", "/nowhere/at/all", tmp_path, "--target", "SM89"), "/nowhere/at/all"),
+        (("build", damaged, tmp_path, "--target", "SM89"), "damaged: SafetensorError"),
         (("build", model, tmp_path, "--target", "SM12"), "target: 'SM12'"),
         (("build", model, tmp_path, "--target", "SM89", "--precision", "int3"), "int3"),
+        (("build", model, tmp_path, "--target", "SM80", "--precision", "fp8"), "datatypes: fp8_e4m3"),
         (("build", model, tmp_path, "--target", "SM89", "--layers", "7"), "layers"),
         (("inspect", tmp_path / "none"), "no such folder"),
         (("build", other, tmp_path, "--target", "SM89"), "model"),

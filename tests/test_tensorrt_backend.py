@@ -7,18 +7,23 @@ dropped by the Triton kernels in their interpreter.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, NO_NUMPY_WARNINGS
+from gpu import DEVICE, NO_NUMPY_WARNINGS, Captures
 from models import FAMILIES, HEADS, arguments, at_tokens, build, left_padded, norm_error, quick_settings, ragged
 
 import xfast
+from xfast.architecture import describe, find_encoders
+from xfast.backends import cuda_graphs, tensorrt_graphs
 from xfast.backends import tensorrt as backend
+from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_network as networks
+from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
@@ -30,6 +35,8 @@ LAYERS = 2
 
 class Simulated:
     """Stands in for a loaded engine."""
+
+    device = DEVICE
 
     def __init__(self, weights: Any, precision: str, layers: int) -> None:
         from tensorrt_interpreter import Interpreter
@@ -45,6 +52,9 @@ class Simulated:
         outputs = self.interpreter({name: value.cpu() for name, value in inputs.items()})
         return outputs[networks.OUTPUT].to(DEVICE)
 
+    def recorded(self, inputs: dict[str, torch.Tensor], profile: int) -> Callable[[], torch.Tensor]:
+        return lambda: self.run(inputs, profile)
+
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -53,7 +63,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def make(self: backend.TensorRTEngine, layers: int) -> Any:
         made.append((self.precision, layers))
-        runner = Simulated(self._weights, self.precision, layers)
+        runner = GraphRunner(Simulated(self._weights, self.precision, layers), self.profiles)
         self._notes.append(f"simulated, {self._check(runner, layers)}")
         return runner
 
@@ -114,14 +124,28 @@ def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
     model = _model(head="sequence-classification")
     batch = _moved(ragged("xlm-roberta"))
     want = model(**batch).logits
-    for precision, limit in (("fp16", 5e-3), ("bf16", 5e-2)):
+    for precision, limit in (("fp16", 5e-3), ("bf16", 5e-2), ("int8", 5e-2), ("fp8", 0.12)):
         got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch).logits
         assert got.dtype == want.dtype and norm_error(got, want) < limit
     bare = _model(head="base-no-pooler")
     states = bare(**batch, output_hidden_states=True).hidden_states
     got = xfast.accelerate(bare, backend="tensorrt", layers=1)(**batch).last_hidden_state
     _same(got, states[1], batch["attention_mask"])
-    assert simulated == [("fp16", LAYERS), ("bf16", LAYERS), ("fp32", 1)]
+    assert simulated == [*((precision, LAYERS) for precision in ("fp16", "bf16", "int8", "fp8")), ("fp32", 1)]
+
+
+def test_graphs_of_enlarged_batches(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network on padding of every kind that a graph's sizes add, tokens, sequences, columns and rows."""
+    monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
+    monkeypatch.setattr(tensorrt_graphs, "Graphs", lambda device: cuda_graphs.Graphs(device, Captures()))
+    for head in ("base-no-pooler", "sequence-classification"):
+        model, stock = _model(head=head), _model(head=head)
+        fast = xfast.accelerate(model, backend="tensorrt")
+        for seed, lengths in enumerate([(9, 1, 17), (17, 2, 16), (3,), (12, 11, 13), (38, 1)]):
+            batch = _moved(ragged("xlm-roberta", lengths, seed=seed))
+            _same(fast(**batch)[0], stock(**batch)[0], batch["attention_mask"])
+        text = str(xfast.explain(fast))
+        assert "captured, token buckets 16, 32, 64" in text and "no graph" not in text
 
 
 def test_what_an_engine_cannot_do_runs_the_original(simulated: list[tuple[str, int]]) -> None:
@@ -181,6 +205,36 @@ def test_changed_weights_make_another_engine(simulated: list[tuple[str, int]]) -
     assert norm_error(before, after) > 1e-3 and len(simulated) == 2
 
 
+def test_auto_goes_on_where_a_precision_cannot_run(
+    simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = backend.TensorRTEngine._made
+
+    def failing(self: backend.TensorRTEngine, layers: int) -> Any:
+        if self.precision == "fp8":
+            raise builder.EngineBuildError("no engine was built", ["HW-specific datatypes: fp8_e4m3"])
+        return make(self, layers)
+
+    monkeypatch.setattr(backend.TensorRTEngine, "_made", failing)
+    batch = _moved(ragged("xlm-roberta"))
+    model = _model(head="base-no-pooler")
+    fast = xfast.accelerate(model, backend="tensorrt", precision="auto", calibration=[batch], tolerance=0.1)
+    text = str(xfast.explain(fast))
+    assert "auto: fp8 cannot run the calibration batches: TensorRT: no engine was built" in text
+    assert xfast.explain(fast).encoders[0].precision == "int8" and [made for made, _ in simulated] == ["int8"]
+
+
+@pytest.mark.parametrize(("capability", "precision", "fine"), [(86, "fp8", 0), (86, "int8", 1), (89, "fp8", 1)])
+def test_fp8_needs_a_gpu_that_has_it(
+    capability: int, precision: str, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    spec = describe(*find_encoders(_model())[0][1:]).spec
+    reason = backend.TensorRTBackend().supports(spec, torch.device("cuda"), precision)
+    assert reason == (None if fine else "Some GPU has compute capability 8.6; fp8 needs 8.9 or later")
+
+
 def test_places_by_brute_force() -> None:
     for lengths in ((1,), (3, 1, 4), (2, 0, 5), (7, 7)):
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -199,7 +253,9 @@ def test_places_by_brute_force() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; none has run an engine yet")
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 5e-2), ("int8", 5e-2), ("fp8", 0.12)]
+)
 def test_a_real_engine_on_a_gpu(precision: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built, checked, run, stored; then found in the store."""
     monkeypatch.setenv("XFAST_CACHE", str(tmp_path))

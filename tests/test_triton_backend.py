@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, FP8, INTERPRETED, NO_NUMPY_WARNINGS
+from gpu import DEVICE, FP8, INTERPRETED, NO_NUMPY_WARNINGS, Captures
 from models import (
     FAMILIES,
     HEADS,
@@ -301,25 +300,6 @@ def test_the_interpreter_is_never_chosen_unasked() -> None:
 # --- graphs, with a capture that needs no GPU ------------------------------------------------------------------------
 
 
-class Captures:
-    """Records what was captured; ``fail`` makes the next captures run out of memory."""
-
-    def __init__(self) -> None:
-        self.count, self.replays, self.fail = 0, 0, False
-
-    def __call__(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        if self.fail:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.count += 1
-        output = function()
-
-        def replay() -> None:
-            self.replays += 1
-            output.copy_(function())
-
-        return replay, output
-
-
 @pytest.fixture(autouse=True)
 def _capture_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
@@ -328,7 +308,7 @@ def _capture_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_graphs(model: Any) -> Captures:
     engine = model.base_model.__dict__["forward"].plan.current_engine(model.base_model)
     captures = Captures()
-    engine._graphs._capture = captures
+    engine._graphs.graphs.capture = captures
     return captures
 
 
@@ -422,5 +402,5 @@ def test_real_graphs_are_captured_and_right(head: str) -> None:
     for seed in range(4):
         batch = moved(ragged(lengths=(9, 1, 17), seed=seed))
         same_at_tokens(first_output(model, batch), first_output(stock, batch), batch, 1e-4)
-    graphs = model.base_model.__dict__["forward"].plan.current_engine(model.base_model)._graphs
-    assert graphs._graphs and not graphs._refused
+    graphs = model.base_model.__dict__["forward"].plan.current_engine(model.base_model)._graphs.graphs
+    assert graphs.keys and not graphs.refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xfast import _C
-from xfast.api import accelerate, accelerated, explain, restore
+from xfast.api import accelerate, accelerated, explain, restore, restored
 from xfast.errors import (
     BackendUnavailableError,
     DataFileError,
@@ -47,5 +47,6 @@ __all__ = [
     "explain",
     "get_num_threads",
     "restore",
+    "restored",
     "set_num_threads",
 ]

@@ -106,6 +106,25 @@ def accelerated(model: T, **options: Any) -> Iterator[T]:
             patch.install()
 
 
+@contextmanager
+def restored(model: T) -> Iterator[T]:
+    """``with xfast.restored(model): ...`` runs the original code inside the block, to export it or to compare with it.
+
+    Acceleration is back, engines and all, after the block. A model that is not accelerated is left alone.
+
+    Raises:
+        WeightsFreedError: ``keep_weights=False`` gave up the originals.
+    """
+    patches = _patches(_module_of(model))
+    _refuse_freed("restored", patches)
+    _uninstall(patches)
+    try:
+        yield model
+    finally:
+        for patch in patches:
+            patch.install()
+
+
 def explain(model: Any) -> Explanation:
     """What runs and why: print it. See :class:`xfast.Explanation`."""
     patches = _patches(_module_of(model))

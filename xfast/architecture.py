@@ -41,6 +41,16 @@ class EncoderSpec:
     embedding_norm: bool = True
     final_norm: bool = False
 
+    @property
+    def first_position(self) -> int:
+        """The position of a sequence's first token."""
+        return self.pad_token_id + 1 if self.position_rule == "padding" else 0
+
+    @property
+    def usable_positions(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.max_positions - self.first_position
+
 
 @dataclass(frozen=True)
 class Family:

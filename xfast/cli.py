@@ -15,6 +15,7 @@ from rich.table import Table
 import xfast
 from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
+from xfast.export import app as export_app
 from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
 from xfast.study.cli import app as study_app
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(stilts_app, name="stilts")
 app.add_typer(engine_app, name="engine")
 app.add_typer(study_app, name="study")
+app.add_typer(export_app, name="export")
 
 
 def _complain(text: str) -> None:

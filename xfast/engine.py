@@ -20,13 +20,14 @@ from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
+from xfast.checkpoints import reading
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, UnsupportedModelError
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of engines; XFAST_CACHE=FOLDER makes accelerate use it.")]
-PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16 or bf16.")]
+PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (8.9 or later).")]
 LayersOption = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -38,11 +39,9 @@ def load_weights(model: str) -> EncoderWeights:
         DataFileError: there is no such checkpoint.
         UnsupportedModelError: it is none of the supported families.
     """
-    try:
+    with reading(model):
         config = transformers.AutoConfig.from_pretrained(model)
         loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataFileError(f"model: {model}: {error}") from None
     found = find_encoders(loaded)
     if not found:
         raise UnsupportedModelError(f"model: {config.model_type} is not supported; supported: {supported_families()}")
@@ -63,7 +62,7 @@ def build_engine(
     Args:
         model: folder or Hub id.
         folder: of the store.
-        precision: "fp32", "fp16" or "bf16".
+        precision: one of ``tensorrt_network.PRECISIONS``.
         layers: None for all.
         target: a compute capability such as "SM89" (``tensorrt_rtx`` only); None: the GPU that is there.
         progress: called by TensorRT's builder.

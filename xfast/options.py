@@ -18,8 +18,8 @@ class Options:
 
     Attributes:
         backend: ``"auto"`` (first backend that supports the case) or a backend's name.
-        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` (CPU), ``"fp16"``,
-            ``"fp8"`` (GPU) by name;
+        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` (CPU, TensorRT),
+            ``"fp16"``, ``"fp8"`` (GPU) by name;
             ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
-from xfast.backends.base import Engine, choose
+from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
@@ -161,7 +161,11 @@ class Plan:
             if backend is None:
                 continue
             engine = backend.compile(weights, precision)
-            outputs = [_output(engine, index, batch, self.layers) for index, batch in enumerate(batches)]
+            try:
+                outputs = [_output(engine, index, batch, self.layers) for index, batch in enumerate(batches)]
+            except CannotRunError as refusal:
+                self.notes.append(f"auto: {precision} cannot run the calibration batches: {refusal}")
+                continue
             reference = reference or [_original_output(module, batch, self.layers) for batch in batches]
             error = _relative_error(outputs, reference)
             verdict = "chosen" if error <= tolerance else "refused"

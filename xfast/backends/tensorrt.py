@@ -21,6 +21,7 @@ from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError
+from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.errors import BackendUnavailableError, XfastError
 
 if TYPE_CHECKING:
@@ -33,11 +34,18 @@ CHECKED_LENGTH = 128
 """Tokens of the longest sequence that a new engine is checked on."""
 
 
+MIN_FP8_CAPABILITY = (8, 9)
+
+
 class Runner(Protocol):
-    """What runs a built engine: :class:`xfast.backends.tensorrt_session.Session`."""
+    """What runs a built engine: :class:`xfast.backends.tensorrt_graphs.GraphRunner`."""
 
     def run(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size]."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines for ``explain``."""
         ...
 
 
@@ -55,6 +63,10 @@ class TensorRTBackend:
         reason = networks.refusal(spec, precision)
         if reason is not None:
             return reason
+        capability = torch.cuda.get_device_capability(device)
+        if precision == "fp8" and capability < MIN_FP8_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            return f"{name} has compute capability {'.'.join(map(str, capability))}; fp8 needs 8.9 or later"
         try:
             runtimes.find()
         except XfastError as error:
@@ -175,7 +187,9 @@ class TensorRTEngine:
     def _load(self, runtime: runtimes.Runtime, blob: bytes) -> Runner:
         from xfast.backends.tensorrt_session import Session
 
-        return Session(runtime, blob, self.precision, self.spec.hidden_size, self.device)
+        with torch.cuda.device(self.device):  # the graphs' stream and memory pool belong to a device
+            session = Session(runtime, blob, self.precision, self.spec.hidden_size, self.device)
+            return GraphRunner(session, self.profiles)
 
     def _check(self, runner: Runner, layers: int) -> judge.Report:
         def run(case: judge.Case) -> torch.Tensor:
@@ -200,13 +214,14 @@ class TensorRTEngine:
             "fused: what TensorRT chooses, on packed tokens; attention alone is padded",
             f"profiles: {len(self.profiles)}, up to {largest.tokens[2]} tokens, {largest.batch[2]} sequences",
             *(self._notes or ["no engine yet: the first call builds it"]),
+            *(line for runner in self._runners.values() for line in runner.describe()),
             *self._refused.values(),
         ]
 
 
 def default_profiles(spec: EncoderSpec) -> tuple[builder.Profile, ...]:
     """For batches of up to ``MAX_BATCH`` sequences of any length the model takes, ``MAX_TOKENS`` tokens together."""
-    longest = judge.usable_positions(spec)
+    longest = spec.usable_positions
     return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest)
 
 

@@ -18,7 +18,7 @@ from xfast.architecture import EncoderWeights
 from xfast.backends.tensorrt_runtime import Log, Runtime, find
 from xfast.errors import InvalidInputError, InvalidOptionError, XfastError
 
-NETWORK_VERSION = 1
+NETWORK_VERSION = 2
 """Raised whenever the same weights and options would give another engine; part of the cache's key."""
 
 BUCKETS = (32, 128)
@@ -244,6 +244,8 @@ def _configure(
     config = builder.create_builder_config()
     # On by default: fp32 products would have 10 bits of mantissa. No other precision uses it.
     config.clear_flag(trt.BuilderFlag.TF32)
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # else large engines allocate while they run: no graphs
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers, with dtypes, stay readable in the engine
     if workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)

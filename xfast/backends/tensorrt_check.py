@@ -13,12 +13,16 @@ from torch.nn import functional
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.tensorrt_network import DTYPES
+from xfast.backends.tensorrt_quantize import TOPS, TYPES
 from xfast.errors import XfastError
 
 FACTOR = 2.0
-"""An engine may be this many times as far from fp32 as PyTorch in the same dtype."""
+"""An engine may be this many times as far from fp32 as PyTorch in the same precision.
 
-FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
+Two ways to compute int8 or fp8 differ from each other as much as from fp32, some percent: no bound sees less than that.
+"""
+
+FLOOR = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3, "int8": 8e-3, "fp8": 8e-3}
 """Relative error that is always accepted: about one rounding of the output."""
 
 LABELS, AGREEMENT = 3, 0.99
@@ -80,19 +84,14 @@ class Report:
 def cases(spec: EncoderSpec, longest: int, device: torch.device, seed: int = 0) -> list[Case]:
     """Seeded batches: one token, ragged, one long sequence (at most ``longest`` tokens)."""
     generator = torch.Generator().manual_seed(seed)
-    longest = min(longest, usable_positions(spec))
+    longest = min(longest, spec.usable_positions)
     shapes = ((1,), tuple(min(n, longest) for n in (9, 1, 17, 33, 2)), (longest,))
     return [_case(spec, lengths, generator, device) for lengths in shapes]
 
 
-def usable_positions(spec: EncoderSpec) -> int:
-    """Tokens of the longest sequence."""
-    return spec.max_positions - (spec.pad_token_id + 1 if spec.position_rule == "padding" else 0)
-
-
 def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Case:
     total = sum(lengths)
-    first = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
+    first = spec.first_position
     positions = torch.cat([torch.arange(first, first + length) for length in lengths])
     ids = torch.randint(0, spec.vocab_size, (total,), generator=generator)
     types = torch.randint(0, spec.type_vocab_size, (total,), generator=generator)
@@ -100,9 +99,9 @@ def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generato
     return Case(ids, positions, types, lengths)
 
 
-def reference(weights: EncoderWeights, case: Case, dtype: torch.dtype, layers: int) -> torch.Tensor:
-    """fp32 [T, hidden_size] after the encoder's first ``layers`` layers, computed by plain PyTorch in ``dtype``."""
-    spec, modules = weights.spec, weights.modules
+def reference(weights: EncoderWeights, case: Case, precision: str, layers: int) -> torch.Tensor:
+    """fp32 [T, hidden_size] after the encoder's first ``layers`` layers, computed by plain PyTorch in ``precision``."""
+    spec, modules, dtype = weights.spec, weights.modules, DTYPES[precision]
 
     def parameter(layer: int, role: str, name: str) -> torch.Tensor | None:
         value = getattr(modules[layer, role], name, None)
@@ -111,6 +110,7 @@ def reference(weights: EncoderWeights, case: Case, dtype: torch.dtype, layers: i
     def linear(layer: int, role: str, x: torch.Tensor) -> torch.Tensor:
         weight = parameter(layer, role, "weight")
         assert weight is not None
+        x, weight = _operand(x, precision), _operand(weight, precision)
         return functional.linear(x, weight, parameter(layer, role, "bias"))
 
     def norm(layer: int, role: str, x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +133,16 @@ def reference(weights: EncoderWeights, case: Case, dtype: torch.dtype, layers: i
         inner = functional.gelu(linear(layer, "ffn_in", x))
         x = norm(layer, "ffn_norm", x + linear(layer, "ffn_out", inner))
     return x.float()
+
+
+def _operand(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """What a product makes of ``x``: itself, or rows of int8 or e4m3 values with a scale each."""
+    top = TOPS.get(precision)
+    if top is None:
+        return x
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / top
+    scaled = (x.float() / scale).clamp(-top, top)
+    return ((scaled.round() if precision == "int8" else scaled).to(TYPES[precision]).float() * scale).to(x.dtype)
 
 
 def _attend(spec: EncoderSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -161,9 +171,9 @@ def check(
     worst, finite, same, clear = (0.0, FLOOR[precision]), True, 0, 0
     with torch.no_grad():
         for case in samples:
-            exact = reference(weights, case, torch.float32, layers).cpu()
+            exact = reference(weights, case, "fp32", layers).cpu()
             found = run(case).float().cpu()
-            rounded = reference(weights, case, DTYPES[precision], layers).cpu()
+            rounded = reference(weights, case, precision, layers).cpu()
             finite = finite and bool(torch.isfinite(found).all())
             scale = exact.norm()
             error, own = float((found - exact).norm() / scale), float((rounded - exact).norm() / scale)

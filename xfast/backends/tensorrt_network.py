@@ -2,10 +2,11 @@
 
 Products, LayerNorm and GELU see packed tokens only, [T, hidden_size]. Attention alone needs a padded batch: the fused
 product's rows are gathered to [B, L, 3 * hidden_size], and what attention returns is gathered back. Every precision is
-one a reader can see in the network: the residual stream and the products' operands are in the computing dtype, while
-LayerNorm with the sum before it, GELU and softmax are float32. The casts are no kernels: release 1.7.1 makes nine of a
-layer in fp16 or bf16: QKV with its bias, gather, attention, gather, product, sum with LayerNorm, product with bias and
-GELU, product, sum with LayerNorm (read off the builder's log, for 8.9).
+one a reader can see in the network: the residual stream and the products' operands are in the computing dtype (in int8
+and fp8 the operands are those of ``tensorrt_quantize``), while LayerNorm with the sum before it, GELU and softmax are
+float32. The casts are no kernels: release 1.7.1 makes nine of a layer in fp16 or bf16: QKV with its bias, gather,
+attention, gather, product, sum with LayerNorm, product with bias and GELU, product, sum with LayerNorm (read off the
+builder's log, for 8.9).
 
 No shape is known but the model's: T tokens, B sequences, L columns, R rows wanted.
 """
@@ -17,9 +18,20 @@ from typing import Any
 import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
-from xfast.errors import BackendUnavailableError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+from xfast.backends import tensorrt_quantize
+from xfast.backends.parameters import ParameterReader
+from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+"""What each precision computes in; int8 and fp8 are those of the products' operands only."""
+
+PRECISIONS = tuple(DTYPES)
 
 INPUTS = {
     "token_ids": ("T",),
@@ -40,11 +52,12 @@ and ``rows`` the packed rows wanted, in any order, repeated or not. No value is 
 OUTPUT = "hidden"
 """The network's output, [R, hidden_size] in the precision's dtype."""
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TYPE_NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "fp8",
+    torch.int8: "int8",
     torch.int32: "int32",
     torch.int64: "int64",
 }
@@ -173,6 +186,23 @@ class _Graph:
             return y
         return self.elementwise(y, self.constant(bias[None], f"{name}.bias"), "SUM", f"{name}.with_bias")
 
+    def largest(self, x: Any, name: str) -> Any:
+        """The largest magnitude of each row: [rows, 1]."""
+        magnitudes = self.named(self.network.add_unary(x, self.trt.UnaryOperation.ABS), f"{name}.magnitudes")
+        reduce = self.network.add_reduce(magnitudes.get_output(0), self.trt.ReduceOperation.MAX, 1 << 1, True)
+        return self.named(reduce, name).get_output(0)
+
+    def quantize(self, x: Any, scale: Any, dtype: torch.dtype, name: str) -> Any:
+        """x / scale, rounded to even and saturated."""
+        return self.named(self.network.add_quantize(x, scale, self._type(dtype)), name).get_output(0)
+
+    def dequantize(self, x: Any, scale: Any, name: str) -> Any:
+        """x * scale in the computing dtype; a scale of one dimension is by row."""
+        layer = self.named(self.network.add_dequantize(x, scale, self._type(self.dtype)), name)
+        if len(scale.shape) == 1:
+            layer.axis = 0
+        return layer.get_output(0)
+
     def norm(self, x: Any, gain: torch.Tensor, bias: torch.Tensor, eps: float, name: str) -> Any:
         """LayerNorm of float32 [rows, columns], rounded to the computing dtype. ``gain`` and ``bias`` are float32."""
         constants = (self.constant(gain[None], f"{name}.weight"), self.constant(bias[None], f"{name}.bias"))
@@ -191,7 +221,10 @@ class _Encoder:
 
     def __init__(self, graph: _Graph, weights: EncoderWeights, precision: str) -> None:
         self.graph, self.spec = graph, weights.spec
-        self.parameters = _Parameters(weights, graph.dtype)
+        self.parameters = ParameterReader(weights, torch.device("cpu"))
+        self.precision, self.quantized = precision, precision in tensorrt_quantize.TOPS
+        # what products are given; the quantised ones do their own rounding
+        self.operands = torch.float32 if self.quantized else graph.dtype
         trt, network = graph.trt, graph.network
         self.inputs = {name: network.add_input(name, trt.int32, (-1,) * len(dims)) for name, dims in INPUTS.items()}
         self.fused = has_fused_attention(trt, network, weights.spec.head_dim, precision)
@@ -212,26 +245,28 @@ class _Encoder:
 
     def layer(self, layer: int, x: Any, last: bool) -> Any:
         """One layer over x [T, hidden_size]. The ``last`` is [R, hidden_size]: after attention, only rows wanted."""
-        graph, read, name = self.graph, self.parameters, f"layer{layer}"
-        qkv = graph.linear(x, *self._qkv(layer), f"{name}.qkv")
+        graph, name = self.graph, f"layer{layer}"
+        qkv = self._linear(x, *self._qkv(layer), f"{name}.qkv")
+        qkv = graph.cast(qkv, graph.dtype, f"{name}.qkv.rounded")
         columns = self.inputs["packed_columns"]
         if last:
             columns = graph.gather(columns, self.inputs["rows"], f"{name}.columns_of_rows")
             x = graph.gather(x, self.inputs["rows"], f"{name}.rows")
         context = graph.gather(self._attention(qkv, name), columns, f"{name}.context")
-        out = graph.linear(context, *read.linear(layer, "attention_out"), f"{name}.attention_out")
+        out = self._linear(context, *self._weights(layer, "attention_out"), f"{name}.attention_out")
         x = self._add_norm(x, out, layer, "attention")
-        inner = graph.linear(x, *read.linear(layer, "ffn_in"), f"{name}.ffn_in")
+        inner = self._linear(x, *self._weights(layer, "ffn_in"), f"{name}.ffn_in")
         inner = self._gelu(inner, f"{name}.gelu")
-        out = graph.linear(inner, *read.linear(layer, "ffn_out"), f"{name}.ffn_out")
+        out = self._linear(inner, *self._weights(layer, "ffn_out"), f"{name}.ffn_out")
         return self._add_norm(x, out, layer, "ffn")
 
     def _table(self, role: str) -> torch.Tensor:
         """A table in the computing dtype. Types of a model that has but one are part of every position."""
         if role == "position" and self.spec.type_vocab_size == 1:
             both = [self.parameters.read(-1, each, "weight") for each in ("position", "type")]
-            return self.parameters.rounded(both[0].float() + both[1].float(), -1, "position", "weight")
-        return self.parameters.rounded(self.parameters.read(-1, role, "weight"), -1, role, "weight")
+            total = both[0].float() + both[1].float()
+            return self.parameters.rounded(total, self.graph.dtype, -1, "position", "weight")
+        return self.parameters.rounded(self.parameters.read(-1, role, "weight"), self.graph.dtype, -1, role, "weight")
 
     def _norm(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         gain, bias = (self.parameters.read(layer, role, name).float() for name in ("weight", "bias"))
@@ -247,10 +282,25 @@ class _Encoder:
         weights, biases = [], []
         for role in ("query", "key", "value"):
             scale = self.spec.head_dim**-0.5 if role == "query" else 1.0
-            weights.append(read.rounded(read.read(layer, role, "weight").float() * scale, layer, role, "weight"))
+            weight = read.read(layer, role, "weight").float() * scale
+            weights.append(read.rounded(weight, self.operands, layer, role, "weight"))
             bias = torch.zeros(hidden) if not read.has(layer, role, "bias") else read.read(layer, role, "bias")
-            biases.append(read.rounded(bias.float() * scale, layer, role, "bias"))
+            biases.append(read.rounded(bias.float() * scale, self.operands, layer, role, "bias"))
         return torch.cat(weights), torch.cat(biases)
+
+    def _weights(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [out, in] and bias [out], if any, as products are given them."""
+        read, both = self.parameters, []
+        for name in ("weight", "bias"):
+            there = name == "weight" or read.has(layer, role, name)
+            both.append(read.rounded(read.read(layer, role, name), self.operands, layer, role, name) if there else None)
+        return both[0], both[1]
+
+    def _linear(self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> Any:
+        """x W^T + b: in the computing dtype, or in float32 from 8-bit operands."""
+        if self.quantized:
+            return tensorrt_quantize.linear(self.graph, x, weight, bias, name, self.precision)
+        return self.graph.linear(x, weight, bias, name)
 
     def _attention(self, qkv: Any, name: str) -> Any:
         """[T, 3 * hidden_size] to [B * L, hidden_size]; rows of padding hold anything finite."""
@@ -342,43 +392,3 @@ class _Encoder:
 
     def _masked(self) -> Any:
         return self.graph.constant(torch.full((1, 1, 1, 1), _MASKED), "masked_score")
-
-
-class _Parameters:
-    """An encoder's parameters on the CPU, looked at before they are handed on."""
-
-    def __init__(self, weights: EncoderWeights, dtype: torch.dtype) -> None:
-        self._weights, self._dtype = weights, dtype
-
-    def has(self, layer: int, role: str, parameter: str) -> bool:
-        return getattr(self._weights.modules[layer, role], parameter, None) is not None
-
-    def linear(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [out, in] and bias [out], if any, in the computing dtype."""
-        weight = self.rounded(self.read(layer, role, "weight"), layer, role, "weight")
-        if not self.has(layer, role, "bias"):
-            return weight, None
-        return weight, self.rounded(self.read(layer, role, "bias"), layer, role, "bias")
-
-    def read(self, layer: int, role: str, parameter: str) -> torch.Tensor:
-        """The parameter as it is; itself where it can be, not a copy."""
-        name = self._name(layer, role, parameter)
-        if not self.has(layer, role, parameter):
-            raise InvalidWeightsError(f"{name} is missing")
-        tensor: torch.Tensor = getattr(self._weights.modules[layer, role], parameter).detach()
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidWeightsError(f"{name} holds NaN or infinity")
-        return tensor.cpu()
-
-    def rounded(self, tensor: torch.Tensor, layer: int, role: str, parameter: str) -> torch.Tensor:
-        """The values, made from that parameter, in the computing dtype."""
-        out = tensor.to(self._dtype)
-        if out is not tensor and not bool(torch.isfinite(out).all()):
-            name = self._name(layer, role, parameter)
-            raise InvalidWeightsError(f"{name} holds values too large for {self._dtype}; use bf16 or fp32")
-        return out
-
-    def _name(self, layer: int, role: str, parameter: str) -> str:
-        return f"{self._weights.names[layer, role]}.{parameter}"

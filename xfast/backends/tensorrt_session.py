@@ -1,23 +1,26 @@
-"""A loaded TensorRT engine: deserialised, one execution context for each profile, run on the caller's stream.
+"""A loaded TensorRT engine: deserialised, run on the caller's stream, and made ready to be captured in a CUDA graph.
 
-Not yet run on a GPU: what can be tested without one is everything around it (``tests/test_tensorrt_backend.py``).
+Scratch memory comes from torch, as much as a batch needs: TensorRT's own allocation is that of the largest batch of all
+profiles, for every execution context. Memory and addresses that never change are also what a graph needs.
+
+Not yet run on a GPU: tests see to it with a stand-in for the engine (``tests/test_tensorrt_session.py``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from xfast.backends.tensorrt_network import DTYPES, INPUTS, OUTPUT
-from xfast.backends.tensorrt_runtime import Runtime
+from xfast.backends.tensorrt_runtime import Log, Runtime
 from xfast.errors import BackendUnavailableError
 
 
 class Session:
-    """Runs one engine on one device. Thread-safe: calls take turns while they enqueue.
+    """Runs one engine on one device. Thread-safe: calls take turns, on the host and on the device.
 
     Args:
         runtime: that built the engine.
@@ -41,6 +44,7 @@ class Session:
                 raise BackendUnavailableError(f"{runtime.name} does not load the engine: {'; '.join(log.errors())}")
         self._contexts: dict[int, Any] = {}
         self._messages = runtime
+        self._done: torch.cuda.Event | None = None
 
     def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size] on the device.
@@ -50,24 +54,80 @@ class Session:
             profile: its index.
         """
         stream = torch.cuda.current_stream(self.device)
-        output = torch.empty(len(inputs["rows"]), self.hidden_size, dtype=self.dtype, device=self.device)
+        output = self._output(inputs)
         with self._lock, torch.cuda.device(self.device), self._messages.collecting() as log:
-            context = self._context(profile, stream.cuda_stream)
-            for name in INPUTS:
-                context.set_input_shape(name, tuple(inputs[name].shape))
-                context.set_tensor_address(name, inputs[name].data_ptr())
-            context.set_tensor_address(OUTPUT, output.data_ptr())
-            if not context.execute_async_v3(stream.cuda_stream):
-                raise BackendUnavailableError(f"TensorRT did not run the engine: {'; '.join(log.errors())}")
-        for tensor in inputs.values():
+            if self._done is not None:  # a context holds the state of one call
+                stream.wait_event(self._done)
+            if profile not in self._contexts:
+                # kept: switching the profile of one between calls would wait for the device
+                self._contexts[profile] = self._context(profile, stream)
+            scratch = self._bind(self._contexts[profile], inputs, output)
+            _enqueue(self._contexts[profile], stream, log)
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+        for tensor in (*inputs.values(), scratch):
             tensor.record_stream(stream)  # freed by Python now, read by the device later
         return output
 
-    def _context(self, profile: int, stream: int) -> Any:
-        """A context keeps its profile: switching one between calls would wait for the device."""
-        if profile not in self._contexts:
-            context = self._engine.create_execution_context()
-            if context is None or not context.set_optimization_profile_async(profile, stream):
-                raise BackendUnavailableError("TensorRT has no memory left for another execution context")
-            self._contexts[profile] = context
-        return self._contexts[profile]
+    def recorded(self, inputs: Mapping[str, torch.Tensor], profile: int) -> Callable[[], torch.Tensor]:
+        """What enqueues the engine on the stream that is current when it is called, for a capture.
+
+        It reads ``inputs`` and returns the same tensor each time. A graph fixes shapes and addresses, so it has an
+        execution context of its own, with kernels compiled for these very shapes.
+
+        Raises:
+            BackendUnavailableError: no memory; the function raises it, too, where TensorRT cannot be captured.
+        """
+        output = self._output(inputs)
+        with torch.cuda.device(self.device):
+            context = self._context(profile, torch.cuda.current_stream(self.device), final=True)
+            scratch = self._bind(context, inputs, output)
+
+        def enqueue(kept: tuple[Any, ...] = (inputs, scratch)) -> torch.Tensor:
+            stream = torch.cuda.current_stream(self.device)
+            with self._messages.collecting() as log:
+                # not in older releases, which find out in the capture
+                if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.cuda_stream):
+                    raise BackendUnavailableError("TensorRT cannot be captured in a CUDA graph with these shapes")
+                _enqueue(context, stream, log)
+            return output
+
+        return enqueue
+
+    def _output(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.empty(len(inputs["rows"]), self.hidden_size, dtype=self.dtype, device=self.device)
+
+    def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """Tells a context shapes and addresses; returns its scratch memory."""
+        for name in INPUTS:
+            context.set_input_shape(name, tuple(inputs[name].shape))
+            context.set_tensor_address(name, inputs[name].data_ptr())
+        context.set_tensor_address(OUTPUT, output.data_ptr())
+        size = max(1, context.update_device_memory_size_for_shapes())
+        scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(scratch.data_ptr(), size)
+        else:  # older releases
+            context.device_memory = scratch.data_ptr()
+        return scratch
+
+    def _context(self, profile: int, stream: torch.cuda.Stream, final: bool = False) -> Any:
+        """An execution context without memory; ``final``: kernels for its shapes are compiled before they run."""
+        trt = self._messages.module
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        specialised = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if final and specialised is not None:  # tensorrt_rtx would go on compiling, and the graph keep what it found
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.dynamic_shapes_kernel_specialization_strategy = specialised.EAGER
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise BackendUnavailableError("TensorRT has no memory left for another execution context")
+        return context
+
+
+def _enqueue(context: Any, stream: torch.cuda.Stream, log: Log) -> None:
+    if not context.execute_async_v3(stream.cuda_stream):
+        raise BackendUnavailableError(f"TensorRT did not run the engine: {'; '.join(log.errors())}")

@@ -79,8 +79,8 @@ class TritonEngine:
     """A packed encoder on the GPU. Thread-safe."""
 
     def __init__(self, weights: EncoderWeights, precision: str) -> None:
-        from xfast.backends.cuda_graphs import GraphCache
         from xfast.backends.triton_forward import TritonForward
+        from xfast.backends.triton_graphs import GraphCache
         from xfast.kernels.launch import on
 
         self.precision = precision

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
 from xfast.architecture import EncoderWeights
-from xfast.errors import InvalidWeightsError
+from xfast.backends.parameters import ParameterReader
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """What each precision computes in; fp8 is that of the products' operands only."""
@@ -56,7 +55,7 @@ class Packer:
     """Brings parameters into the form kernels read: fused QKV, e4m3 with scales; in place where nothing changes."""
 
     def __init__(self, weights: EncoderWeights, precision: str) -> None:
-        self._weights = weights
+        self._weights, self._reader = weights, ParameterReader(weights)
         self._fp8 = precision == "fp8"
         self._dtype = DTYPES[precision]
         self.copied_bytes = 0
@@ -100,25 +99,16 @@ class Packer:
         return quantised
 
     def _norm(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor]:
-        module: Any = self._weights.modules[layer, role]
-        if module.weight is None or module.bias is None:
-            missing = "weight" if module.weight is None else "bias"
-            raise InvalidWeightsError(f"{self._weights.names[layer, role]}.{missing} is missing")
         return self._read(layer, role, "weight"), self._read(layer, role, "bias")
 
     def _bias(self, layer: int, role: str) -> torch.Tensor | None:
-        module: nn.Module = self._weights.modules[layer, role]
-        return None if module.bias is None else self._read(layer, role, "bias")
+        return self._read(layer, role, "bias") if self._reader.has(layer, role, "bias") else None
 
     def _read(self, layer: int, role: str, parameter: str, *, keep: bool = False) -> torch.Tensor:
         """The parameter in the computing dtype (``keep``: its own), contiguous; the original itself where possible."""
-        tensor: torch.Tensor = getattr(self._weights.modules[layer, role], parameter).detach()
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidWeightsError(f"{self._weights.names[layer, role]}.{parameter} holds NaN or infinity")
-        out = tensor.contiguous() if keep else tensor.to(self._dtype).contiguous()
-        if not bool(torch.isfinite(out).all()):
-            name = f"{self._weights.names[layer, role]}.{parameter}"
-            raise InvalidWeightsError(f"{name} holds values too large for {self._dtype}; use bf16 or fp32")
+        tensor = self._reader.read(layer, role, parameter)
+        dtype = tensor.dtype if keep else self._dtype
+        out = self._reader.rounded(tensor, dtype, layer, role, parameter).contiguous()
         if out.data_ptr() != tensor.data_ptr() and parameter == "weight" and not self._fp8 and role not in _QKV:
             self.copied_bytes += out.numel() * out.element_size()
         return out
