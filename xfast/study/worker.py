@@ -143,9 +143,10 @@ class _Group:
         runners = {arm: Runner(model, self.settings.device) for arm, model in models.items()}
         if self.job.shared_control:
             runners[CONTROL] = runners[BASELINE]
-        first = next(iter(work.values()))
-        for runner in runners.values():
-            runner(first[0])  # packs, compiles, captures: whatever happens on the first call
+        for batches in work.values():
+            for runner in runners.values():
+                for batch in batches:
+                    runner(batch)  # packs, compiles, captures: whatever happens when a shape comes first
         explain = "transformers" if self.engine.backend == STOCK else str(xfast.explain(models[BASELINE]))
         self.send({"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain})
         for number in range(self.settings.rounds):
