@@ -27,6 +27,7 @@ from xfast.study.document import (
     Scaling,
     Study,
     Throughput,
+    Trade,
 )
 from xfast.study.languages import language, ordered
 from xfast.study.profiles import GROUPS, PERCENTS, LengthProfile, load_profiles
@@ -120,6 +121,7 @@ def equivalence(scope: str, arm: str, middle: float, half: float, margin: float 
         margin=margin,
         verdict=EQUIVALENT if inside else DIFFERENT if apart else UNDECIDED,
         pairs=640,
+        cells=128,
         pairs_needed=31 if low < middle < high else None,
     )
 
@@ -148,6 +150,7 @@ def cost_model(cells: Sequence[Cell], size: str, engine: str) -> CostModel:
     return CostModel(
         size=size,
         engine=engine,
+        task=mine[0]["task"],
         policy="sorted",
         batch_size=16,
         us_per_token=per_token,
@@ -187,9 +190,27 @@ def labelled(found: Study, sizes: Sequence[str], tasks: Sequence[str], arms: Seq
                             layers=layers,
                             accuracy=70 + 3.5 * (arm == INTERMEDIATE) - 14 * (1 - share) + 3 * (size == "large"),
                             ms_per_sample=1000 * seconds(engine, size, 30) * share,
+                            estimated=layers is not None,
                             on_front=False,
                         )
                         found["pareto"].append(point)
+    reference = next(iter(found["engines"]))
+    found["trades"] = [
+        Trade(
+            size=score["size"],
+            task=score["task"],
+            language=score["language"],
+            engine=reference,
+            accuracy=score["value"],
+            ms_per_sample=40.0,
+            best_accuracy=score["value"] + 3,
+            best_by="native:int8",
+            least_ms=None if score["language"] == "sw" else 12.5,
+            least_by=None if score["language"] == "sw" else "native:int8, 9 layers",
+        )
+        for score in found["accuracy"]
+        if (score["arm"], score["engine"], score["layers"]) == (BASELINE, reference, None)
+    ]
     for one in found["pareto"]:
         rivals = [other for other in found["pareto"] if other["task"] == one["task"]]
         one["on_front"] = not any(
@@ -292,6 +313,7 @@ def study(
         cost_models=[cost_model(cells, size, engine) for size, engine in pairs],
         accuracy=[],
         pareto=[],
+        trades=[],
         probes=[],
         memory=[
             {"size": size, "engine": engine, "arms": len(arms), "peak_bytes": SIZES[size]["parameters"] * 5}

@@ -63,6 +63,7 @@ def test_rates_by_hand() -> None:
     figures = cell["throughput"][BASELINE]
     assert figures["tokens_per_s"] == pytest.approx(1000)
     assert figures["tokens_per_s_interval"] == pytest.approx([1000, 1000])
+    assert made["control"]["cells"] == 2 * 2 * len(LANGUAGES)
     assert figures["samples_per_s"] == pytest.approx(32 / (tokens * 1e-3))
     assert figures["words_per_s"] == pytest.approx(200 / (tokens * 1e-3))
     assert figures["joules_per_sample"] == pytest.approx(10 / 32)
@@ -111,7 +112,11 @@ def test_a_noisy_machine_is_said_with_the_pairs_it_takes() -> None:
 def test_too_few_pairs_have_no_verdict() -> None:
     made = study(rounds=1)
     (swahili,) = [one for one in made["equivalence"] if one["scope"] == "sw" and one["arm"] == INTERMEDIATE]
-    assert (swahili["verdict"], swahili["pairs"], swahili["pairs_needed"]) == ("undecided", 4, 5)
+    assert (swahili["pairs"], swahili["cells"]) == (4, 4)
+    rows = [row for row in records(rounds=1) if "/sw/sorted" in row.get("cell", "/sw/sorted")]
+    alone = summary.document_of(rows, Path("x"))["control"]
+    assert (alone["verdict"], alone["pairs"], alone["pairs_needed"]) == ("undecided", 2, None)
+    assert alone["interval95"] == [0.01, 100.0] and not document.passed(alone)
 
 
 def test_the_cost_model_is_the_planted_one_and_fertility_explains_the_languages() -> None:
@@ -121,6 +126,7 @@ def test_the_cost_model_is_the_planted_one_and_fertility_explains_the_languages(
         assert model["us_per_sequence"] == pytest.approx(0, abs=1e-3)
         assert model["r2"] == pytest.approx(1)
         assert model["explained"]["fertility"] > 0.97  # the rest is that special tokens are no words
+        assert model["task"] == "panx"
         assert model["explained"]["padding"] == pytest.approx(0)
         assert model["predicted"] == pytest.approx(model["seen"])
         assert list(model["seen"]) == list(LANGUAGES)
@@ -145,6 +151,31 @@ def test_repeated_observations_count_once() -> None:
     visit["seconds"] = {arm: [2 * second for second in seconds] for arm, seconds in visit["seconds"].items()}
     made = summary.document_of([*rows, visit], Path("made up"))
     assert all(cell["rounds"] == 5 for cell in made["cells"])
+
+
+def test_an_effect_in_one_part_is_named() -> None:
+    rows = records(noise=0.002, rounds=3)
+    for row in rows:
+        if row["kind"] == "visit" and "/te/" in row["cell"]:
+            row["seconds"] = {**row["seconds"], INTERMEDIATE: [1.06 * each for each in row["seconds"][INTERMEDIATE]]}
+    made = summary.document_of(rows, Path("x"))
+    assert made["equivalence"][0]["verdict"] == "equivalent"
+    single = [one for one in made["equivalence"] if one["scope"] == "te" and one["arm"] == INTERMEDIATE]
+    assert single[0]["verdict"] == "different" and single[0]["ratio"] == pytest.approx(1.06, abs=0.005)
+    assert any(
+        note.startswith("Equivalent over all cells, but different in:") and "te" in note for note in made["notes"]
+    )
+
+
+def test_a_stopped_run_with_probes_has_a_report(tmp_path: Path) -> None:
+    from xfast.study import report
+
+    rows = [row for row in records() if row["kind"] != "ended" and "/sw/" not in row.get("cell", "")]
+    probe = {"kind": "probe", "probe": "quantisation", "arm": BASELINE, "size": "base", "task": "panx"}
+    rows.append({**probe, "language": "sw", "x": "native:int8", "what": "cosine", "value": 0.99})
+    made = summary.document_of(rows, Path("x"))
+    assert "sw" in made["languages"]
+    assert report.write(made, tmp_path)["index.html"].is_file()
 
 
 def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
@@ -185,6 +216,14 @@ def test_pareto_fronts_join_scores_and_costs() -> None:
         (INTERMEDIATE, "native:int8"): False,
     }
     assert {p["group"] for p in made["pareto"]} == {"all", *GROUPS}
+    (swahili,) = [one for one in made["trades"] if one["language"] == "sw"]
+    assert (swahili["accuracy"], swahili["best_accuracy"], swahili["best_by"]) == (70.0, 75.0, "native:fp32")
+    assert (swahili["least_by"], swahili["least_ms"]) == ("native:fp32", pytest.approx(swahili["ms_per_sample"]))
+    assert [one["language"] for one in made["trades"]] == list(LANGUAGES)
+    fewer = [row for row in scores if row["language"] != "sw" or row["arm"] == BASELINE]
+    made = summary.document_of([*records(noise=0.0), *fewer], Path("x"))
+    group = {p["ms_per_sample"] for p in made["pareto"] if p["group"] == "all" and p["engine"] == "native:fp32"}
+    assert len({round(each, 9) for each in group}) == 1  # the same languages in every point
 
 
 def test_the_best_layer_is_a_probe() -> None:

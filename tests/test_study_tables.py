@@ -117,10 +117,11 @@ def test_control_leads_the_tests_of_equivalence() -> None:
 
 def test_predictions_of_several_tasks() -> None:
     found = builder.study(languages=("sw", "en"), engines=("native int8",), sizes=("base",))
-    found["cost_models"][0] |= {
-        "seen": {"panx sw": 2.0, "udpos sw": 4.0},
-        "predicted": {"panx sw": 1.0, "udpos sw": 5.0},
-    }
+    model = found["cost_models"][0]
+    found["cost_models"] = [
+        {**model, "task": "panx", "seen": {"sw": 2.0}, "predicted": {"sw": 1.0}},
+        {**model, "task": "udpos", "seen": {"sw": 4.0}, "predicted": {"sw": 5.0}},
+    ]
     rows = parsed(contents.predictions(found))
     assert [(row["language"], row["task"], row["error"]) for row in rows] == [
         ("sw", "panx", "-0.5"),

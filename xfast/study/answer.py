@@ -18,6 +18,7 @@ from xfast.study.document import (
     Cell,
     Equivalence,
     Study,
+    passed,
 )
 from xfast.study.languages import LOW_RESOURCE
 from xfast.study.tables import grouped
@@ -54,8 +55,8 @@ def answer(study: Study) -> Answer:
 
 
 def control_failed(study: Study) -> bool:
-    """Whether the baseline measured against itself is not equivalent to itself: then noise is too high."""
-    return study["control"]["verdict"] != EQUIVALENT
+    """Whether the baseline measured against itself is not surely the same: then noise is too high."""
+    return not passed(study["control"])
 
 
 def _warnings(study: Study) -> Iterator[tuple[str, str]]:
@@ -64,10 +65,10 @@ def _warnings(study: Study) -> Iterator[tuple[str, str]]:
         so = "the baseline was not measured against itself, so how much of a difference is noise is not known."
         yield "There is no control:", so
     elif control_failed(study):
-        change = view.change_text(control["ratio"], control["interval90"])
+        change = view.change_text(control["ratio"], control["interval95"])
         what = f"The baseline measured against itself differs by {change}"
         so = "No comparison below can be trusted; measure again on an idle machine."
-        verdict = f"which is {control['verdict']} at a margin of {_percent(control['margin'])}"
+        verdict = f"which is not inside the margin of {_percent(control['margin'])}"
         yield "The control failed: the noise is too high.", f"{what}, {verdict}. {so}"
 
 

@@ -20,13 +20,13 @@ Row = dict[str, Value]
 
 def tables(study: Study) -> list[Table]:
     """Every table that has a row, in the order of the report."""
-    makers = (overview, languages, arms, equivalence, accuracy, pareto, scaling, cost_models, predictions, probes)
-    made = [make(study) for make in (*makers, memory, skipped)]
+    makers = (overview, languages, arms, equivalence, accuracy, trades, pareto, scaling, cost_models)
+    made = [make(study) for make in (*makers, predictions, probes, memory, skipped)]
     return [table for table in made if table.rows]
 
 
 KEYS = (
-    *("overview", "languages", "arms", "equivalence", "accuracy", "pareto", "scaling", "cost_models"),
+    *("overview", "languages", "arms", "equivalence", "accuracy", "trades", "pareto", "scaling", "cost_models"),
     *("predictions", "probes", "memory", "skipped"),
 )
 """Names of all tables that there can be."""
@@ -238,11 +238,35 @@ def pareto(study: Study) -> Table:
         Column("layers", "layers", "count", factor=True),
         Column("accuracy", "accuracy", "score"),
         Column("ms_per_sample", "ms/sample", "figure"),
+        Column("estimated", "cost estimated", "flag"),
         Column("on_front", "on the front", "flag"),
     ]
     points = sorted(study["pareto"], key=lambda point: (_group_place(point["group"]), point["task"]))
-    legend = ["On the front: nothing of the same task and group is both faster and more accurate. layers: – is all."]
+    legend = [
+        "On the front: nothing of the same task and group is both faster and more accurate. layers: – is all.",
+        "Cost estimated: the whole encoder's, by the share of its layers.",
+    ]
     return Table("pareto", "Accuracy against cost", columns, [_taken(point, columns) for point in points], legend)
+
+
+def trades(study: Study) -> Table:
+    """Accuracy at equal cost, and cost at equal accuracy."""
+    columns = [
+        *_LANGUAGE,
+        _TASK,
+        *_WHERE,
+        Column("accuracy", "baseline", "score"),
+        Column("ms_per_sample", "baseline, ms/sample", "figure"),
+        Column("best_accuracy", "with training, for no more", "score"),
+        Column("best_by", "by"),
+        Column("least_ms", "ms/sample, for no less", "figure"),
+        Column("least_by", "by"),
+    ]
+    order = {code: at for at, code in enumerate(view.languages(study))}
+    found = sorted(study["trades"], key=lambda trade: (trade["task"], order[trade["language"]]))
+    rows = [{**_taken(trade, columns), **_named(study, trade["language"])} for trade in found]
+    legend = ["A dash: nothing with intermediate training is as cheap, or as accurate."]
+    return Table("trades", "Accuracy at equal cost, cost at equal accuracy", columns, rows, legend)
 
 
 def scaling(study: Study) -> Table:
@@ -274,6 +298,7 @@ def cost_models(study: Study) -> Table:
     columns = [
         Column("engine", "engine"),
         Column("size", "size", factor=True),
+        _TASK,
         *_BATCHES,
         Column("us_per_token", "µs/token", "figure"),
         Column("us_per_sequence", "µs/sequence", "figure"),
@@ -303,13 +328,11 @@ def predictions(study: Study) -> Table:
     rows: list[Row] = []
     for code in view.languages(study):
         for model in study["cost_models"]:
-            for name, seen in model["seen"].items():
-                task, _, language = name.rpartition(" ")  # of several tasks each has its name before the language's
-                if language == code and name in model["predicted"]:
-                    said = model["predicted"][name]
-                    figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
-                    where = _taken(model, [*_WHERE, *_BATCHES])
-                    rows.append({**where, **_named(study, code), "task": task or None, **figures})
+            if code in model["seen"] and code in model["predicted"]:
+                seen, said = model["seen"][code], model["predicted"][code]
+                figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
+                where = _taken(model, [*_WHERE, *_BATCHES, _TASK])
+                rows.append({**where, **_named(study, code), **figures})
     return Table("predictions", "The cost model, language by language", columns, rows)
 
 

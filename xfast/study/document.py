@@ -66,7 +66,7 @@ class Throughput(TypedDict):
     samples_per_s: float
     tokens_per_s: float
     words_per_s: float | None
-    tokens_per_s_interval: list[float]  # 95 %, bootstrap
+    tokens_per_s_interval: list[float]  # 95 %, see statistics.interval
     joules_per_sample: float | None
 
 
@@ -123,7 +123,8 @@ class Equivalence(TypedDict):
     margin: float
     verdict: str  # EQUIVALENT, DIFFERENT, UNDECIDED
     pairs: int
-    pairs_needed: int | None  # for a power of 0.9 at the noise seen; None where it is undefined
+    cells: int  # what the pairs belong to; from three on they are the units of the test
+    pairs_needed: int | None  # for a power of 0.9 at the noise seen; None where no number would do
 
 
 class CostModel(TypedDict):
@@ -131,6 +132,7 @@ class CostModel(TypedDict):
 
     size: str
     engine: str
+    task: str
     policy: str
     batch_size: int
     us_per_token: float
@@ -167,13 +169,33 @@ class ParetoPoint(TypedDict):
     layers: int | None
     accuracy: float
     ms_per_sample: float
+    estimated: bool  # the cost of a truncated encoder: the whole one's by its share of the layers
     on_front: bool
+
+
+class Trade(TypedDict):
+    """What intermediate training buys in one language: accuracy at the baseline's cost, and its accuracy for less.
+
+    The reference is the baseline arm with the first engine, whole. ``None``: no point of the other arm is as cheap, or
+    as accurate. Costs are in ms a sample; "cost" and "time" mean the same here.
+    """
+
+    size: str
+    task: str
+    language: str
+    engine: str  # the reference's
+    accuracy: float
+    ms_per_sample: float
+    best_accuracy: float | None  # of the intermediate arm at no more than 1 + margin times the reference's cost
+    best_by: str | None  # engine, and the layers where truncated
+    least_ms: float | None  # of the intermediate arm at no less than the reference's accuracy
+    least_by: str | None
 
 
 class Probe(TypedDict):
     """One figure that intermediate training could change although the graph is the same."""
 
-    probe: str  # quantisation, layer, windows, answers, early
+    probe: str  # quantisation, layer, answers, early
     arm: str
     size: str
     task: str
@@ -233,10 +255,17 @@ class Study(TypedDict):
     cost_models: list[CostModel]
     accuracy: list[Accuracy]
     pareto: list[ParetoPoint]
+    trades: list[Trade]
     probes: list[Probe]
     memory: list[Memory]
     skipped: list[Skipped]
     notes: list[str]
+
+
+def passed(control: Equivalence) -> bool:
+    """Whether the A/A control came out within the margin, with its 95 % interval."""
+    low, high = control["interval95"]
+    return 1 / (1 + control["margin"]) <= low and high <= 1 + control["margin"]
 
 
 def load(path: Path) -> Study:

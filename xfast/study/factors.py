@@ -220,11 +220,16 @@ def cells_of(settings: Settings, size: str, engine: str, pairs: Sequence[tuple[s
     found = []
     for task, language in pairs:
         for policy in settings.policies:
-            sizes = settings.batch_sizes if policy != BUDGET else (settings.token_budget,)
+            sizes = batch_sizes(settings, policy)
             found += [Cell(size, engine, task, language, policy, batch) for batch in sizes]
         if settings.responses:
             found.append(Cell(size, engine, task, language, SINGLE, 1))
     return found
+
+
+def batch_sizes(settings: Settings, policy: str) -> tuple[int, ...]:
+    """Examples in a batch, or for "budget" its padded tokens."""
+    return (settings.token_budget,) if policy == BUDGET else settings.batch_sizes
 
 
 def pairs_of(settings: Settings, there: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from xfast.study import accuracy, arms, document, statistics
+from xfast.study import accuracy, arms, document, fronts, statistics
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, PERCENTILES
-from xfast.study.factors import SINGLE, EngineName, Settings
+from xfast.study.factors import SINGLE, STOCK, EngineName, Settings, batch_sizes
 from xfast.study.languages import language as language_facts
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
@@ -19,10 +19,10 @@ from xfast.study.store import Record, settings_of
 
 Visits = list[Record]
 
-Costs = dict[tuple[str, str, str, str, str], float]
-"""Milliseconds a sample by arm, size, engine, task and language."""
-
 ALL = "all"
+
+NOTHING_KNOWN = (0.01, 100.0)
+"""The interval of a ratio of which there are too few pairs to say anything."""
 
 
 class _Cells:
@@ -50,6 +50,10 @@ class _Cells:
         """Of one pass, visit by visit (in a latency cell the sum over all single responses)."""
         return [sum(visit["seconds"][arm]) for visit in self.of(key)]
 
+    def logs(self, key: str, arm: str) -> statistics.Floats:
+        """log(time of the arm / time of the baseline), visit by visit."""
+        return statistics.log_ratios(self.seconds(key, arm), self.seconds(key, BASELINE))
+
     def arms(self, key: str) -> list[str]:
         """Those that ran in it."""
         return list(self.of(key)[0]["seconds"])
@@ -73,11 +77,15 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
     settings = settings_of(list(records), path)
     cells = _Cells(records)
     rows = [_cell(cells, key) for key in cells.keys]
-    scores = _scores(records)
+    scores = fronts.scores(records)
     tests = _equivalence(cells, settings)
     ended = [record for record in records if record["kind"] == "ended"]
     engines = {record["engine"]: record for record in records if record["kind"] == "engine"}
-    sizes = dict.fromkeys(row["size"] for row in rows)
+    # Probes are stored before the first visit: a run that was stopped has languages without a cell.
+    named = [record for record in records if record["kind"] in ("probe", "accuracy")]
+    sizes = dict.fromkeys([*(row["size"] for row in rows), *(record["size"] for record in named)])
+    spoken = ordered({*(row["language"] for row in rows), *(record["language"] for record in named)})
+    names = dict.fromkeys([*(row["engine"] for row in rows), *engines, *(r["engine"] for r in named if "engine" in r)])
     return document.Study(
         format=document.FORMAT,
         title="Throughput, latency and accuracy by language",
@@ -88,15 +96,16 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         machine=records[0]["machine"],
         arms={arm: document.Arm(**facts) for arm, facts in arms.describe(settings).items()},  # type: ignore[typeddict-item]
         sizes={size: _size(settings, size) for size in sizes},
-        engines={name: _engine(name, record, settings.device) for name, record in engines.items()},
-        languages={code: language_facts(code) for code in dict.fromkeys(row["language"] for row in rows)},
+        engines={name: _engine(name, engines.get(name), settings.device) for name in names},
+        languages={code: language_facts(code) for code in spoken},
         cells=rows,
         control=tests[0],
         equivalence=tests[1:],
         scaling=_scaling(rows, settings),
         cost_models=_cost_models(cells, rows),
         accuracy=scores,
-        pareto=_pareto(rows, scores, settings),
+        pareto=fronts.pareto(rows, scores, settings),
+        trades=fronts.trades(rows, scores, settings),
         probes=_probes(records),
         memory=_memory(records),
         skipped=_skipped(records),
@@ -109,9 +118,10 @@ def _size(settings: Settings, size: str) -> document.Size:
     return document.Size(parameters=facts["parameters"], layers=facts["layers"], hidden_size=facts["hidden_size"])
 
 
-def _engine(name: str, record: Record, device: str) -> document.Engine:
+def _engine(name: str, record: Record | None, device: str) -> document.Engine:
     engine = EngineName.parse(name)
-    return document.Engine(backend=engine.backend, precision=engine.precision, device=device, explain=record["explain"])
+    explain = "" if record is None else record["explain"]
+    return document.Engine(backend=engine.backend, precision=engine.precision, device=device, explain=explain)
 
 
 def _cell(cells: _Cells, key: str) -> document.Cell:
@@ -144,7 +154,7 @@ def _throughput(cells: _Cells, key: str, arm: str) -> document.Throughput:
     facts = cells.facts[key]
     seconds = cells.seconds(key, arm)
     middle = plain.median(seconds)
-    low, high = statistics.median_interval([facts["tokens"] / each for each in seconds])
+    low, high = statistics.interval([facts["tokens"] / each for each in seconds])
     joules = [visit["joules"].get(arm) for visit in cells.of(key)]
     known = [each for each in joules if each is not None]
     return document.Throughput(
@@ -169,9 +179,8 @@ def _latency(cells: _Cells, key: str, arm: str) -> document.Latency:
 
 
 def _ratio(cells: _Cells, key: str, arm: str) -> document.Ratio:
-    logs = statistics.log_ratios(cells.seconds(key, arm), cells.seconds(key, BASELINE))
-    middle, low, high = statistics.ratio_interval(logs)
-    return document.Ratio(ratio=middle, interval95=[low, high], pairs=len(logs))
+    ratios = np.exp(cells.logs(key, arm)).tolist()
+    return document.Ratio(ratio=plain.median(ratios), interval95=list(statistics.interval(ratios)), pairs=len(ratios))
 
 
 def _equivalence(cells: _Cells, settings: Settings) -> list[document.Equivalence]:
@@ -204,49 +213,37 @@ def _scopes(cells: _Cells) -> Iterable[tuple[str, list[str]]]:
 
 
 def _test(cells: _Cells, keys: Sequence[str], scope: str, arm: str, settings: Settings) -> document.Equivalence:
-    above = [second for key in keys if arm in cells.arms(key) for second in cells.seconds(key, arm)]
-    below = [second for key in keys if arm in cells.arms(key) for second in cells.seconds(key, BASELINE)]
-    if len(above) < statistics.MIN_PAIRS:
-        return _untested(scope, arm, above, below, settings)
-    found = statistics.compare(above, below, settings.margin)
-    return document.Equivalence(
+    logs = [cells.logs(key, arm) for key in keys if arm in cells.arms(key)]
+    made = document.Equivalence(
         scope=scope,
         arm=arm,
-        ratio=found.ratio,
-        interval90=list(found.interval90),
-        interval95=list(found.interval95),
-        p_value=found.p_value,
-        margin=settings.margin,
-        verdict=found.verdict,
-        pairs=found.pairs,
-        pairs_needed=found.pairs_needed,
-    )
-
-
-def _untested(
-    scope: str, arm: str, above: Sequence[float], below: Sequence[float], settings: Settings
-) -> document.Equivalence:
-    """Too few pairs for any test: the ratio, the widest interval, no verdict."""
-    logs = statistics.log_ratios(above, below)
-    ratio = float(np.exp(np.median(logs))) if len(logs) else 1.0
-    widest = [float(np.exp(logs.min())), float(np.exp(logs.max()))] if len(logs) else [0.0, 10.0]
-    return document.Equivalence(
-        scope=scope,
-        arm=arm,
-        ratio=ratio,
-        interval90=widest,
-        interval95=widest,
+        ratio=float(np.exp(np.median(np.concatenate(logs)))) if logs else 1.0,
+        interval90=list(NOTHING_KNOWN),
+        interval95=list(NOTHING_KNOWN),
         p_value=1.0,
         margin=settings.margin,
-        verdict=statistics.UNDECIDED,
-        pairs=len(logs),
-        pairs_needed=statistics.MIN_PAIRS,
+        verdict=document.UNDECIDED,
+        pairs=sum(map(len, logs)),
+        cells=len(logs),
+        pairs_needed=None,
     )
+    if made["pairs"] < statistics.MIN_UNITS:
+        return made
+    found = statistics.compare(logs, settings.margin)
+    return {
+        **made,
+        "ratio": found.ratio,
+        "interval90": list(found.interval90),
+        "interval95": list(found.interval95),
+        "p_value": found.p_value,
+        "verdict": found.verdict,
+        "pairs_needed": found.pairs_needed,
+    }
 
 
 def _scaling(rows: Sequence[document.Cell], settings: Settings) -> list[document.Scaling]:
     """Geometric means over languages, by size, engine, arm and resource group; the first policy and batch size."""
-    first = next(((r["policy"], r["batch_size"]) for r in rows if r["throughput"]), None)
+    first = (settings.policies[0], batch_sizes(settings, settings.policies[0])[0])
     found: list[document.Scaling] = []
     for size, engine in dict.fromkeys((row["size"], row["engine"]) for row in rows):
         mine = [row for row in rows if (row["size"], row["engine"]) == (size, engine)]
@@ -286,20 +283,21 @@ def _in_group(code: str, group: str) -> bool:
 
 
 def _cost_models(cells: _Cells, rows: Sequence[document.Cell]) -> list[document.CostModel]:
-    """One for each size, engine, policy and batch size that has enough languages."""
-    found = []
-    kinds = dict.fromkeys((r["size"], r["engine"], r["policy"], r["batch_size"]) for r in rows if r["throughput"])
-    for size, engine, policy, batch in kinds:
-        wanted = (size, engine, policy, batch)
-        mine = [r for r in rows if (r["size"], r["engine"], r["policy"], r["batch_size"]) == wanted and r["throughput"]]
-        if len(mine) >= 3:
-            found.append(_cost_model(cells, mine))
-    return found
+    """One for each size, engine, task, policy and batch size that has enough languages."""
+    kinds: dict[tuple[str, str, str, str, int], list[document.Cell]] = {}
+    for row in rows:
+        if row["throughput"]:
+            kind = (row["size"], row["engine"], row["task"], row["policy"], row["batch_size"])
+            kinds.setdefault(kind, []).append(row)
+    return [_cost_model(cells, mine) for mine in kinds.values() if len(mine) >= statistics.MIN_CELLS]
 
 
 def _cost_model(cells: _Cells, rows: Sequence[document.Cell]) -> document.CostModel:
+    """Of the tokens that the engine computes: without padding, but for transformers itself."""
+    first = rows[0]
+    stock = EngineName.parse(first["engine"]).backend == STOCK
     seconds = [row["samples"] / row["throughput"][BASELINE]["samples_per_s"] for row in rows]
-    tokens = [float(row["tokens"]) for row in rows]
+    tokens = [row["tokens"] / (1 - row["padding"] if stock else 1) for row in rows]
     sequences = [float(cells.facts[row["key"]]["sequences"]) for row in rows]
     model = statistics.time_model(seconds, tokens, sequences)
     predicted = model(np.asarray(tokens), np.asarray(sequences))
@@ -307,86 +305,22 @@ def _cost_model(cells: _Cells, rows: Sequence[document.Cell]) -> document.CostMo
     rates = [float(np.log(row["throughput"][BASELINE]["samples_per_s"])) for row in parted]
     causes = {
         "fertility": [float(np.log(row["fertility"] or 1.0)) for row in parted],
-        "words per example": [float(np.log((row["words"] or 1) / row["samples"])) for row in parted],
         "padding": [row["padding"] for row in parted],
     }
-    names = [f"{row['task']} {row['language']}" if _repeats(rows) else row["language"] for row in rows]
     return document.CostModel(
-        size=rows[0]["size"],
-        engine=rows[0]["engine"],
-        policy=rows[0]["policy"],
-        batch_size=rows[0]["batch_size"],
+        size=first["size"],
+        engine=first["engine"],
+        task=first["task"],
+        policy=first["policy"],
+        batch_size=first["batch_size"],
         us_per_token=1e6 * model.per_token,
         us_per_sequence=1e6 * model.per_sequence,
         r2=model.r2,
         languages=len(rows),
         explained=statistics.explained(rates, causes),
-        predicted={n: r["samples"] / float(s) for n, r, s in zip(names, rows, predicted, strict=True)},
-        seen={n: r["throughput"][BASELINE]["samples_per_s"] for n, r in zip(names, rows, strict=True)},
+        predicted={row["language"]: row["samples"] / float(s) for row, s in zip(rows, predicted, strict=True)},
+        seen={row["language"]: row["throughput"][BASELINE]["samples_per_s"] for row in rows},
     )
-
-
-def _repeats(rows: Sequence[document.Cell]) -> bool:
-    return len({row["language"] for row in rows}) < len(rows)
-
-
-def _scores(records: Sequence[Record]) -> list[document.Accuracy]:
-    last: dict[tuple[Any, ...], Record] = {}
-    for record in records:
-        if record["kind"] == "accuracy":
-            last[tuple(record[n] for n in ("arm", "size", "engine", "task", "language", "layers"))] = record
-    order = ordered({record["language"] for record in last.values()})
-    rows = sorted(last.values(), key=lambda one: (one["task"], order.index(one["language"]), one["engine"], one["arm"]))
-    return [document.Accuracy(**{k: v for k, v in row.items() if k != "kind"}) for row in rows]  # type: ignore[typeddict-item]
-
-
-def _pareto(
-    rows: Sequence[document.Cell], scores: Sequence[document.Accuracy], settings: Settings
-) -> list[document.ParetoPoint]:
-    """Accuracy and cost by task and resource group; a truncated encoder costs its share of the layers."""
-    cost: Costs = {}
-    for row in rows:
-        for arm, figures in row["throughput"].items():
-            cost[arm, row["size"], row["engine"], row["task"], row["language"]] = 1e3 / figures["samples_per_s"]
-    points: list[document.ParetoPoint] = []
-    for task in dict.fromkeys(score["task"] for score in scores):
-        for group in (ALL, *GROUPS):
-            mine = [s for s in scores if s["task"] == task and _in_group(s["language"], group)]
-            points += _front(mine, group, cost, settings)
-    return points
-
-
-def _front(
-    scores: Sequence[document.Accuracy], group: str, cost: Costs, settings: Settings
-) -> list[document.ParetoPoint]:
-    groups: dict[tuple[str, str, str, str, int | None], list[document.Accuracy]] = {}
-    for score in scores:
-        kind = (score["arm"], score["size"], score["engine"], score["task"], score["layers"])
-        groups.setdefault(kind, []).append(score)
-    points = []
-    for kind, mine in groups.items():
-        arm, size, engine, task, layers = kind
-        costs = [cost.get((arm, size, engine, task, score["language"])) for score in mine]
-        known = [each for each in costs if each is not None]
-        if len(known) == len(costs):
-            share = 1.0 if layers is None else layers / arms.model_facts(settings, size)["layers"]
-            value = plain.fmean(score["value"] for score in mine)
-            points.append((kind, share * statistics.geometric_mean(known), value))
-    best = statistics.pareto([(price, value) for _, price, value in points])
-    return [
-        document.ParetoPoint(
-            arm=arm,
-            size=size,
-            engine=engine,
-            task=task,
-            group=group,
-            layers=layers,
-            accuracy=value,
-            ms_per_sample=price,
-            on_front=front,
-        )
-        for ((arm, size, engine, task, layers), price, value), front in zip(points, best, strict=True)
-    ]
 
 
 def _probes(records: Sequence[Record]) -> list[document.Probe]:
@@ -422,7 +356,7 @@ def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[st
     control = tests[0]
     low, high = control["interval95"]
     margin = f"{100 * settings.margin:g} %"
-    if not 1 / (1 + settings.margin) <= low <= high <= 1 + settings.margin:
+    if not document.passed(control):
         notes.append(
             f"The A/A control failed: the same weights against themselves came out at {control['ratio']:.4f} "
             f"[{low:.4f}, {high:.4f}], too noisy for a margin of {margin}."
@@ -431,7 +365,11 @@ def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[st
             notes.append(
                 f"About {control['pairs_needed']} pairs are needed at this noise, {control['pairs']} were had."
             )
-    undecided = [test for test in tests[1:] if test["verdict"] == statistics.UNDECIDED and test["arm"] == INTERMEDIATE]
+    mine = [test for test in tests[1:] if test["arm"] == INTERMEDIATE]
+    undecided = [test for test in mine if test["verdict"] == document.UNDECIDED]
     if undecided:
-        notes.append(f"{len(undecided)} comparisons have too few pairs for a margin of {margin}; see pairs_needed.")
+        notes.append(f"{len(undecided)} comparisons are undecided at a margin of {margin}; see pairs_needed.")
+    different = [test["scope"] for test in mine if test["verdict"] == document.DIFFERENT and test["scope"] != ALL]
+    if different and mine[0]["verdict"] == document.EQUIVALENT:
+        notes.append(f"Equivalent over all cells, but different in: {', '.join(different)}.")
     return notes

@@ -1,0 +1,155 @@
+"""Accuracy beside cost: scores, Pareto fronts, and what intermediate training buys in each language."""
+
+from __future__ import annotations
+
+import statistics as plain
+from collections.abc import Sequence
+from typing import Any
+
+from xfast.study import arms, document, statistics
+from xfast.study.document import BASELINE, INTERMEDIATE
+from xfast.study.factors import Settings, batch_sizes
+from xfast.study.languages import language as language_facts
+from xfast.study.languages import ordered
+from xfast.study.profiles import GROUPS
+from xfast.study.store import Record
+
+ALL = "all"
+
+Kind = tuple[str, str, str, str, int | None]
+"""Arm, size, engine, task and layers: what has one point on a front."""
+
+
+def scores(records: Sequence[Record]) -> list[document.Accuracy]:
+    """Scores of a store; the last one counts, should a run have measured it twice."""
+    last: dict[tuple[Any, ...], Record] = {}
+    for record in records:
+        if record["kind"] == "accuracy":
+            last[tuple(record[n] for n in ("arm", "size", "engine", "task", "language", "layers"))] = record
+    order = ordered({record["language"] for record in last.values()})
+    rows = sorted(last.values(), key=lambda one: (one["task"], order.index(one["language"]), one["engine"], one["arm"]))
+    return [document.Accuracy(**{k: v for k, v in row.items() if k != "kind"}) for row in rows]  # type: ignore[typeddict-item]
+
+
+class _Costs:
+    """Milliseconds a sample in the study's first way of batching; of a truncated encoder by its share of the layers."""
+
+    def __init__(self, rows: Sequence[document.Cell], settings: Settings) -> None:
+        first = (settings.policies[0], batch_sizes(settings, settings.policies[0])[0])
+        self._whole = {
+            (arm, row["size"], row["engine"], row["task"], row["language"]): 1e3 / figures["samples_per_s"]
+            for row in rows
+            if (row["policy"], row["batch_size"]) == first
+            for arm, figures in row["throughput"].items()
+        }
+        self._layers = {size: arms.model_facts(settings, size)["layers"] for size in {row["size"] for row in rows}}
+
+    def of(self, kind: Kind, language: str) -> float | None:
+        arm, size, engine, task, layers = kind
+        whole = self._whole.get((arm, size, engine, task, language))
+        return whole if whole is None or layers is None else whole * layers / self._layers[size]
+
+
+def pareto(
+    rows: Sequence[document.Cell], found: Sequence[document.Accuracy], settings: Settings
+) -> list[document.ParetoPoint]:
+    """Accuracy and cost by task and resource group, over the languages that every point of the task has."""
+    costs = _Costs(rows, settings)
+    points: list[document.ParetoPoint] = []
+    for task in dict.fromkeys(score["task"] for score in found):
+        by_kind = _by_kind([score for score in found if score["task"] == task])
+        by_kind = {kind: mine for kind, mine in by_kind.items() if any(costs.of(kind, code) for code in mine)}
+        for group in (ALL, *GROUPS):
+            shared = [
+                code
+                for code in next(iter(by_kind.values()), {})
+                if (group in (ALL, language_facts(code)["group"]))
+                and all(code in mine and costs.of(kind, code) for kind, mine in by_kind.items())
+            ]
+            if shared:
+                points += _front(by_kind, shared, group, costs)
+    return points
+
+
+def _by_kind(found: Sequence[document.Accuracy]) -> dict[Kind, dict[str, float]]:
+    """Scores by language of every arm, size, engine, task and number of layers."""
+    groups: dict[Kind, dict[str, float]] = {}
+    for score in found:
+        kind = (score["arm"], score["size"], score["engine"], score["task"], score["layers"])
+        groups.setdefault(kind, {})[score["language"]] = score["value"]
+    return groups
+
+
+def _front(
+    by_kind: dict[Kind, dict[str, float]], shared: Sequence[str], group: str, costs: _Costs
+) -> list[document.ParetoPoint]:
+    points = []
+    for kind, mine in by_kind.items():
+        prices = [costs.of(kind, code) or 0.0 for code in shared]
+        points.append((kind, statistics.geometric_mean(prices), plain.fmean(mine[code] for code in shared)))
+    best = statistics.pareto([(price, value) for _, price, value in points])
+    return [
+        document.ParetoPoint(
+            arm=arm,
+            size=size,
+            engine=engine,
+            task=task,
+            group=group,
+            layers=layers,
+            accuracy=value,
+            ms_per_sample=price,
+            estimated=layers is not None,
+            on_front=front,
+        )
+        for ((arm, size, engine, task, layers), price, value), front in zip(points, best, strict=True)
+    ]
+
+
+def trades(
+    rows: Sequence[document.Cell], found: Sequence[document.Accuracy], settings: Settings
+) -> list[document.Trade]:
+    """Accuracy at equal cost and cost at equal accuracy, language by language; see ``document.Trade``."""
+    costs = _Costs(rows, settings)
+    by_kind = _by_kind(found)
+    made = []
+    for size, task in dict.fromkeys((score["size"], score["task"]) for score in found):
+        mine = {kind: values for kind, values in by_kind.items() if (kind[1], kind[3]) == (size, task)}
+        layers = [kind[4] for kind in mine if kind[4] is not None]
+        reference: Kind = (BASELINE, size, settings.engines[0], task, max(layers, default=None))
+        for code in ordered(mine.get(reference, {})):
+            price = costs.of(reference, code)
+            others = [
+                (costs.of(kind, code), values[code], _name(kind))
+                for kind, values in mine.items()
+                if kind[0] == INTERMEDIATE and code in values
+            ]
+            points = [(cost, value, name) for cost, value, name in others if cost is not None]
+            if price is not None and points:
+                made.append(_trade(reference, code, (price, mine[reference][code]), points, settings.margin))
+    return made
+
+
+def _trade(
+    reference: Kind, code: str, here: tuple[float, float], points: Sequence[tuple[float, float, str]], margin: float
+) -> document.Trade:
+    price, value = here
+    cheap = [(score, -cost, name) for cost, score, name in points if cost <= price * (1 + margin)]
+    good = [(cost, -score, name) for cost, score, name in points if score >= value]
+    best = max(cheap, default=None)
+    least = min(good, default=None)
+    return document.Trade(
+        size=reference[1],
+        task=reference[3],
+        language=code,
+        engine=reference[2],
+        accuracy=value,
+        ms_per_sample=price,
+        best_accuracy=best[0] if best else None,
+        best_by=best[2] if best else None,
+        least_ms=least[0] if least else None,
+        least_by=least[2] if least else None,
+    )
+
+
+def _name(kind: Kind) -> str:
+    return kind[2] if kind[4] is None else f"{kind[2]}, {kind[4]} layers"
