@@ -40,6 +40,7 @@ LAYER_OF = {
     "cli": "applications",
     "__main__": "applications",
     "demo": "applications",
+    "encode": "applications",
     "engine": "applications",
     "machine": "applications",
     "benchmarks": "applications",

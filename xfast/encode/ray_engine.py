@@ -1,0 +1,114 @@
+"""The same job on Ray Data: shards are the rows of the dataset, an actor with a model turns each into its file.
+
+Ray may run a shard twice (a worker died, or was taken for dead). Its own writers name files by task, so that a second
+run can leave two; here the actor writes the file by the shard's number, whole or not at all, so it is there once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import xfast
+from xfast import errors
+from xfast.encode import store
+from xfast.encode.rows import Shard
+from xfast.encode.worker import Progress, Task, Worker
+from xfast.errors import BackendUnavailableError, XfastError
+
+RESTARTS = 100
+"""Times that an actor which died is started again: enough for lost machines, an end for one that always dies."""
+
+Columns = dict[str, Any]
+
+
+class ShardActor:
+    """One process of the cluster. Its model is loaded for the first shard, so that errors have a way back."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.worker: Worker | None = None
+        if (threads := task.execution.threads) is not None:
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # the tokenizer's, which takes every core it sees
+            torch.set_num_threads(threads)
+            xfast.set_num_threads(threads)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """``shard`` (JSON) to ``rows`` and ``tokens`` of its file, or ``error`` (a class's name), ``message``."""
+        answers = [self._answer(Shard(**json.loads(text))) for text in batch["shard"]]
+        return {name: np.array([answer[name] for answer in answers]) for name in answers[0]}
+
+    def _answer(self, shard: Shard) -> dict[str, Any]:
+        try:
+            facts = self._encoded(shard)
+        except XfastError as error:
+            return {"rows": 0, "tokens": 0, "error": type(error).__name__, "message": str(error)}
+        return {"rows": facts.rows, "tokens": facts.tokens, "error": "", "message": ""}
+
+    def _encoded(self, shard: Shard) -> store.Facts:
+        path = store.shard_path(Path(self.task.output), shard.number)
+        if not path.exists():  # else a worker that died after this file was whole
+            if self.worker is None:
+                self.worker = Worker(self.task)
+            self.worker.run([shard], lambda rows, tokens: None)
+        return store.read_facts(path)
+
+
+def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
+    """Writes the files of the shards. Output, input and a model's folder must be the same paths on every machine.
+
+    Raises:
+        BackendUnavailableError: no cluster there, or its workers die again and again.
+        XfastError: what :meth:`xfast.encode.worker.Worker.run` raises.
+    """
+    import ray.data
+
+    gpus = 1 if task.settings.device == "cuda" else 0
+    with _cluster(task):
+        rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ShardActor,
+            fn_constructor_args=(task,),
+            compute=ray.data.ActorPoolStrategy(size=min(task.execution.workers, len(shards))),
+            batch_size=1,
+            num_cpus=task.execution.threads or 1,
+            num_gpus=gpus,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )
+        try:
+            for row in results.iter_rows():
+                if row["error"]:
+                    raise getattr(errors, str(row["error"]))(str(row["message"]))
+                progress(int(row["rows"]), int(row["tokens"]))
+        except ray.exceptions.RayError as error:
+            raise BackendUnavailableError(f"engine: ray: {error}") from error
+
+
+@contextmanager
+def _cluster(task: Task) -> Iterator[None]:
+    """The cluster that is there, or one of this machine's for the time of the job."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=task.execution.address, log_to_driver=False, logging_level="error", configure_logging=True)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise BackendUnavailableError(f"address: {task.execution.address}: no Ray cluster there: {error}") from error
+    context = ray.data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = shown
+        ray.shutdown()
