@@ -7,6 +7,7 @@ run can leave two; here the actor writes the file by the shard's number, whole o
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from xfast.encode.rows import Shard
 from xfast.encode.worker import Progress, Task, Worker
 from xfast.errors import BackendUnavailableError, XfastError
 
-RESTARTS = 100
-"""Times that an actor which died is started again: enough for lost machines, an end for one that always dies."""
+DEATHS = 5
+"""Workers that a shard may cost. Ray itself starts a worker that died again for ever, which a shard too large for the
+memory would kill for ever."""
 
 Columns = dict[str, Any]
 
@@ -54,11 +56,15 @@ class ShardActor:
         return {"rows": facts.rows, "tokens": facts.tokens, "error": "", "message": ""}
 
     def _encoded(self, shard: Shard) -> store.Facts:
-        path = store.shard_path(Path(self.task.output), shard.number)
+        folder = Path(self.task.output)
+        path = store.shard_path(folder, shard.number)
         if not path.exists():  # else a worker that died after this file was whole
-            if self.worker is None:
-                self.worker = Worker(self.task)
-            self.worker.run([shard], lambda rows, tokens: None)
+            with store.attempt(folder, shard.number) as before:
+                if before >= DEATHS:
+                    raise BackendUnavailableError(f"engine: ray: {before} workers died on shard {shard.number}")
+                if self.worker is None:
+                    self.worker = Worker(self.task)
+                self.worker.run([shard], lambda rows, tokens: None)
         return store.read_facts(path)
 
 
@@ -66,49 +72,58 @@ def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
     """Writes the files of the shards. Output, input and a model's folder must be the same paths on every machine.
 
     Raises:
-        BackendUnavailableError: no cluster there, or its workers die again and again.
+        BackendUnavailableError: no cluster there, it is too small, or a shard's workers die again and again.
         XfastError: what :meth:`xfast.encode.worker.Worker.run` raises.
     """
     import ray.data
 
-    gpus = 1 if task.settings.device == "cuda" else 0
-    with _cluster(task):
+    workers = min(task.execution.workers, len(shards))
+    needs = {"CPU": task.execution.threads or 1, "GPU": 1 if task.settings.device == "cuda" else 0}
+    with _cluster(task.execution.address):
+        _require(ray.cluster_resources(), workers, needs)
         rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardActor,
             fn_constructor_args=(task,),
-            compute=ray.data.ActorPoolStrategy(size=min(task.execution.workers, len(shards))),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             batch_size=1,
-            num_cpus=task.execution.threads or 1,
-            num_gpus=gpus,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
+            num_cpus=needs["CPU"],
+            num_gpus=needs["GPU"],
         )
-        try:
-            for row in results.iter_rows():
-                if row["error"]:
-                    raise getattr(errors, str(row["error"]))(str(row["message"]))
-                progress(int(row["rows"]), int(row["tokens"]))
-        except ray.exceptions.RayError as error:
-            raise BackendUnavailableError(f"engine: ray: {error}") from error
+        for row in results.iter_rows():
+            if row["error"]:
+                raise getattr(errors, str(row["error"]))(str(row["message"]))
+            progress(int(row["rows"]), int(row["tokens"]))
+
+
+def _require(there: dict[str, float], workers: int, needs: dict[str, int]) -> None:
+    """Ray itself would wait for ever."""
+    for kind, count in needs.items():
+        if workers * count > there.get(kind, 0):
+            raise BackendUnavailableError(
+                f"workers: {workers} of {count} {kind} each do not fit the cluster, which has {there.get(kind, 0):.0f}"
+            )
 
 
 @contextmanager
-def _cluster(task: Task) -> Iterator[None]:
-    """The cluster that is there, or one of this machine's for the time of the job."""
-    import ray
+def _cluster(address: str | None) -> Iterator[None]:
+    """The cluster that is there, or one of this machine's for the time of the job; without Ray Data's own messages."""
+    import ray.data
 
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=task.execution.address, log_to_driver=False, logging_level="error", configure_logging=True)
-    except (ConnectionError, ValueError, OSError) as error:
-        raise BackendUnavailableError(f"address: {task.execution.address}: no Ray cluster there: {error}") from error
-    context = ray.data.DataContext.get_current()
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, OSError, RuntimeError) as error:
+            raise BackendUnavailableError(f"address: {address}: no Ray cluster: {error}") from error
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     shown, context.enable_progress_bars = context.enable_progress_bars, False
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         context.enable_progress_bars = shown
-        ray.shutdown()
+        if ours:
+            ray.shutdown()

@@ -213,6 +213,26 @@ def write_shard(folder: Path, table: pa.Table, facts: Facts, plain: Sequence[str
             raise DataFileError(f"{partial}: what was written is not what is read")
 
 
+@contextmanager
+def attempt(folder: Path, number: int) -> Iterator[int]:
+    """Marks that a process works on a shard; gives how many did that have died, or still do.
+
+    Raises:
+        DataFileError: the mark cannot be written.
+    """
+    name = f".attempt-{number:06d}"
+    before = len(list(folder.glob(f"{name}.*{_PARTIAL}")))
+    mark = folder / f"{name}.{uuid.uuid4().hex}{_PARTIAL}"
+    try:
+        mark.touch()
+    except OSError as error:
+        raise DataFileError(f"output: cannot write {mark}: {error}") from error
+    try:
+        yield before
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 def _leaves(schema: pa.Schema) -> list[str]:
     """Paths of the columns as Parquet has them: a list's is not its name alone."""
     sink = pa.BufferOutputStream()
