@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -36,9 +37,9 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
     schemas: list[tuple[str, pa.Schema]] = []
     seen: dict[str, None] = {}
     for lines, offset, size in _groups(path, settings.shard_rows):
-        rows, _, _ = _parsed(lines, path, settings)
-        seen.update(dict.fromkeys(name for row in rows for name in row))
-        schemas.append((f"{path}:{lines[0][0]}", _table(rows, list(seen), path, settings).schema))
+        found = _parsed(lines, path, settings)
+        seen.update(found.names)
+        schemas.append((f"{path}:{lines[0][0]}", _table(found.rows, list(seen), path, settings).schema))
         shards.append(Shard(len(shards), path, "jsonl", lines[0][0], len(lines), offset, size))
     if not shards:
         raise DataFileError(f"{path}: holds no row")
@@ -63,13 +64,13 @@ def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
         raise DataFileError(
             f"{shard.path}: {shard.rows} rows were planned from line {shard.first}, {len(lines)} are there"
         )
-    rows, numbers, skipped = _parsed(lines, shard.path, settings)
+    found = _parsed(lines, shard.path, settings)
     return Rows(
-        texts=[row[settings.text_column] for row in rows],
-        pairs=None if settings.pair_column is None else [row[settings.pair_column] for row in rows],
-        kept=conform(_table(rows, schema.names, shard.path, settings), schema, shard.path),
-        where=[shard.where(number) for number in numbers],
-        skipped=skipped,
+        texts=[row[settings.text_column] for row in found.rows],
+        pairs=None if settings.pair_column is None else [row[settings.pair_column] for row in found.rows],
+        kept=conform(_table(found.rows, schema.names, shard.path, settings), schema, shard.path),
+        where=[shard.where(number) for number in found.numbers],
+        skipped=found.skipped,
     )
 
 
@@ -94,25 +95,31 @@ def _groups(path: str, count: int) -> Iterator[tuple[list[Line], int, int]]:
         yield group, offset, end - offset
 
 
-def _parsed(
-    lines: list[Line], path: str, settings: Settings
-) -> tuple[list[dict[str, Any]], list[int], list[tuple[str, str]]]:
-    """Good rows, their line numbers, and (name, reason) of the others."""
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    skipped: list[tuple[str, str]] = []
+@dataclass
+class _Parsed:
+    """Good rows and their line numbers, (name, reason) of the others, and the columns that any of them has."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    names: dict[str, None] = field(default_factory=dict)
+
+
+def _parsed(lines: list[Line], path: str, settings: Settings) -> _Parsed:
+    found = _Parsed()
     for number, line in lines:
         row, reason = _row(line, settings)
+        found.names.update(dict.fromkeys(row))
         if reason is None:
-            rows.append(row)
-            numbers.append(number)
+            found.rows.append(row)
+            found.numbers.append(number)
         else:
-            refuse_or_skip(skipped, f"{path}:{number}", reason, settings)
-    return rows, numbers, skipped
+            refuse_or_skip(found.skipped, f"{path}:{number}", reason, settings)
+    return found
 
 
 def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
-    """One row, and what is wrong with it."""
+    """One row, empty where there is none, and what is wrong with it."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -123,9 +130,9 @@ def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
         return {}, f"a JSON object is expected, got {type(row).__name__}"
     for name in text_columns(settings):
         if name not in row:
-            return {}, f"no column {name!r}; columns there: {', '.join(row) or 'none'}"
+            return row, f"no column {name!r}; columns there: {', '.join(row) or 'none'}"
         if (reason := wrong(row[name], name)) is not None:
-            return {}, reason
+            return row, reason
     return row, None
 
 

@@ -96,7 +96,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a job runs; no value in the output depends on it.
+    """How a job runs; values in the output depend on it by rounding at most (sums over other batch shapes).
 
     Attributes:
         engine: "local" or "ray".

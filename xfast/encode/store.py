@@ -95,7 +95,7 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 def read_plan(folder: Path, settings: dict[str, Any]) -> Plan | None:
-    """The plan of a job that was begun in the folder; None: the folder holds nothing.
+    """The plan of a job that was begun in the folder; None: the folder holds nothing, or another job's plan alone.
 
     Raises:
         InvalidOptionError: another job's, which differs in settings, model or input; or files that are no job's.
@@ -119,9 +119,11 @@ def read_plan(folder: Path, settings: dict[str, Any]) -> Plan | None:
             raise ValueError(f"format {record['format']!r}; known: {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataFileError(f"{path}: no manifest of an encode job: {error!r}") from error
-    if known != settings:
-        raise InvalidOptionError(f"output: {folder} is another job's: {_difference(known, settings)}")
-    return plan
+    if known == settings:
+        return plan
+    if not any(folder.glob("*.parquet")):  # a job that failed at once, tried again with other settings
+        return None
+    raise InvalidOptionError(f"output: {folder} is another job's: {_difference(known, settings)}")
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
