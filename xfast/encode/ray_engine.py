@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
 
     workers = min(task.execution.workers, len(shards))
     needs = {"CPU": task.execution.threads or 1, "GPU": 1 if task.settings.device == "cuda" else 0}
-    with _cluster(task.execution.address):
+    with redirect_stdout(sys.stderr), _cluster(task.execution.address):  # where Ray reports that a worker died
         _require(ray.cluster_resources(), workers, needs)
         rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

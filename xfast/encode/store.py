@@ -73,7 +73,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[None]:
-    """Makes the folder, keeps other jobs out of it, and removes what a killed job left half written.
+    """Makes the folder, keeps other jobs out of it, and removes what killed processes left half written.
 
     Raises:
         DataFileError: it cannot be written.
@@ -89,9 +89,16 @@ def opened(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidOptionError(f"output: another job is writing {folder}") from None
-        for path in folder.glob(f".*{_PARTIAL}"):
-            path.unlink(missing_ok=True)
-        yield
+        _remove_partial(folder)
+        try:
+            yield
+        finally:
+            _remove_partial(folder)  # a worker that was killed leaves some, too
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.glob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def read_plan(folder: Path, settings: dict[str, Any]) -> Plan | None:
