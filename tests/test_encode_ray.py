@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,21 @@ class Job:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        """Kills the job as ``kill -9`` does. Its workers end by themselves; some of Ray's agents take their time."""
+        below = self.below()
+        workers = [one for one in below if "ShardActor" in _title(one)]
         self.process.kill()
         self.process.wait(SECONDS)
+        assert not psutil.wait_procs(workers, 60)[1]
+        for one in psutil.wait_procs(below, 1)[1]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+    def below(self) -> list[psutil.Process]:
+        """The processes of the job's cluster."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
 
     @property
     def stdout(self) -> str:
@@ -74,6 +88,12 @@ def shards_of(output: Path) -> int:
     return len(list(output.glob("shard-*.parquet")))
 
 
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def marks_of(output: Path) -> set[str]:
     return {path.name for path in output.glob(".attempt-*")}
 
@@ -82,18 +102,17 @@ def kill_in_the_middle_of_a_shard(job: Job, output: Path) -> None:
     """Halts one of the job's workers and kills it if a shard stays begun; else lets it go on and tries again."""
 
     def killed() -> bool:
-        below = psutil.Process(job.process.pid).children(recursive=True)
-        workers = [one for one in below if "ShardActor" in " ".join(one.cmdline())]
-        if not workers:
+        worker = next((one for one in job.below() if "ShardActor" in _title(one)), None)
+        if worker is None:
             return False
-        workers[0].suspend()
+        worker.suspend()
         begun = marks_of(output)
         time.sleep(1)
         in_the_middle = bool(begun & marks_of(output))
         if in_the_middle:
-            workers[0].kill()
+            worker.kill()
         else:
-            workers[0].resume()
+            worker.resume()
         return in_the_middle
 
     job.until(killed)
