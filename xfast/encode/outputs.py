@@ -43,7 +43,7 @@ class Pooled:
         else:
             weights = batch.mask.to(output.device, torch.float32)
             weights /= weights.sum(1, keepdim=True)
-            vectors = torch.bmm(weights.unsqueeze(1), output.float()).squeeze(1)
+            vectors = (output.float() * weights.unsqueeze(2)).sum(1)
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
         self.values[batch.rows] = vectors.cpu().numpy()
