@@ -41,6 +41,7 @@ LAYER_OF = {
     "__main__": "applications",
     "demo": "applications",
     "checkpoints": "applications",
+    "encode": "applications",
     "engine": "applications",
     "export": "applications",
     "machine": "applications",

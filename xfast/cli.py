@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
+from xfast.encode.cli import encode
 from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.export import app as export_app
@@ -58,6 +59,7 @@ app.add_typer(stilts_app, name="stilts")
 app.add_typer(engine_app, name="engine")
 app.add_typer(study_app, name="study")
 app.add_typer(export_app, name="export")
+app.command()(encode)
 
 
 def _complain(text: str) -> None:

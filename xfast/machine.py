@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": xfast.get_num_threads(),
         "isa": requested_isa(),
         "isas": xfast.available_isas(),
@@ -47,6 +47,11 @@ def machine() -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ceilings(

@@ -1,0 +1,312 @@
+"""``xfast encode``: bad and odd input. What cannot be encoded is named; nothing is dropped silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import encode
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import stilts
+import tokenizers
+import transformers
+
+from xfast.encode import source
+from xfast.encode.settings import Execution, Settings
+from xfast.errors import (
+    DataFileError,
+    InvalidOptionError,
+    InvalidWeightsError,
+    TokenIdError,
+    UnsupportedModelError,
+    XfastError,
+)
+
+base = pytest.fixture(scope="module")(stilts.base)
+one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
+write = pytest.fixture(stilts.write)
+
+GOOD = [{"text": "river stone", "id": 0}, {"text": "lamp", "id": 1}, {"text": "", "id": 2}]
+
+
+def refused(kind: type[XfastError], tmp_path: Path, model: Any, given: Any, *parts: str, **settings: Any) -> None:
+    """The job raises ``kind`` with all ``parts`` in its message and makes no shard."""
+    with pytest.raises(kind) as caught:
+        encode.run(given, tmp_path / "out", model, **settings)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("options", [{"text_column": "body"}, {"pair_column": "body"}, {"keep": ("body",)}])
+def test_a_missing_column_is_named_with_those_there(tmp_path: Path, base: Path, kind: str, options: Any) -> None:
+    columns = {"text": ["a", "b"], "id": [1, 2]}
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
+    path = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        encode.parquet(path, columns)
+    else:
+        encode.jsonl(path, rows)
+    refused(DataFileError, tmp_path, base, path, str(path), "'body'", "text, id", **options)
+    if "keep" not in options and kind == "jsonl":  # not even where bad rows are skipped: every row would be
+        refused(DataFileError, tmp_path, base, path, "'body'", on_error="skip", **options)
+
+
+def test_a_parquet_column_that_is_no_text(tmp_path: Path, base: Path) -> None:
+    path = encode.parquet(tmp_path / "in.parquet", {"text": [1, 2]})
+    refused(DataFileError, tmp_path, base, path, str(path), "'text' is int64", on_error="skip")
+
+
+BAD_LINES = {
+    "null": (b'{"text": null}', "'text' is null"),
+    "number": (b'{"text": 7}', "'text' is int"),
+    "no column": (b'{"txt": "a"}', "columns there: txt"),
+    "no JSON": (b'{"text": "a"', "not JSON"),
+    "no object": (b'["text"]', "got list"),
+    "no UTF-8": (b'{"text": "\xff"}', "not UTF-8"),
+    "half a pair": (b'{"text": "\\ud800"}', "surrogate"),
+    "deep": (b'{"text": ' + b"[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), list(BAD_LINES.values()), ids=list(BAD_LINES))
+def test_bad_lines(tmp_path: Path, base: Path, write: Any, line: bytes, reason: str) -> None:
+    good = [json.dumps(row).encode() for row in GOOD]
+    path = write("in.jsonl", b"\n".join([good[0], b"", good[1], line, good[2]]))
+    refused(DataFileError, tmp_path, base, path, f"{path}:4: ", reason, "on-error skip", shard_rows=2)
+    summary = encode.run(path, tmp_path / "out", base, shard_rows=2, on_error="skip")
+    assert summary.totals["rows"] == 3 and summary.totals["skipped"] == 1
+    assert encode.read(tmp_path / "out").column("id").to_pylist() == [0, 1, 2]
+    [[where, why]] = [one for output in encode.manifest(tmp_path / "out")["outputs"] for one in output["skipped"]]
+    assert where == f"{path}:4" and reason in why
+
+
+@pytest.mark.parametrize("keep", [None, ()])
+def test_null_rows_of_parquet(tmp_path: Path, base: Path, keep: Any) -> None:
+    columns = {"text": ["a", None, "b", None], "id": range(4)}
+    path = encode.parquet(tmp_path / "in.parquet", columns, row_group_size=3)
+    refused(DataFileError, tmp_path, base, path, f"{path}, row 1: 'text' is null", keep=keep)
+    summary = encode.run(path, tmp_path / "out", base, on_error="skip", keep=keep)
+    assert summary.totals["rows"] == 2 and summary.totals["skipped"] == 2
+    table = encode.read(tmp_path / "out")
+    assert table.num_rows == 2 and (keep is not None or table.column("id").to_pylist() == [0, 2])
+    assert encode.manifest(tmp_path / "out")["outputs"][0]["skipped"][1] == [f"{path}, row 3", "'text' is null"]
+
+
+def test_bytes_that_are_no_utf8_in_a_parquet_string(tmp_path: Path, base: Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32).tobytes())
+    broken = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xff\xfeb"))
+    path = encode.parquet(tmp_path / "in.parquet", {"text": broken})
+    refused(DataFileError, tmp_path, base, path, "row 1: 'text' is not UTF-8")
+    assert encode.run(path, tmp_path / "out", base, on_error="skip").totals["rows"] == 2
+
+
+def test_parquet_that_is_cut_off_or_damaged(tmp_path: Path, base: Path, rng: Any) -> None:
+    path = encode.parquet(tmp_path / "in.parquet", {"text": encode.texts(rng, 500)})
+    whole = path.read_bytes()
+    for size in (1, 7, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(DataFileError, tmp_path, base, path, str(path), "Parquet")
+    path.write_bytes(whole[:4] + bytes(2000) + whole[2004:])  # the footer is whole, the pages are not
+    refused(DataFileError, tmp_path, base, path, str(path))
+
+
+def test_files_without_rows(tmp_path: Path, base: Path, write: Any) -> None:
+    (tmp_path / "data").mkdir()
+    write("data/a.jsonl", "")
+    write("data/b.jsonl", GOOD)
+    refused(DataFileError, tmp_path, base, tmp_path / "data", "a.jsonl: the file is empty")
+    summary = encode.run(tmp_path / "data", tmp_path / "out", base, on_error="skip")
+    assert summary.totals["rows"] == 3
+    assert summary.left_out == [(str(tmp_path / "data" / "a.jsonl"), "the file is empty")]
+    shutil.rmtree(tmp_path / "out")
+    blank = write("blank.jsonl", "\n \n\n")
+    refused(DataFileError, tmp_path, base, blank, f"{blank}: holds no row")
+    only = write("only.jsonl", "")
+    refused(DataFileError, tmp_path, base, only, "every file is empty", on_error="skip")
+
+
+def test_a_parquet_file_of_no_rows_makes_a_shard_of_none(tmp_path: Path, base: Path) -> None:
+    none = pa.table({"text": pa.array([], pa.string()), "id": pa.array([], pa.int64())})
+    (tmp_path / "data").mkdir()
+    pq.write_table(none, tmp_path / "data" / "a.parquet")
+    encode.parquet(tmp_path / "data" / "b.parquet", {"text": ["x"], "id": [1]})
+    for pooling in ("mean", "none"):
+        output = tmp_path / pooling
+        summary = encode.run(tmp_path / "data", output, base, pooling=pooling)
+        assert summary.totals["rows"] == 1 and summary.totals["shards"] == 2
+        assert pq.read_table(output / "shard-000000.parquet").num_rows == 0
+        assert encode.read(output).num_rows == 1
+
+
+def test_which_files_are_input(tmp_path: Path, base: Path, write: Any) -> None:
+    (tmp_path / "data" / "_hidden").mkdir(parents=True)
+    write("data/b.ndjson", '{"text": "b"}\n')
+    write("data/a.jsonl", '{"text": "a"}')
+    write("data/note.txt", "no input")
+    write("data/_hidden/c.jsonl", "no JSON")
+    rows = encode.run(tmp_path / "data", tmp_path / "out", base, keep=("text",))
+    assert rows.totals["shards"] == 2 and encode.read(tmp_path / "out").column("text").to_pylist() == ["a", "b"]
+    encode.run(f"{tmp_path}/data/*.ndjson", tmp_path / "glob", base, keep=("text",))
+    assert encode.read(tmp_path / "glob").column("text").to_pylist() == ["b"]
+    for given, part in ((tmp_path / "nowhere", "no file"), (tmp_path / "nowhere" / "*.jsonl", "no file")):
+        with pytest.raises(DataFileError, match=part):
+            encode.run(given, tmp_path / "other", base)
+    for given, output, part in (
+        (tmp_path / "data" / "note.txt", tmp_path / "other", "note.txt"),
+        (tmp_path / "data", tmp_path / "data" / "out", "lies inside the input"),
+        (tmp_path / "data" / "a.jsonl", tmp_path / "data", "lies inside the output"),
+    ):
+        with pytest.raises(InvalidOptionError, match=part):
+            encode.run(given, output, base)
+
+
+def test_lines_with_a_mark_blanks_and_carriage_returns(tmp_path: Path, base: Path, write: Any) -> None:
+    path = write("in.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  {"text": "\\u0000\xc3\xa9"}\r\n\n{"text": "c"}')
+    encode.run(path, tmp_path / "out", base, keep=("text",), shard_rows=1)
+    assert encode.read(tmp_path / "out").column("text").to_pylist() == ["a", "\0é", "c"]
+
+
+def test_types_of_kept_columns_are_one_for_all_shards(tmp_path: Path, base: Path, write: Any) -> None:
+    rows = [{"text": "a", "x": 1}, {"text": "b", "x": 2.5, "y": None}, {"text": "c", "y": ["z"]}]
+    (tmp_path / "data").mkdir()
+    write("data/a.jsonl", rows)
+    encode.parquet(tmp_path / "data" / "b.parquet", {"text": pa.array(["d"], pa.large_string()), "z": [True]})
+    encode.run(tmp_path / "data", tmp_path / "out", base, shard_rows=1)
+    schemas = {str(pq.read_schema(path).remove_metadata()) for path in (tmp_path / "out").glob("*.parquet")}
+    assert len(schemas) == 1
+    table = encode.read(tmp_path / "out")
+    assert table.column("x").to_pylist() == [1.0, 2.5, None, None]
+    assert table.column("y").to_pylist() == [None, None, ["z"], None]
+    assert table.column("z").to_pylist() == [None, None, None, True]
+    for name, mixed in (
+        ("one", [{"text": "a", "x": 1}, {"text": "b", "x": "1"}]),
+        ("big", [{"text": "a", "x": 2**70}]),
+    ):
+        path = write(f"{name}.jsonl", mixed)
+        refused(DataFileError, tmp_path / name, base, path, str(path), "x")
+        refused(DataFileError, tmp_path / f"{name}1", base, path, str(path), "x", shard_rows=1)
+
+
+def test_dictionary_and_view_strings(tmp_path: Path, base: Path) -> None:
+    words = pa.array(["a", "b", "a"])
+    for name, column in (("d", words.dictionary_encode()), ("l", words.cast(pa.large_string()))):
+        path = encode.parquet(tmp_path / f"{name}.parquet", {"text": column, "kept": column})
+        encode.run(path, tmp_path / name, base)
+        assert encode.read(tmp_path / name).column("kept").to_pylist() == ["a", "b", "a"]
+
+
+def test_a_kept_column_with_the_name_of_an_output(tmp_path: Path, base: Path, write: Any) -> None:
+    path = write("in.jsonl", [{"text": "a", "embedding": 1}])
+    refused(InvalidOptionError, tmp_path, base, path, "'embedding'", "--keep")
+    encode.run(path, tmp_path / "out2", base, keep=())
+    assert encode.read(tmp_path / "out2").column_names == ["embedding"]
+
+
+def test_input_that_changes_under_the_job(tmp_path: Path, base: Path) -> None:
+    settings = Settings(model=str(base))
+    lines = encode.jsonl(tmp_path / "in.jsonl", GOOD)
+    rows = encode.parquet(tmp_path / "in.parquet", {"text": ["a", "b"]})
+    for path in (lines, rows):
+        [shard], schema, _ = source.plan(source.find(str(path), tmp_path / "out"), settings)
+        longer = dataclasses.replace(shard, rows=shard.rows + 1)
+        with pytest.raises(DataFileError, match=f"{shard.rows + 1} rows were planned"):
+            source.read(longer, schema, settings)
+        path.unlink()
+        with pytest.raises(DataFileError, match=str(path)):
+            source.read(shard, schema, settings)
+
+
+def test_rows_without_tokens(tmp_path: Path, base: Path, write: Any) -> None:
+    """A tokenizer that adds no special tokens has none for an empty text."""
+    bare = shutil.copytree(base, tmp_path / "model")
+    core = tokenizers.Tokenizer.from_file(str(bare / "tokenizer.json"))
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    core.save(str(bare / "tokenizer.json"))
+    path = write("in.jsonl", [GOOD[2], *GOOD[:2], GOOD[2]])
+    refused(DataFileError, tmp_path, bare, path, ":1: has no tokens")
+    summary = encode.run(path, tmp_path / "out", bare, on_error="skip")
+    assert summary.totals["rows"] == 2 and summary.totals["skipped"] == 2
+    assert encode.read(tmp_path / "out").column("id").to_pylist() == [0, 1]
+    expected = [states.mean(0).numpy() for states in encode.one_by_one(bare, "AutoModel", ["river stone", "lamp"])]
+    np.testing.assert_allclose(encode.embeddings(tmp_path / "out"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_tokenizer_that_does_not_fit(tmp_path: Path, base: Path, write: Any, overlap: bool) -> None:
+    small = stilts.checkpoint(tmp_path / "small", 20)
+    path = write("in.jsonl", [GOOD[2], GOOD[0]])
+    with pytest.raises(TokenIdError) as caught:
+        encode.run(path, tmp_path / "out", small, Execution(overlap=overlap), tokenizer=str(base))
+    assert f"{path}:2 has token" in str(caught.value) and "0 to 19" in str(caught.value)
+
+
+def test_models_that_are_refused(tmp_path: Path, base: Path) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", GOOD)
+    choice = encode.headed(base, tmp_path / "choice", "MultipleChoice")
+    refused(UnsupportedModelError, tmp_path, choice, path, "XLMRobertaForMultipleChoice", "--content embeddings")
+    several = encode.headed(
+        base, tmp_path / "several", "SequenceClassification", problem_type="multi_label_classification"
+    )
+    refused(UnsupportedModelError, tmp_path, several, path, "several labels")
+    refused(InvalidOptionError, tmp_path, base, path, "'predictions'", content="predictions")
+    tagger = encode.headed(base, tmp_path / "tagger", "TokenClassification")
+    refused(InvalidOptionError, tmp_path, tagger, path, "pair-column", pair_column="id")
+    classes = encode.headed(base, tmp_path / "classes", "SequenceClassification", num_labels=3)
+    refused(InvalidOptionError, tmp_path, classes, path, "normalize", normalize=True)
+    refused(DataFileError, tmp_path, tmp_path / "nowhere", path, "nowhere")
+    config = json.loads((base / "config.json").read_text())
+    (classes / "config.json").write_text(json.dumps({**config, "architectures": ["XLMRobertaForTokenClassification"]}))
+    refused(InvalidWeightsError, tmp_path, classes, path, "lacks")
+
+
+def test_checkpoints_that_are_not_whole(tmp_path: Path, base: Path) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", GOOD)
+    bare = stilts.checkpoint(tmp_path / "bare", 600)
+    refused(DataFileError, tmp_path, bare, path, "tokenizer", str(bare))
+    cut = shutil.copytree(base, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    refused(DataFileError, tmp_path, cut, path, str(cut))
+    config = transformers.DistilBertConfig(vocab_size=600, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "distil")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "distil")
+    refused(UnsupportedModelError, tmp_path, tmp_path / "distil", path, "supported")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"pooling": "max"}, "pooling"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"precision": "auto"}, "precision"),
+        ({"content": "text"}, "content"),
+        ({"on_error": "ignore"}, "on-error"),
+        ({"device": "tpu"}, "device"),
+        ({"shard_rows": 0}, "shard-rows"),
+        ({"max_length": 0}, "max-length"),
+        ({"max_length": 2}, "max-length: 2 is not accepted; accepted: 3 to 512"),
+        ({"max_length": 513}, "max-length"),
+        ({"layers": 3}, "layers"),
+        ({"pair_column": "text"}, "pair-column"),
+        ({"keep": ("id", "id")}, "keep"),
+        ({"pooling": "none", "normalize": True}, "normalize"),
+    ],
+)
+def test_options_that_are_refused(tmp_path: Path, base: Path, options: dict[str, Any], part: str) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", GOOD)
+    refused(InvalidOptionError, tmp_path, base, path, part, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"engine": "spark"}, {"window": 0}, {"batch_tokens": 0}, {"workers": 2}, {"address": "auto"}]
+)
+def test_ways_to_run_that_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOptionError, match=next(iter(options)).replace("_", "-")):
+        Execution(**options)

@@ -1,0 +1,140 @@
+"""Parquet input, read by pyarrow: only the columns that are needed, only the row groups that a shard touches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xfast.encode.rows import Rows, Shard, conform, kept_columns, refuse_or_skip, require_columns, text_columns, wrong
+from xfast.encode.settings import Settings
+from xfast.errors import DataFileError
+
+
+def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
+    """The shards of a file, numbered from 0, and the types of the columns to copy. A file of 0 rows is one shard.
+
+    Raises:
+        DataFileError: not a whole Parquet file, no such column, or a text column of another type.
+    """
+    with _opened(path) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+    require_columns(path, schema.names, settings)
+    if len(set(schema.names)) != len(schema.names):
+        raise DataFileError(f"{path}: two columns have the same name: {', '.join(schema.names)}")
+    for name in text_columns(settings):
+        if not _is_text(schema.field(name).type):
+            raise DataFileError(f"{path}: column {name!r} is {schema.field(name).type}, not string")
+    starts = range(0, max(rows, 1), settings.shard_rows)
+    shards = [
+        Shard(number, path, "parquet", first, min(settings.shard_rows, rows - first))
+        for number, first in enumerate(starts)
+    ]
+    return shards, pa.schema([schema.field(name) for name in kept_columns(schema.names, settings)])
+
+
+def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
+    """The rows of a shard.
+
+    Raises:
+        DataFileError: the file is damaged or not the one that was planned, or a bad row is not to be skipped.
+    """
+    table = _slice(shard, settings)
+    columns = [_values(table.column(name), name) for name in text_columns(settings)]
+    good: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for row, values in enumerate(zip(*columns, strict=True)):
+        named = zip(values, text_columns(settings), strict=True)
+        reason = next((found for value, name in named if (found := _wrong(value, name)) is not None), None)
+        if reason is None:
+            good.append(row)
+        else:
+            refuse_or_skip(skipped, shard.where(shard.first + row), reason, settings)
+    kept = conform(table.select([name for name in schema.names if name in table.column_names]), schema, shard.path)
+    if skipped:
+        kept = kept.take(pa.array(good, pa.int64())) if kept.num_columns else kept.slice(0, len(good))
+    return Rows(
+        texts=[columns[0][row] for row in good],
+        pairs=None if settings.pair_column is None else [columns[1][row] for row in good],
+        kept=kept,
+        where=[shard.where(shard.first + row) for row in good],
+        skipped=skipped,
+    )
+
+
+class _NotText:
+    """In the place of bytes that are no UTF-8, though the file calls them a string."""
+
+
+def _wrong(value: Any, column: str) -> str | None:
+    return f"{column!r} is not UTF-8" if isinstance(value, _NotText) else wrong(value, column)
+
+
+def _values(column: pa.ChunkedArray, name: str) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return _NotText()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return (
+        pa.types.is_string(inner)
+        or pa.types.is_large_string(inner)
+        or pa.types.is_string_view(inner)
+        or pa.types.is_null(inner)
+    )
+
+
+def _slice(shard: Shard, settings: Settings) -> pa.Table:
+    """The shard's rows of the columns that are needed."""
+    with _opened(shard.path) as file:
+        names = file.schema_arrow.names
+        require_columns(shard.path, names, settings)
+        columns = [*dict.fromkeys((*text_columns(settings), *kept_columns(names, settings)))]
+        groups, skip = _groups_of(file.metadata, shard)
+        parts, wanted = [], shard.rows
+        for batch in file.iter_batches(batch_size=settings.shard_rows, row_groups=groups, columns=columns):
+            part = batch.slice(skip, wanted)
+            skip, wanted = max(0, skip - batch.num_rows), wanted - part.num_rows
+            parts.append(part)
+            if not wanted:
+                break
+        schema = file.schema_arrow
+    if wanted:
+        raise DataFileError(f"{shard.path}: {shard.rows} rows were planned at row {shard.first}, {wanted} are missing")
+    return pa.Table.from_batches(parts, parts[0].schema if parts else pa.schema([schema.field(n) for n in columns]))
+
+
+def _groups_of(metadata: Any, shard: Shard) -> tuple[list[int], int]:
+    """The row groups that hold the shard, and how many rows of the first come before it."""
+    groups: list[int] = []
+    skip = start = 0
+    for group in range(metadata.num_row_groups):
+        end = start + metadata.row_group(group).num_rows
+        if start < shard.first + shard.rows and end > shard.first:
+            if not groups:
+                skip = shard.first - start
+            groups.append(group)
+        start = end
+    return groups, skip
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise DataFileError(f"{path}: cannot read it as Parquet: {error}") from error

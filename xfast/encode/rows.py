@@ -1,0 +1,160 @@
+"""Shards of input, the rows read from one, and what is wrong with a row: shared by the readers of both formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from xfast.encode.settings import Settings
+from xfast.errors import DataFileError, InvalidOptionError
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was when the job was planned; ``kind`` is "parquet" or "jsonl"."""
+
+    path: str
+    kind: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of one input file, which become one output file.
+
+    Attributes:
+        number: of the output file.
+        path, kind: of the input file.
+        first: number of the first row (Parquet, from 0) or line (JSONL, from 1).
+        rows: how many; blank lines of JSONL are no rows.
+        offset, size: bytes of the lines in the file (JSONL).
+    """
+
+    number: int
+    path: str
+    kind: str
+    first: int
+    rows: int
+    offset: int = 0
+    size: int = 0
+
+    def where(self, row: int) -> str:
+        """Names a row by its number in the file."""
+        return f"{self.path}:{row}" if self.kind == "jsonl" else f"{self.path}, row {row}"
+
+
+@dataclass
+class Rows:
+    """What a shard holds. n = rows that can be encoded.
+
+    Attributes:
+        texts, pairs: n strings each; pairs None without a pair column.
+        kept: table of n rows, the columns to copy.
+        where: n names of rows, for messages.
+        skipped: rows that were left out, as (name, reason).
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    kept: pa.Table
+    where: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def text_columns(settings: Settings) -> tuple[str, ...]:
+    """The columns that are encoded."""
+    return (settings.text_column,) if settings.pair_column is None else (settings.text_column, settings.pair_column)
+
+
+def require_columns(path: str, there: Sequence[str], settings: Settings) -> None:
+    """Checks that a file has the columns that were asked for.
+
+    Raises:
+        DataFileError: one is missing.
+    """
+    for name in (*text_columns(settings), *(settings.keep or ())):
+        if name not in there:
+            raise DataFileError(f"{path}: no column {name!r}; columns there: {', '.join(there) or 'none'}")
+
+
+def kept_columns(there: Sequence[str], settings: Settings) -> list[str]:
+    """Names of the columns to copy."""
+    if settings.keep is not None:
+        return list(settings.keep)
+    return [name for name in there if name not in text_columns(settings)]
+
+
+def refuse_taken(names: Sequence[str], produced: Sequence[str]) -> None:
+    """Checks that no copied column has the name of a column that the job makes.
+
+    Raises:
+        InvalidOptionError: one has.
+    """
+    if taken := [name for name in names if name in produced]:
+        raise InvalidOptionError(
+            f"keep: the input has a column {taken[0]!r}, which is the name of a column of the output; "
+            "name the columns to copy with --keep"
+        )
+
+
+def wrong(value: Any, column: str) -> str | None:
+    """What is wrong with a text, or None."""
+    if value is None:
+        return f"{column!r} is null"
+    if not isinstance(value, str):
+        return f"{column!r} is {type(value).__name__}, not a string"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{column!r} holds half of a surrogate pair"
+    return None
+
+
+def refuse_or_skip(skipped: list[tuple[str, str]], where: str, reason: str, settings: Settings) -> None:
+    """Lists a row that is left out.
+
+    Raises:
+        DataFileError: bad rows are not to be left out.
+    """
+    if settings.on_error == "fail":
+        raise DataFileError(f"{where}: {reason} (on-error skip leaves such rows out)")
+    skipped.append((where, reason))
+
+
+def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    """One schema for the copied columns of all (file, schema), without metadata; int becomes float where one is float.
+
+    Raises:
+        DataFileError: a column has types that do not go together.
+    """
+    result, path = pa.schema([]), ""
+    try:
+        for path, schema in schemas:  # noqa: B007  # the message names where it stopped
+            result = pa.unify_schemas([result, schema.remove_metadata()], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataFileError(f"{path}: {error}; what comes before has another type there") from None
+    return result
+
+
+def conform(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    """The table with the schema's columns and types; columns that are missing become nulls.
+
+    Raises:
+        DataFileError: a value does not fit the type.
+    """
+    columns = []
+    for column in schema:
+        if column.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, column.type)]))
+            continue
+        try:
+            columns.append(table.column(column.name).cast(column.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataFileError(f"{path}: column {column.name!r} is no {column.type}: {error}") from None
+    if not len(schema):
+        return table.select([])
+    return pa.Table.from_arrays(columns, schema=schema)

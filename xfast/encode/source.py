@@ -1,0 +1,86 @@
+"""The input: which files, which shards of them, and reading one shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from xfast.encode import jsonl, parquet
+from xfast.encode.rows import InputFile, Rows, Shard, unify
+from xfast.encode.settings import Settings
+from xfast.errors import DataFileError, InvalidOptionError
+
+KINDS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+"""Format by the ending of a file's name."""
+
+_READERS = {"parquet": parquet, "jsonl": jsonl}
+
+
+def find(source: str, output: Path) -> list[InputFile]:
+    """The input files, sorted by path: of a file, a folder (with those in it; hidden ones left out) or a glob.
+
+    Raises:
+        DataFileError: there is none.
+        InvalidOptionError: a file of another format was named, or the output lies among the input.
+    """
+    given = Path(source)
+    if given.is_dir():
+        if output.resolve().is_relative_to(given.resolve()):
+            raise InvalidOptionError(f"output: {output} lies inside the input {source}; its files would become input")
+        paths = [path for path in given.rglob("*") if path.suffix in KINDS and not _hidden(path.relative_to(given))]
+    elif given.exists():
+        paths = [given]
+    else:
+        paths = [path for text in glob.glob(source, recursive=True) if (path := Path(text)).is_file()]  # noqa: PTH207
+    if not paths:
+        raise DataFileError(f"input: {source}: no file ({', '.join(KINDS)}) there")
+    return [_identified(path, output) for path in sorted(paths)]
+
+
+def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], pa.Schema, list[tuple[str, str]]]:
+    """Shards numbered in the files' order, the copied columns' types, and (file, reason) of files that are left out.
+
+    Raises:
+        DataFileError: see the readers' ``plan``; a file of 0 bytes; no file is left.
+    """
+    shards: list[Shard] = []
+    schemas: list[tuple[str, pa.Schema]] = []
+    left_out: list[tuple[str, str]] = []
+    for file in files:
+        if file.size == 0:
+            if settings.on_error == "fail":
+                raise DataFileError(f"{file.path}: the file is empty (on-error skip leaves it out)")
+            left_out.append((file.path, "the file is empty"))
+            continue
+        found, schema = _READERS[file.kind].plan(file.path, settings)
+        shards += [dataclasses.replace(shard, number=len(shards) + i) for i, shard in enumerate(found)]
+        schemas.append((file.path, schema))
+    if not shards:
+        raise DataFileError("input: every file is empty")
+    return shards, unify(schemas), left_out
+
+
+def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
+    """The rows of a shard, see the readers' ``read``."""
+    return _READERS[shard.kind].read(shard, schema, settings)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _identified(path: Path, output: Path) -> InputFile:
+    if path.suffix not in KINDS:
+        raise InvalidOptionError(f"input: {path} is not accepted; accepted: {', '.join(KINDS)}")
+    resolved = path.resolve()
+    if resolved.is_relative_to(output.resolve()):
+        raise InvalidOptionError(f"input: {path} lies inside the output {output}")
+    try:
+        found = resolved.stat()
+    except OSError as error:
+        raise DataFileError(f"input: {path}: {error}") from error
+    return InputFile(str(resolved), KINDS[path.suffix], found.st_size, found.st_mtime_ns)
