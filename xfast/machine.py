@@ -114,7 +114,7 @@ def backends() -> list[dict[str, Any]]:
         reasons = {p: [backend.supports(base, device, p) for device in devices] for p in PRECISIONS[1:-1]}
         precisions = [precision for precision, given in reasons.items() if None in given]
         # each device's own: with a GPU, that a model on the CPU is not for this backend explains nothing
-        reason = None if precisions else "; ".join(dict.fromkeys(reasons["fp32"]))
+        reason = None if precisions else "; ".join(dict.fromkeys(filter(None, reasons["fp32"])))
         rows.append({"name": backend.name, "available": bool(precisions), "precisions": precisions, "reason": reason})
     return rows
 
