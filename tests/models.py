@@ -38,6 +38,26 @@ VOCAB, LABELS, CHOICES = 101, 3, 2
 BOS, PAD, EOS = 0, 1, 2  # as in XLM-R; BERT's own pad id is 0
 LENGTHS = (9, 1, 17, 13)  # of the default ragged batch
 
+ALTCLIP_TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 100,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "project_dim": 24,
+}
+ALTCLIP_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
 
 def quick_settings() -> Iterator[None]:
     """For ``pytest.fixture(autouse=True)(quick_settings)``: no gradients, xfast on two threads, torch on one.
@@ -103,6 +123,21 @@ def build(
     cls = getattr(transformers, PREFIXES[family] + ENDINGS[head])
     model = cls(config, add_pooling_layer=head == "base") if ENDINGS[head] == "Model" else cls(config)
     randomise(model, seed)
+    return model.eval()
+
+
+def text_tower(**changes: Any) -> Any:
+    """AltCLIP's text model: encoder, LayerNorm, projection of every token; column 0 is the text's embedding."""
+    model = transformers.AltCLIPTextModel(transformers.AltCLIPTextConfig(**{**ALTCLIP_TEXT, **changes}))
+    randomise(model, 0)
+    return model.eval()
+
+
+def alt_clip() -> Any:
+    """AltCLIP with both towers."""
+    config = transformers.AltCLIPConfig(text_config=ALTCLIP_TEXT, vision_config=ALTCLIP_VISION, projection_dim=16)
+    model = transformers.AltCLIPModel(config)
+    randomise(model, 0)
     return model.eval()
 
 

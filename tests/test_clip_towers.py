@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from models import (
     LENGTHS,
-    VOCAB,
+    alt_clip,
     at_tokens,
     build,
     error,
@@ -20,8 +19,8 @@ from models import (
     norm_error,
     quick_settings,
     ragged,
-    randomise,
     simulated_int8,
+    text_tower,
 )
 from torch import nn
 
@@ -31,41 +30,6 @@ _settings = pytest.fixture(autouse=True)(quick_settings)
 
 PRECISIONS = ("fp32", "bf16", "int8")
 FP32_ERROR = 1e-5
-PROJECTED = 24
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 100,
-    "max_position_embeddings": 40,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-    "project_dim": PROJECTED,
-}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-
-def text_tower(**changes: Any) -> Any:
-    """AltCLIP's text model: encoder, LayerNorm, projection of every token; column 0 is the text's embedding."""
-    model = transformers.AltCLIPTextModel(transformers.AltCLIPTextConfig(**{**TEXT, **changes}))
-    randomise(model, 0)
-    return model.eval()
-
-
-def whole() -> Any:
-    """AltCLIP with both towers."""
-    config = transformers.AltCLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)
-    model = transformers.AltCLIPModel(config)
-    randomise(model, 0)
-    return model.eval()
 
 
 class MultilingualCLIP(nn.Module):
@@ -74,7 +38,7 @@ class MultilingualCLIP(nn.Module):
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
-        self.LinearTransformation = nn.Linear(64, PROJECTED)
+        self.LinearTransformation = nn.Linear(64, 24)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         states, mask = self.transformer(**batch)[0], batch["attention_mask"]
@@ -134,7 +98,7 @@ def test_altclip_reads_column_0_even_where_it_is_masked() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_both_altclip_towers_give_the_originals_logits(precision: str) -> None:
-    model, batch = whole(), ragged()
+    model, batch = alt_clip(), ragged()
     pixels = torch.randn(2, 3, 8, 8)
     want = model(**batch, pixel_values=pixels)
     got = xfast.accelerate(model, precision=precision)(**batch, pixel_values=pixels)

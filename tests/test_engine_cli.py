@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import build
+from models import alt_clip, build, text_tower
 from typer.testing import CliRunner
 
+from xfast.architecture import describe, find_encoders
+from xfast.backends import tensorrt_store as stores
 from xfast.cli import app
+from xfast.engine import load_weights
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
 
@@ -42,6 +46,43 @@ def test_build_and_inspect(precision: str, model: Path, tmp_path: Path) -> None:
     assert precision in _run("inspect", tmp_path).stdout
     again = json.loads(_run("build", model, tmp_path, "--precision", precision, "--target", "SM89", "--json").stdout)
     assert again["path"] == made["path"]  # the same key, replaced
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_a_pre_norm_model(precision: str, tmp_path: Path) -> None:
+    build("xlm-roberta-xl", "masked-lm", num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    names = set()
+    for layers in ([], ["--layers", "1"]):
+        options = ("--precision", precision, "--target", "SM89", *layers, "--json")
+        done = _run("build", tmp_path / "model", tmp_path / "engines", *options)
+        assert done.exit_code == 0, done.output
+        names.add(Path(json.loads(done.stdout)["path"]).name)
+    rows = json.loads(_run("inspect", tmp_path / "engines", "--json").stdout)
+    assert {row["file"] for row in rows} == names
+    assert sorted((row["family"], row["layers"]) for row in rows) == [("xlm-roberta-xl", 1), ("xlm-roberta-xl", 2)]
+    assert all(row["state"].startswith("intact") for row in rows)
+
+
+@pytest.mark.parametrize("tower", [alt_clip, text_tower], ids=["AltCLIPModel", "AltCLIPTextModel"])
+def test_altclip(tower: Callable[[], Any], tmp_path: Path) -> None:
+    model = tower()
+    model.save_pretrained(tmp_path / "model")
+    done = _run("build", tmp_path / "model", tmp_path / "engines", "--target", "SM89", "--json")
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(_run("inspect", tmp_path / "engines", "--json").stdout)
+    assert (row["family"], row["layers"], row["precision"]) == ("altclip", 3, "bf16")
+    # accelerate finds it by the weights: whichever model they were read from, the encoder's are the same
+    ((_, encoder, family),) = find_encoders(model)
+    assert stores.digest(describe(encoder, family)) == stores.digest(load_weights(str(tmp_path / "model")))
+
+
+def test_a_checkpoint_of_another_class_is_named(tmp_path: Path) -> None:
+    build("xlm-roberta-xl", "masked-lm", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**config, "model_type": "xlm-roberta"})
+    (tmp_path / "model" / "config.json").write_text(text, encoding="utf-8")
+    done = _run("build", tmp_path / "model", tmp_path / "engines", "--target", "SM89")
+    assert done.exit_code == 2 and "transformers.XLMRobertaXLForMaskedLM" in done.stderr
 
 
 def test_layers_and_targets_are_other_engines(model: Path, tmp_path: Path) -> None:

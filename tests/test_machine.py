@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import xfast
-from xfast import _C, machine
+from xfast import _C, machine, plan
 from xfast.errors import InvalidOptionError
 
 
@@ -68,3 +69,20 @@ def test_bad_arguments(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(InvalidOptionError, match=part) as caught:
         machine.ceiling(**{"kind": "fp32", **arguments})
     assert "accepted" in str(caught.value)
+
+
+class _OnlyOnGpus:
+    """A backend that no machine can run."""
+
+    name = "other"
+
+    def supports(self, spec: Any, device: torch.device, precision: str) -> str:
+        return "not for CPUs" if device.type == "cpu" else "its library is not installed"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_backend_that_is_missing_says_why_on_every_device(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "BACKENDS", (_OnlyOnGpus(),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    reason = "not for CPUs" + "; its library is not installed" * gpu
+    assert machine.backends() == [{"name": "other", "available": False, "precisions": [], "reason": reason}]

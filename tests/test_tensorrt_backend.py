@@ -14,7 +14,19 @@ from typing import Any
 import pytest
 import torch
 from gpu import DEVICE, NO_NUMPY_WARNINGS, Captures
-from models import FAMILIES, HEADS, arguments, at_tokens, build, left_padded, norm_error, quick_settings, ragged
+from models import (
+    FAMILIES,
+    HEADS,
+    alt_clip,
+    arguments,
+    at_tokens,
+    build,
+    fallbacks,
+    left_padded,
+    norm_error,
+    quick_settings,
+    ragged,
+)
 
 import xfast
 from xfast.architecture import describe, find_encoders
@@ -89,7 +101,11 @@ def _same(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor, limit: floa
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [*(("xlm-roberta", head) for head in HEADS), *((family, "base") for family in FAMILIES[1:])]
+    ("family", "head"),
+    [
+        *((family, head) for family in ("xlm-roberta", "xlm-roberta-xl") for head in HEADS),
+        *((family, "base") for family in FAMILIES[1:]),
+    ],
 )
 def test_every_head_and_family(family: str, head: str, simulated: list[tuple[str, int]]) -> None:
     model = _model(family, head)
@@ -105,8 +121,9 @@ def test_every_head_and_family(family: str, head: str, simulated: list[tuple[str
     assert torch.equal(fast(**batch)[0], want)
 
 
-def test_holes_left_padding_and_empty_sequences(simulated: list[tuple[str, int]]) -> None:
-    model = _model(head="base-no-pooler")
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_holes_left_padding_and_empty_sequences(family: str, simulated: list[tuple[str, int]]) -> None:
+    model = _model(family, "base-no-pooler")
     batch = _moved(ragged("xlm-roberta"))
     holes = {**batch, "attention_mask": batch["attention_mask"].clone()}
     holes["attention_mask"][0, 3:5] = 0
@@ -120,18 +137,33 @@ def test_holes_left_padding_and_empty_sequences(simulated: list[tuple[str, int]]
         assert torch.isfinite(got).all()
 
 
-def test_layers_rows_and_precisions(simulated: list[tuple[str, int]]) -> None:
-    model = _model(head="sequence-classification")
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_layers_rows_and_precisions(family: str, simulated: list[tuple[str, int]]) -> None:
+    model = _model(family, "sequence-classification")
     batch = _moved(ragged("xlm-roberta"))
     want = model(**batch).logits
     for precision, limit in (("fp16", 5e-3), ("bf16", 5e-2), ("int8", 5e-2), ("fp8", 0.12)):
         got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch).logits
         assert got.dtype == want.dtype and norm_error(got, want) < limit
-    bare = _model(head="base-no-pooler")
+    bare = _model(family, "base-no-pooler")
     states = bare(**batch, output_hidden_states=True).hidden_states
     got = xfast.accelerate(bare, backend="tensorrt", layers=1)(**batch).last_hidden_state
     _same(got, states[1], batch["attention_mask"])
     assert simulated == [*((precision, LAYERS) for precision in ("fp16", "bf16", "int8", "fp8")), ("fp32", 1)]
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 2e-2), ("int8", 4e-2)])
+def test_altclips_text_tower(precision: str, limit: float, simulated: list[tuple[str, int]]) -> None:
+    model, batch = alt_clip().to(DEVICE), _moved(ragged("xlm-roberta"))
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    want = model(**batch, pixel_values=pixels)
+    got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch, pixel_values=pixels)
+    for name in ("logits_per_text", "logits_per_image", "text_embeds"):
+        assert norm_error(got[name], want[name]) <= limit
+    assert torch.equal(got.image_embeds, want.image_embeds)
+    assert simulated == [(precision, 3)] and fallbacks(model) == {}
+    xfast.restore(model)
+    assert torch.equal(model(**batch, pixel_values=pixels).logits_per_text, want.logits_per_text)
 
 
 def test_graphs_of_enlarged_batches(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +288,15 @@ def test_places_by_brute_force() -> None:
 @pytest.mark.parametrize(
     ("precision", "limit"), [("fp32", 1e-4), ("fp16", 5e-3), ("bf16", 5e-2), ("int8", 5e-2), ("fp8", 0.12)]
 )
-def test_a_real_engine_on_a_gpu(precision: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_a_real_engine_on_a_gpu(
+    family: str, precision: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Built, checked, run, stored; then found in the store."""
     monkeypatch.setenv("XFAST_CACHE", str(tmp_path))
     batch = _moved(ragged("xlm-roberta"))
     for origin in ("built", "from the cache"):
-        model = _model(head="base-no-pooler")
+        model = _model(family, "base-no-pooler")
         want = model(**batch)[0]
         got = xfast.accelerate(model, backend="tensorrt", precision=precision)(**batch)[0]
         _same(got.float(), want, batch["attention_mask"], limit)

@@ -22,26 +22,29 @@ def _weights(family: str, **changes: object) -> tuple[torch.nn.Module, EncoderWe
     return model, describe(model, found)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
-def test_the_reference_is_the_model(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers"), [*((family, 3) for family in models.ALL_FAMILIES), ("xlm-roberta-xl", 2), ("bert", 0)]
+)
+def test_the_reference_is_the_model(family: str, layers: int) -> None:
     model, weights = _weights(family)
     for case in judge.cases(weights.spec, 30, CPU):
-        ours = judge.reference(weights, case, "fp32", weights.spec.num_layers)
+        ours = judge.reference(weights, case, "fp32", layers)
         parts = []
         for ids, types in zip(case.ids.split(case.lengths), case.types.split(case.lengths), strict=True):
             # positions as the family counts them: ids that happen to be the padding id must not shift them
             start = weights.spec.first_position
             positions = torch.arange(start, start + len(ids))[None]
             with torch.no_grad():
-                out = model(ids[None].long(), token_type_ids=types[None].long(), position_ids=positions)
-            parts.append(out.last_hidden_state[0])
-        assert torch.allclose(ours, torch.cat(parts), atol=2e-6)
+                places = {"token_type_ids": types[None].long(), "position_ids": positions}
+                states = model(ids[None].long(), **places, output_hidden_states=True).hidden_states
+            parts.append(states[layers][0])
+        assert torch.allclose(ours, torch.cat(parts), atol=4e-6)
 
 
 @pytest.mark.parametrize("precision", list(judge.DTYPES))
-def test_rounding_is_accepted(precision: str) -> None:
-    _, weights = _weights("xlm-roberta")
-    layers = weights.spec.num_layers
+@pytest.mark.parametrize(("family", "layers"), [("xlm-roberta", 3), ("xlm-roberta-xl", 3), ("xlm-roberta-xl", 2)])
+def test_rounding_is_accepted(family: str, layers: int, precision: str) -> None:
+    _, weights = _weights(family)
     report = judge.check(
         lambda case: judge.reference(weights, case, precision, layers),
         weights,
@@ -72,8 +75,9 @@ WRONG: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @pytest.mark.parametrize("precision", list(judge.DTYPES))
 @pytest.mark.parametrize("wrong", list(WRONG))
-def test_anything_else_is_refused(wrong: str, precision: str) -> None:
-    _, weights = _weights("xlm-roberta")
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_anything_else_is_refused(family: str, wrong: str, precision: str) -> None:
+    _, weights = _weights(family)
     layers = weights.spec.num_layers
     amount = 0.2 if precision in TOPS else 0.05  # of what rounding 8 bits explains there is more
     with pytest.raises(judge.EngineRejectedError, match=r"refused: (NaN|relative error)") as caught:
@@ -87,8 +91,9 @@ def test_anything_else_is_refused(wrong: str, precision: str) -> None:
     assert not caught.value.report.accepted and caught.value.report.finite == (wrong != "one token is NaN")
 
 
-def test_an_engine_with_a_layer_too_few_is_refused() -> None:
-    _, weights = _weights("bert")
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta-xl"])
+def test_an_engine_with_a_layer_too_few_is_refused(family: str) -> None:
+    _, weights = _weights(family)
     with pytest.raises(judge.EngineRejectedError):
         judge.check(
             lambda case: judge.reference(weights, case, "fp32", 2),
@@ -97,6 +102,32 @@ def test_an_engine_with_a_layer_too_few_is_refused() -> None:
             3,
             judge.cases(weights.spec, 30, CPU),
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_where_pytorch_overflows_nothing_is_allowed(family: str) -> None:
+    """A product beyond fp16: PyTorch's own error there is not finite, which must not excuse an engine's."""
+    model, weights = _weights(family)
+    model.encoder.layer[1].output.dense.weight.mul_(1e6)
+    samples = judge.cases(weights.spec, 30, CPU)
+    assert not all(torch.isfinite(judge.reference(weights, case, "fp16", 3)).all() for case in samples)
+    with pytest.raises(judge.EngineRejectedError, match=r"relative error .* \(allowed 1.00e-03\)"):
+        judge.check(lambda case: torch.ones(len(case.ids), 64), weights, "fp16", 3, samples)
+
+
+@torch.no_grad()
+def test_a_deep_pre_norm_stream_may_exceed_fp16() -> None:
+    model, weights = _weights("xlm-roberta-xl")
+    for layer in model.encoder.layer:
+        layer.output.dense.bias[3] = 5e4
+    samples = judge.cases(weights.spec, 30, CPU)
+    for layers in (2, 3):
+        report = judge.check(
+            lambda case, layers=layers: judge.reference(weights, case, "fp16", layers), weights, "fp16", layers, samples
+        )
+        assert report.finite and report.bound < 5e-3
+    assert float(judge.reference(weights, samples[0], "fp16", 2).abs().max()) > torch.finfo(torch.float16).max
 
 
 def test_cases_fit_the_model() -> None:

@@ -36,6 +36,7 @@ from xfast.backends.tensorrt_network import (  # noqa: E402
     DTYPES,
     INPUTS,
     PRECISIONS,
+    output_dtype,
     refusal,
 )
 from xfast.errors import (  # noqa: E402
@@ -67,7 +68,7 @@ def check(
     """The error against the float32 original, which must be small for the precision."""
     batch = batch_of(weights.spec.family, lengths, weights.spec.type_vocab_size)
     got = Built(weights, precision, layers, missing).run(feeds_of(weights, batch, rows))
-    assert got.dtype == DTYPES[precision]
+    assert got.dtype == output_dtype(weights.spec, precision, weights.spec.num_layers if layers is None else layers)
     want = expected(model, batch, rows, layers)
     if precision == "fp32":
         error = models.error(got, want)
@@ -83,7 +84,7 @@ def check(
 
 @pytest.mark.parametrize("missing", [(), NO_ATTENTION], ids=["attention-layer", "plain-attention"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.ALL_FAMILIES)
 def test_is_the_model(family: str, precision: str, missing: Sequence[str]) -> None:
     check(*made(family), precision, missing=missing)
 
@@ -97,15 +98,17 @@ def test_any_lengths(lengths: Sequence[int], precision: str, missing: Sequence[s
 
 @pytest.mark.parametrize("rows", [(0, 9, 10, 27), (10,), (39,), (39, 0, 9, 9, 12), tuple(range(40))], ids=str)
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_only_the_rows_wanted(rows: Sequence[int], layers: int) -> None:
-    check(*made(), "fp32", rows=rows, layers=layers)
-    check(*made(), "fp16", rows=rows, layers=layers)
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
+def test_only_the_rows_wanted(family: str, rows: Sequence[int], layers: int) -> None:
+    check(*made(family), "fp32", rows=rows, layers=layers)
+    check(*made(family), "fp16", rows=rows, layers=layers)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, None])
-def test_first_layers_only(layers: int | None, precision: str) -> None:
-    check(*made("bert"), precision, layers=layers)
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta-xl"])
+def test_first_layers_only(family: str, layers: int | None, precision: str) -> None:
+    check(*made(family), precision, layers=layers)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -170,8 +173,8 @@ WRONG = {
     "epsilon": ("_norm", lambda self, layer, role: (*ORIGINAL["_norm"](self, layer, role)[:2], 1e-2)),
     "gelu left out": ("_gelu", lambda self, x, name: x),
     "residual left out": (
-        "_add_norm",
-        lambda self, x, out, layer, part: ORIGINAL["_add_norm"](self, out, out, layer, part),
+        "_residual",
+        lambda self, x, out, layer, part: ORIGINAL["_residual"](self, out, out, layer, part),
     ),
     "keys for values": (
         "_fused_attention",
@@ -196,10 +199,11 @@ def _mixed_up(self: Any, padded: Any, begin: int, name: str) -> Any:
     return self.graph.shuffle(flat, (0, self.spec.num_heads, -1, self.spec.head_dim), f"{name}.wrong")
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_network_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_network_is_noticed(what: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, wrong = WRONG[what]
-    model, weights = made(num_hidden_layers=2)
+    model, weights = made(family, num_hidden_layers=2)
     monkeypatch.setattr(tensorrt_network._Encoder, name, wrong)
     with pytest.raises(AssertionError, match=r"^error \d"):
         check(model, weights, "fp32")
@@ -283,7 +287,7 @@ def test_refusals() -> None:
         assert refusal(dataclasses.replace(spec, **change), "fp16")
     assert "available: fp32, fp16, bf16, int8, fp8" in str(refusal(spec, "int4"))
     _, weights = made()
-    with pytest.raises(UnsupportedModelError, match="pre-norm"):
+    with pytest.raises(UnsupportedModelError, match="LayerNorms"):
         Built(dataclasses.replace(weights, spec=dataclasses.replace(spec, norm="pre")), "fp16")
     for layers in (-1, 4):
         with pytest.raises(InvalidOptionError, match=f"layers is {layers}; accepted: 0 to 3"):
@@ -344,7 +348,7 @@ def test_fp32_shares_the_models_memory() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", models.ALL_FAMILIES)
 def test_engines_are_built(family: str, precision: str) -> None:
     """One engine for all three, which is what a builder for several GPUs makes."""
     _, weights = made(family, num_hidden_layers=2)

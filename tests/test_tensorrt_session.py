@@ -142,7 +142,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
 
 def session(runtime: Runtime) -> Session:
-    return Session(runtime, b"engine", "fp32", HIDDEN, CPU)  # type: ignore[arg-type]
+    return Session(runtime, b"engine", torch.float32, HIDDEN, CPU)  # type: ignore[arg-type]
 
 
 def inputs_of(lengths: tuple[int, ...], rows: tuple[int, ...] | None = None, seed: int = 0) -> dict[str, torch.Tensor]:

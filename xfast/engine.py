@@ -41,7 +41,12 @@ def load_weights(model: str) -> EncoderWeights:
     """
     with reading(model):
         config = transformers.AutoConfig.from_pretrained(model)
-        loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
+        if config.model_type == "altclip_text_model":  # in no table of the Auto classes
+            loaded = transformers.AltCLIPTextModel.from_pretrained(model)
+        elif config.model_type == "altclip":  # no pooler to leave out
+            loaded = transformers.AltCLIPModel.from_pretrained(model)
+        else:
+            loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
     found = find_encoders(loaded)
     if not found:
         raise UnsupportedModelError(f"model: {config.model_type} is not supported; supported: {supported_families()}")

@@ -11,8 +11,6 @@ from typing import Any
 import xfast
 from xfast.errors import InvalidOptionError
 
-PLANNED_BACKENDS = ("tensorrt",)
-
 CEILINGS = ("fp32", "bf16", "int8", "read")
 """What ``ceilings`` measures: multiply-accumulate by precision in GOP/s, and reading memory in GB/s."""
 
@@ -120,11 +118,10 @@ def backends() -> list[dict[str, Any]]:
     for backend in BACKENDS:
         reasons = {p: [backend.supports(base, device, p) for device in devices] for p in PRECISIONS[1:-1]}
         precisions = [precision for precision, given in reasons.items() if None in given]
-        reason = None if precisions else reasons["fp32"][0]
+        # each device's own: with a GPU, that a model on the CPU is not for this backend explains nothing
+        reason = None if precisions else "; ".join(dict.fromkeys(filter(None, reasons["fp32"])))
         rows.append({"name": backend.name, "available": bool(precisions), "precisions": precisions, "reason": reason})
-    known = {row["name"] for row in rows}
-    planned = {"available": False, "precisions": [], "reason": "planned, not in this version"}
-    return rows + [{"name": name, **planned} for name in PLANNED_BACKENDS if name not in known]
+    return rows
 
 
 def cpu_flags() -> frozenset[str]:

@@ -153,7 +153,7 @@ class TensorRTEngine:
             target = "CURRENT" if "CURRENT" in runtime.targets() else None
             with torch.cuda.device(self.device):
                 blob = builder.build(self._weights, self.precision, layers, self.profiles, target, runtime=runtime)
-        runner = self._load(runtime, blob)
+        runner = self._load(runtime, blob, layers)
         report = self._check(runner, layers)
         if not found:
             store.save(key, blob)
@@ -182,13 +182,14 @@ class TensorRTEngine:
         store, _, blob = self._stored(runtime, layers)
         if blob is None:
             raise BackendUnavailableError(f"{store.folder} has no engine of this model for this GPU: {store.notes}")
-        return self._check(self._load(runtime, blob), layers)
+        return self._check(self._load(runtime, blob, layers), layers)
 
-    def _load(self, runtime: runtimes.Runtime, blob: bytes) -> Runner:
+    def _load(self, runtime: runtimes.Runtime, blob: bytes, layers: int) -> Runner:
         from xfast.backends.tensorrt_session import Session
 
         with torch.cuda.device(self.device):  # the graphs' stream and memory pool belong to a device
-            session = Session(runtime, blob, self.precision, self.spec.hidden_size, self.device)
+            dtype = networks.output_dtype(self.spec, self.precision, layers)
+            session = Session(runtime, blob, dtype, self.spec.hidden_size, self.device)
             return GraphRunner(session, self.profiles)
 
     def _check(self, runner: Runner, layers: int) -> judge.Report:

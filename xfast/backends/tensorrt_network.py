@@ -2,11 +2,15 @@
 
 Products, LayerNorm and GELU see packed tokens only, [T, hidden_size]. Attention alone needs a padded batch: the fused
 product's rows are gathered to [B, L, 3 * hidden_size], and what attention returns is gathered back. Every precision is
-one a reader can see in the network: the residual stream and the products' operands are in the computing dtype (in int8
-and fp8 the operands are those of ``tensorrt_quantize``), while LayerNorm with the sum before it, GELU and softmax are
-float32. The casts are no kernels: release 1.7.1 makes nine of a layer in fp16 or bf16: QKV with its bias, gather,
-attention, gather, product, sum with LayerNorm, product with bias and GELU, product, sum with LayerNorm (read off the
-builder's log, for 8.9).
+one a reader can see in the network: the products' operands are in the computing dtype (in int8 and fp8 they are those
+of ``tensorrt_quantize``), while LayerNorm with the sum before it, GELU and softmax are float32. The casts are no
+kernels: release 1.7.1 makes nine of a layer in fp16 or bf16: QKV with its bias, gather, attention, gather, product, sum
+with LayerNorm, product with bias and GELU, product, sum with LayerNorm (read off the builder's log, for 8.9).
+
+The residual stream is in the computing dtype where every LayerNorm brings it back to size (post-norm). In a pre-norm
+encoder (XLM-R-XL) it is float32 in every precision: layers only add to it, so float16, which ends at 65504, would
+overflow in a deep one, and bfloat16 would lose what a late layer adds to a large stream. It costs no kernel: LayerNorm
+reads float32 anyway, and rounds to the computing dtype what the next product reads.
 
 No shape is known but the model's: T tokens, B sequences, L columns, R rows wanted.
 """
@@ -19,6 +23,7 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends import tensorrt_quantize
+from xfast.backends.base import unusual_norms
 from xfast.backends.parameters import ParameterReader
 from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError
 
@@ -50,7 +55,7 @@ and ``rows`` the packed rows wanted, in any order, repeated or not. No value is 
 """
 
 OUTPUT = "hidden"
-"""The network's output, [R, hidden_size] in the precision's dtype."""
+"""The network's output, [R, hidden_size] in ``output_dtype``."""
 
 _TYPE_NAMES = {
     torch.float32: "float32",
@@ -69,13 +74,19 @@ def refusal(spec: EncoderSpec, precision: str) -> str | None:
     """Why no network can be built for this encoder, or None."""
     if precision not in PRECISIONS:
         return f"precision {precision} is not available with TensorRT; available: {', '.join(PRECISIONS)}"
-    if spec.norm != "post" or not spec.embedding_norm or spec.final_norm:
-        return "pre-norm encoders are not supported yet"
+    if (unusual := unusual_norms(spec)) is not None:
+        return unusual
     if spec.activation != "gelu":
         return f"activation {spec.activation!r} is not supported; supported: 'gelu' (exact)"
     if spec.num_heads * spec.head_dim != spec.hidden_size:
         return f"{spec.num_heads} heads of {spec.head_dim} are not hidden_size {spec.hidden_size}"
     return None
+
+
+def output_dtype(spec: EncoderSpec, precision: str, layers: int) -> torch.dtype:
+    """The dtype of the output of the first ``layers`` layers: the precision's, or float32 for a pre-norm stream."""
+    ends_in_norm = spec.norm == "post" or layers == spec.num_layers
+    return DTYPES[precision] if ends_in_norm else torch.float32
 
 
 def has_fused_attention(trt: Any, network: Any, head_dim: int, precision: str) -> bool:
@@ -97,7 +108,8 @@ def build_network(
         network: an empty, strongly typed ``INetworkDefinition``.
         weights: the encoder; parameters on any device and in any floating dtype.
         precision: one of ``PRECISIONS``.
-        layers: 0 to the number of layers, None for all; 0 is the normalised embeddings.
+        layers: 0 to the number of layers, None for all; 0 is the embeddings, normalised where the model does so. The
+            LayerNorm behind a pre-norm encoder's last layer belongs to all of them; fewer give the residual stream.
 
     Returns:
         What TensorRT reads from, one tensor for each constant layer, in the network's order. They must outlive the
@@ -123,6 +135,8 @@ def build_network(
         hidden = encoder.layer(layer, hidden, last=layer + 1 == layers)
     if layers == 0:
         hidden = graph.gather(hidden, encoder.inputs["rows"], "rows_of_embeddings")
+    if spec.final_norm and layers == spec.num_layers:
+        hidden = encoder.norm(hidden, -1, "final_norm", "final_norm")
     hidden.name = OUTPUT
     network.mark_output(hidden)
     return graph.arrays
@@ -231,7 +245,7 @@ class _Encoder:
         self._shared: dict[str, Any] = {}
 
     def embeddings(self) -> Any:
-        """[T, hidden_size]: the tables' rows, summed and normalised in float32."""
+        """[T, hidden_size]: the tables' rows, summed in float32 and, post-norm, normalised."""
         graph, tables = self.graph, ["word", "position"]
         if self.spec.type_vocab_size > 1:
             tables.append("type")
@@ -241,12 +255,15 @@ class _Encoder:
             rows = graph.gather(values, self.inputs[ids], f"embeddings.{table}")
             rows = graph.cast(rows, torch.float32, f"embeddings.{table}.float")
             total = rows if total is None else graph.elementwise(total, rows, "SUM", f"embeddings.with_{table}")
-        return graph.norm(total, *self._norm(-1, "embedding_norm"), "embeddings.norm")
+        return self.norm(total, -1, "embedding_norm", "embeddings.norm") if self.spec.embedding_norm else total
 
     def layer(self, layer: int, x: Any, last: bool) -> Any:
-        """One layer over x [T, hidden_size]. The ``last`` is [R, hidden_size]: after attention, only rows wanted."""
+        """One layer over x [T, hidden_size], the residual stream: in float32 if pre-norm, else in the computing dtype.
+
+        The ``last`` is [R, hidden_size]: after attention, only rows wanted.
+        """
         graph, name = self.graph, f"layer{layer}"
-        qkv = self._linear(x, *self._qkv(layer), f"{name}.qkv")
+        qkv = self._linear(self._operand(x, layer, "attention"), *self._qkv(layer), f"{name}.qkv")
         qkv = graph.cast(qkv, graph.dtype, f"{name}.qkv.rounded")
         columns = self.inputs["packed_columns"]
         if last:
@@ -254,11 +271,15 @@ class _Encoder:
             x = graph.gather(x, self.inputs["rows"], f"{name}.rows")
         context = graph.gather(self._attention(qkv, name), columns, f"{name}.context")
         out = self._linear(context, *self._weights(layer, "attention_out"), f"{name}.attention_out")
-        x = self._add_norm(x, out, layer, "attention")
-        inner = self._linear(x, *self._weights(layer, "ffn_in"), f"{name}.ffn_in")
+        x = self._residual(x, out, layer, "attention")
+        inner = self._linear(self._operand(x, layer, "ffn"), *self._weights(layer, "ffn_in"), f"{name}.ffn_in")
         inner = self._gelu(inner, f"{name}.gelu")
         out = self._linear(inner, *self._weights(layer, "ffn_out"), f"{name}.ffn_out")
-        return self._add_norm(x, out, layer, "ffn")
+        return self._residual(x, out, layer, "ffn")
+
+    def norm(self, x: Any, layer: int, role: str, name: str) -> Any:
+        """LayerNorm of float32 rows, rounded to the computing dtype."""
+        return self.graph.norm(x, *self._norm(layer, role), name)
 
     def _table(self, role: str) -> torch.Tensor:
         """A table in the computing dtype. Types of a model that has but one are part of every position."""
@@ -342,13 +363,21 @@ class _Encoder:
         shares = graph.cast(softmax.get_output(0), graph.dtype, f"{name}.shares")
         return graph.matmul(shares, v, name, transposed=False)
 
-    def _add_norm(self, x: Any, out: Any, layer: int, part: str) -> Any:
-        """LayerNorm(x + out). The sum is float32, as LayerNorm reads it: one rounding less, no byte more to move."""
+    def _operand(self, x: Any, layer: int, part: str) -> Any:
+        """What a part's first product reads: the residual stream, or its LayerNorm if pre-norm."""
+        pre = self.spec.norm == "pre"
+        return self.norm(x, layer, f"{part}_norm", f"layer{layer}.{part}_norm") if pre else x
+
+    def _residual(self, x: Any, out: Any, layer: int, part: str) -> Any:
+        """The residual stream after a part: x + out if pre-norm, else LayerNorm(x + out).
+
+        The sum is float32, as LayerNorm reads it: one rounding less and, post-norm, no byte more to move.
+        """
         graph, name = self.graph, f"layer{layer}.{part}"
         x = graph.cast(x, torch.float32, f"{name}_residual.float")
         out = graph.cast(out, torch.float32, f"{name}_out.float")
         total = graph.elementwise(x, out, "SUM", f"{name}_residual")
-        return graph.norm(total, *self._norm(layer, f"{part}_norm"), f"{name}_norm")
+        return total if self.spec.norm == "pre" else self.norm(total, layer, f"{part}_norm", f"{name}_norm")
 
     def _gelu(self, x: Any, name: str) -> Any:
         """Exact GELU, in float32 whatever x is: TensorRT does not promise what an activation computes in."""

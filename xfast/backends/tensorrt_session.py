@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from xfast.backends.tensorrt_network import DTYPES, INPUTS, OUTPUT
+from xfast.backends.tensorrt_network import INPUTS, OUTPUT
 from xfast.backends.tensorrt_runtime import Log, Runtime
 from xfast.errors import BackendUnavailableError
 
@@ -25,7 +25,7 @@ class Session:
     Args:
         runtime: that built the engine.
         blob: the serialised engine.
-        precision: of its output.
+        dtype: of its output.
         hidden_size: columns of its output.
         device: a CUDA device.
 
@@ -33,8 +33,10 @@ class Session:
         BackendUnavailableError: TensorRT does not take the engine on this device; its messages say why.
     """
 
-    def __init__(self, runtime: Runtime, blob: bytes, precision: str, hidden_size: int, device: torch.device) -> None:
-        self.device, self.dtype, self.hidden_size = device, DTYPES[precision], hidden_size
+    def __init__(
+        self, runtime: Runtime, blob: bytes, dtype: torch.dtype, hidden_size: int, device: torch.device
+    ) -> None:
+        self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
         self._lock = threading.Lock()
         with torch.cuda.device(device), runtime.collecting() as log:
             # the engine refers to its runtime, contexts to their engine: all are kept
