@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
+from xfast.convert import run as convert
 from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.machine import backends, ceilings, machine
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(stilts_app, name="stilts")
 app.add_typer(engine_app, name="engine")
 app.add_typer(study_app, name="study")
+app.command("convert")(convert)
 
 
 def _complain(text: str) -> None:
