@@ -121,7 +121,7 @@ def explain(model: Any) -> Explanation:
 
 
 def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
-    """Writes an accelerated model as a packed artifact, which :func:`load` maps instead of packing; see docs/artifacts.md.
+    """Writes an accelerated model as a packed artifact, for :func:`load`; see docs/artifacts.md.
 
     Args:
         model: accelerated on the CPU; a model of one of transformers' own classes, or a pipeline with one.
@@ -148,7 +148,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
 
 
 def load(folder: str | os.PathLike[str], *, verify: bool | None = None) -> Any:
-    """Loads a packed artifact: a transformers model in eval mode, accelerated. Its packed weights are mapped, not copied.
+    """Loads a packed artifact: a transformers model in eval mode, accelerated; packed weights are mapped, not copied.
 
     Args:
         folder: what :func:`save` or ``xfast convert`` wrote.

@@ -20,8 +20,17 @@ from xfast import _C
 from xfast.architecture import EncoderSpec
 from xfast.backends.native import LINEARS
 from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
-from xfast.tensor_files import FileRecord, Mapped, TensorFile, reading, record_of, strict_json, write_file
-from xfast.tensor_files import write_tensors, writing  # isort: skip
+from xfast.tensor_files import (
+    FileRecord,
+    Mapped,
+    TensorFile,
+    reading,
+    record_of,
+    strict_json,
+    write_file,
+    write_tensors,
+    writing,
+)
 
 FORMAT = 1
 MANIFEST = "xfast.json"
@@ -156,7 +165,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 class Reader:
-    """The files of an artifact. ``verify``: "size", "checksum" (every byte that is used) or "full" (SHA-256, all files).
+    """The files of an artifact. ``verify``: "size", "checksum" (all bytes that are used), "full" (SHA-256, all files).
 
     Raises:
         ArtifactError: a file is missing, damaged, or not what the manifest and the model need.

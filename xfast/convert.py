@@ -200,7 +200,7 @@ def _skeleton(checkpoint: Checkpoint, architecture: str | None) -> nn.Module:
             "such as XLMRobertaModel (default: the one that config.json names)"
         )
     try:
-        config = cls.config_class.from_dict(checkpoint.config)
+        config = packed_model.config_of(cls, checkpoint.config)
         bare = any(cls.__name__ in family.encoder_classes for family in FAMILIES)
         pooled = any("pooler." in tensor for tensor in checkpoint.names())
         return packed_model.skeleton(cls, config, {"add_pooling_layer": pooled} if bare else {})

@@ -32,23 +32,37 @@ from xfast.tensor_files import DTYPES, NAMES, as_bytes
 from xfast.threads import get_num_threads
 
 _TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_INITIALISERS = {"normal_", "_no_grad_normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_"}
+_INITIALISERS |= {"constant_", "zero_", "fill_", "copy_", "mul_"}
 _CLASS_NAME = re.compile(r"(transformers\.models(?:\.\w+)+):(\w+)")
 PackedLayer = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Uninitialised memory, which is what modules make parameters of, has no memory; buffers are made as always."""
+    """Uninitialised memory, which is what modules make parameters of, has no memory; buffers are made as always.
+
+    Initialising it changes nothing, and is left out: the meta device takes milliseconds for each call.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.empty:
-            kwargs = {**(kwargs or {}), "device": "meta"}
-        return func(*args, **(kwargs or {}))
+            return func(*args, **{**kwargs, "device": "meta"})
+        filled = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in _INITIALISERS and getattr(filled, "is_meta", False):
+            return filled
+        return func(*args, **kwargs)
 
 
 def skeleton(cls: type[nn.Module], config: Any, arguments: Mapping[str, bool]) -> nn.Module:
     """A model in eval mode whose weights are on the meta device and whose buffers have their values."""
     with _ParametersOnMeta(), torch.device("cpu"):
         return cls(config, **arguments).eval()
+
+
+def config_of(cls: Any, content: dict[str, Any]) -> Any:
+    """The config object that a model class takes."""
+    return cls.config_class.from_dict(content)
 
 
 def parameters_outside(root: nn.Module, encoder: nn.Module) -> set[int]:
@@ -196,7 +210,7 @@ def write(
     contents = contents_of(root, precision)
     spec = contents.weights.spec
     for layer in range(spec.num_layers):
-        name, shapes = artifact.layer_file(layer), artifact.layertensors_of(spec, precision)
+        name, shapes = artifact.layer_file(layer), artifact.layer_tensors(spec, precision)
         advance(name)
 
         def pieces(layer: int = layer, shapes: Shapes = shapes) -> Iterable[Any]:
@@ -206,7 +220,7 @@ def write(
         staging.tensors(name, shapes, pieces)
     if contents.packed_words:
         advance(artifact.WORDS)
-        staging.tensors(artifact.WORDS, artifact.wordtensors_of(spec), lambda: packed_words()[::-1])
+        staging.tensors(artifact.WORDS, artifact.word_tensors(spec), lambda: packed_words()[::-1])
     advance(artifact.PARAMETERS)
     staging.tensors(artifact.PARAMETERS, contents.shapes(), lambda: (value(name) for name in contents.stored))
     staging.content(artifact.CONFIG, config_json(root))
@@ -325,12 +339,12 @@ def _build(reader: Reader) -> nn.Module:
         cls = None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ArtifactError(
-            f"{where}: model_class {manifest.model_class!r} is no model class of transformers {transformers.__version__}"
+            f"{where}: {manifest.model_class!r} is no model class of transformers {transformers.__version__}"
         )
     if not manifest.arguments.keys() <= {"add_pooling_layer"}:
         raise ArtifactError(f"{where}: arguments {sorted(manifest.arguments)}; accepted: add_pooling_layer")
     try:
-        return skeleton(cls, cls.config_class.from_dict(config), manifest.arguments)
+        return skeleton(cls, config_of(cls, config), manifest.arguments)
     except Exception as error:  # whatever transformers raises for a config that is none
         raise ArtifactError(f"{where}: {cls.__name__} cannot be built from {artifact.CONFIG}: {error}") from error
 
@@ -369,7 +383,7 @@ def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path) -
 
 
 def _packed_layer(reader: Reader, name: str, spec: Any) -> PackedLayer:
-    mapped, _ = reader.tensors(name, artifact.layertensors_of(spec, reader.manifest.precision))
+    mapped, _ = reader.tensors(name, artifact.layer_tensors(spec, reader.manifest.precision))
     int8 = reader.manifest.precision == "int8"
 
     def arrays(linear: str) -> dict[str, np.ndarray]:
@@ -383,6 +397,6 @@ def _packed_layer(reader: Reader, name: str, spec: Any) -> PackedLayer:
 
 
 def _packed_words(reader: Reader, spec: Any) -> tuple[np.ndarray, np.ndarray]:
-    mapped, _ = reader.tensors(artifact.WORDS, artifact.wordtensors_of(spec))
+    mapped, _ = reader.tensors(artifact.WORDS, artifact.word_tensors(spec))
     values = mapped.bytes_of("data").view(np.int8).reshape(spec.vocab_size, spec.hidden_size)
     return values, mapped.bytes_of("scale").view(np.float32)

@@ -174,7 +174,8 @@ def write_file(path: Path, pieces: Iterable[Any]) -> FileRecord:
     digest, total = hashlib.sha256(), 0
     with writing(path), path.open("wb", buffering=0) as file:
         for piece in pieces:
-            view = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8) if _is_array(piece) else piece)
+            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8) if isinstance(piece, np.ndarray) else None
+            view = memoryview(piece) if flat is None else flat.data
             digest.update(view)
             total += len(view)
             while len(view):
@@ -188,7 +189,7 @@ def record_of(path: Path) -> FileRecord:
     with reading(path):
         size = path.stat().st_size
         memory = _memory(path, size)
-        return FileRecord(size, hashlib.sha256(memory).hexdigest(), checksum(memory))
+        return FileRecord(size, hashlib.sha256(memory.data).hexdigest(), checksum(memory))
 
 
 def checksum(memory: np.ndarray) -> str:
@@ -200,10 +201,6 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     """uint8 [bytes] of a tensor in host memory, without a copy where it is contiguous."""
     flat: np.ndarray = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat
-
-
-def _is_array(piece: Any) -> bool:
-    return isinstance(piece, np.ndarray)
 
 
 def _memory(path: Path, size: int, copy_on_write: bool = False) -> np.ndarray:

@@ -39,8 +39,8 @@ LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
 class PackedWeights:
     """Packed memory that exists already, to be read in place.
 
-    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias`` and, in int8, fp32 ``scale`` and int32 ``compensation``, as
-    csrc/layout.h describes. ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
+    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias`` and, in int8, fp32 ``scale`` and int32 ``compensation``;
+    csrc/layout.h describes them. ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
     """
 
     layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
@@ -225,7 +225,8 @@ class _Packer:
             if packed is None and not _C.all_finite(table, get_num_threads()):
                 raise self._bad(-1, role, "weight")
             tables.append(table)
-        self._encoder.set_tables(*tables, scale)
+        word, position, types = tables
+        self._encoder.set_tables(word, position, types, scale)
 
     def _norm(self, layer: int, role: str) -> None:
         arrays = []
