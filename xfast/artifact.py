@@ -97,7 +97,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """With a hash over everything else in it."""
         content = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**content, "sha256": _digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
+        return json.dumps({**content, "sha256": digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -113,7 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: is not the manifest of a packed artifact: it names no format")
     if content["format"] != FORMAT:
         raise ArtifactError(f"{path}: format {content['format']}; this version reads format {FORMAT}: upgrade xfast")
-    if content.pop("sha256", None) != _digest(content):
+    if content.pop("sha256", None) != digest(content):
         raise ArtifactError(f"{path}: was changed: it does not have the hash that it names")
     del content["format"]
     if content.keys() != {field.name for field in fields(Manifest)}:
@@ -160,7 +160,8 @@ def _plain_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*", name) is not None and name != MANIFEST
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its hash, whatever its white space."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -102,7 +102,7 @@ class _Source:
         self._path, self._encoder, self._family = encoders[0]
         self._place()
         self.weights = describe(self._encoder, self._family)
-        self._inside = set(dict(self.root.named_parameters(self._path, remove_duplicate=False)))
+        self._inside = {name for name, _ in self._encoder.named_parameters(self._path, remove_duplicate=False)}
 
     def _place(self) -> None:
         """Finds every tensor in the checkpoint and gives it its type there, still without memory."""

@@ -28,13 +28,14 @@ from xfast.artifact import Manifest, Reader, Shapes, Staging
 from xfast.backends.native import LINEARS, NativeEngine, PackedWeights
 from xfast.errors import ArtifactError, UnsupportedModelError, XfastError
 from xfast.plan import Plan, refuse_state_dict
-from xfast.tensor_files import DTYPES, NAMES, as_bytes
+from xfast.tensor_files import DTYPES, NAMES, Mapped, as_bytes, strict_json
 from xfast.threads import get_num_threads
 
 _TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _INITIALISERS = {"normal_", "_no_grad_normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_"}
 _INITIALISERS |= {"constant_", "zero_", "fill_", "copy_", "mul_"}
 _CLASS_NAME = re.compile(r"(transformers\.models(?:\.\w+)+):(\w+)")
+_SIZE = re.compile(r"^num_|_size$|_dim$|_embeddings$")
 PackedLayer = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -304,18 +305,15 @@ def load(folder: Path, verify: str) -> Loaded:
     """
     reader = Reader(folder, verify)
     manifest = reader.manifest
-    model = _build(reader)
-    try:
-        contents = contents_of(model, manifest.precision)
-    except UnsupportedModelError as error:
-        raise ArtifactError(f"{folder}: {error}") from None
+    mapped, shapes = reader.tensors(artifact.PARAMETERS, None, copy_on_write=True)
+    model, contents = _build(reader, len(shapes))
     spec = contents.weights.spec
     expected = (json.loads(json.dumps(asdict(spec))), contents.encoder_path, contents.packed_words)
     if expected != (manifest.spec, manifest.encoder, manifest.packed_words):
         raise ArtifactError(f"{folder}: {artifact.CONFIG} and {artifact.MANIFEST} describe different models")
     if manifest.layers is not None and not 0 <= manifest.layers <= spec.num_layers:
         raise ArtifactError(f"{folder}: layers {manifest.layers}; the model has {spec.num_layers}")
-    _assign(model, contents, reader)
+    _assign(model, contents, reader, mapped, shapes)
     freed = f"the original weights are not in the packed artifact {folder} that this model was loaded from"
     _give_up(contents, manifest, freed, folder)
     layers = [_packed_layer(reader, artifact.layer_file(i), spec) for i in range(spec.num_layers)]
@@ -329,9 +327,12 @@ def load(folder: Path, verify: str) -> Loaded:
     return Loaded(model, model.get_submodule(contents.encoder_path), engine, manifest, freed)
 
 
-def _build(reader: Reader) -> nn.Module:
+def _build(reader: Reader, stored: int) -> tuple[nn.Module, Contents]:
+    """The model without its weights; ``stored``: how many tensors there are."""
     manifest, where = reader.manifest, reader.folder
-    config = json.loads(reader.content(artifact.CONFIG))
+    path = where / artifact.CONFIG
+    config = strict_json(reader.content(artifact.CONFIG), path)
+    _refuse_huge(config, sum(record.bytes for record in manifest.files.values()), stored, path)
     named = _CLASS_NAME.fullmatch(manifest.model_class)
     try:
         cls = getattr(importlib.import_module(named[1]), named[2]) if named else None
@@ -344,15 +345,26 @@ def _build(reader: Reader) -> nn.Module:
     if not manifest.arguments.keys() <= {"add_pooling_layer"}:
         raise ArtifactError(f"{where}: arguments {sorted(manifest.arguments)}; accepted: add_pooling_layer")
     try:
-        return skeleton(cls, config_of(cls, config), manifest.arguments)
+        model = skeleton(cls, config_of(cls, config), manifest.arguments)
+        return model, contents_of(model, manifest.precision)
     except Exception as error:  # whatever transformers raises for a config that is none
         raise ArtifactError(f"{where}: {cls.__name__} cannot be built from {artifact.CONFIG}: {error}") from error
 
 
-def _assign(model: nn.Module, contents: Contents, reader: Reader) -> None:
+def _refuse_huge(config: Any, largest: int, layers: int, path: Path) -> None:
+    """Refuses sizes for which the artifact cannot hold tensors, before memory and time are spent on them."""
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            _refuse_huge(value, largest, layers, path)
+        elif (
+            _SIZE.search(name) and isinstance(value, (int, float)) and value > (layers if "layers" in name else largest)
+        ):
+            raise ArtifactError(f"{path}: {name} is {value}, more than the artifact has data for")
+
+
+def _assign(model: nn.Module, contents: Contents, reader: Reader, mapped: Mapped, shapes: Shapes) -> None:
     """Puts the stored tensors in, each as the same object under all its names."""
     where, aliases = reader.folder / artifact.PARAMETERS, reader.manifest.aliases
-    mapped, shapes = reader.tensors(artifact.PARAMETERS, None, copy_on_write=True)
     names = {name: tuple(tensor.shape) for name, tensor in tensors_of(model) if name not in contents.packed}
     if names.keys() != shapes.keys() | aliases.keys() or not set(aliases.values()) <= shapes.keys():
         differing = sorted(names.keys() ^ (shapes.keys() | aliases.keys()))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from xfast import _C
-from xfast.errors import ArtifactWriteError, DataFileError
+from xfast.errors import ArtifactWriteError, DataFileError, XfastError
 from xfast.threads import get_num_threads
 
 DTYPES = {
@@ -67,7 +67,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, an empty file to map
-        if isinstance(error, DataFileError):
+        if isinstance(error, XfastError):
             raise
         raise DataFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -78,7 +78,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, (DataFileError, ArtifactWriteError)):
+        if isinstance(error, XfastError):  # of whatever makes the pieces
             raise
         raise ArtifactWriteError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
