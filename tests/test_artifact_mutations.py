@@ -16,7 +16,7 @@ import torch
 from models import build, quick_settings, ragged
 
 import xfast
-from xfast import artifact, packed_model
+from xfast import _C, artifact, packed_model
 from xfast.artifact import Reader
 
 quick = pytest.fixture(autouse=True)(quick_settings)
@@ -228,3 +228,46 @@ def test_a_config_that_does_not_fit_its_weights(folder: Path) -> None:
     shutil.copy(folder.parent / "c" / artifact.CONFIG, folder / artifact.CONFIG)
     with pytest.raises(xfast.ArtifactError, match=artifact.CONFIG):
         packed_model.load(folder, "size")
+
+
+def test_the_bindings_refuse_memory_that_does_not_fit() -> None:
+    shape = {"layers": 1, "hidden": 32, "heads": 2, "head_dim": 16, "intermediate": 40, "vocab": 9, "positions": 9}
+    encoder = _C.Encoder({**shape, "types": 1, "eps": 1e-5, "pre_norm": False}, "int8", "auto")
+    room = np.zeros(3 * 2048 + 65, np.uint8)
+    start = -room.ctypes.data % 64
+    data, vector, sums = room[start:][: 3 * 2048], np.zeros(96, np.float32), np.zeros(96, np.int32)
+    good = {"data": data, "bias": vector, "scale": vector, "compensation": sums}
+    odd = np.zeros(97 * 4, np.uint8)[1 : 96 * 4 + 1].view(np.float32)
+    for change in (
+        {"data": data[:-1]},
+        {"data": room[start + 1 :][: 3 * 2048]},
+        {"data": data.view(np.int8)},
+        {"data": room[::2]},
+        {"bias": vector[:-1]},
+        {"bias": odd},
+        {"scale": None},
+        {"scale": vector.astype(np.float64)},
+        {"compensation": None},
+        {"compensation": sums[:95]},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            encoder.use_linear(0, "qkv", **{**good, **change})
+    for layer, name in ((1, "qkv"), (-1, "qkv"), (0, "none")):
+        with pytest.raises(ValueError, match=r"layer|name"):
+            encoder.use_linear(layer, name, **good)
+    encoder.use_linear(0, "qkv", **good)
+    with pytest.raises(ValueError, match="reads the caller's memory"):
+        encoder.set_linear(0, "qkv", 0, np.zeros((96, 32), np.float32), None, 1)
+    with pytest.raises(ValueError, match="weights are missing"):
+        encoder.linear(0, "ffn_in")
+    encoder.set_linear(0, "ffn_in", 0, np.zeros((40, 32), np.float32), None, 1)
+    with pytest.raises(ValueError, match="of its own"):
+        encoder.use_linear(0, "ffn_in", data[: 2 * 2048], vector[:64], vector[:64], sums[:64])
+    with pytest.raises(ValueError, match="read-only"):
+        encoder.linear(0, "ffn_in")["data"][0] = 1
+    table = np.zeros((9, 32), np.float32)
+    for words, scale in ((table, vector[:9]), (table.astype(np.int8), None), (table.astype(np.int8), vector[:8])):
+        with pytest.raises(ValueError, match="word"):
+            encoder.set_tables(words, table, table[:1], scale)
+    with pytest.raises(ValueError, match="weights are missing"):
+        encoder.forward(None, table[:1], sums[:1], None, np.array([0, 1], np.int32), None, 1, table[:1], None, 1)
