@@ -52,8 +52,7 @@ class PyEncoder {
 
   void quantize_word_table(int threads) {
     require(encoder_.tables()[0].data != nullptr, "word: set_tables comes first");
-    require(encoder_.tables()[0].type != TableType::kInt8 && !encoder_.owns_word_table(),
-            "word: is quantised already");
+    require(encoder_.tables()[0].type != TableType::kInt8 && !encoder_.owns_word_table(), "word: is quantised already");
     {
       py::gil_scoped_release release;
       encoder_.quantize_word_table(threads);
