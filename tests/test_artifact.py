@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from models import ALL_FAMILIES, HEADS, arguments, build, encoder_of, outputs_of, quick_settings, ragged
+from test_clip_towers import text_tower, whole
 from torch import nn
 
 import xfast
@@ -79,6 +80,15 @@ def test_awkward_sizes(changes: dict[str, int], tmp_path: Path) -> None:
     model = accelerated(precision="int8", **changes)
     xfast.save(model, tmp_path)
     assert same(xfast.load(tmp_path)(**ragged()), model(**ragged()))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_altclip_with_one_tower_and_with_both(precision: str, tmp_path: Path) -> None:
+    for name, make, inputs in (("text", text_tower, {}), ("both", whole, {"pixel_values": torch.randn(2, 3, 8, 8)})):
+        model = xfast.accelerate(make(), precision=precision, keep_weights=False)
+        xfast.save(model, tmp_path / name)
+        want, got = (tuple(m(**ragged(), **inputs).values()) for m in (model, xfast.load(tmp_path / name)))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 def test_fewer_layers(tmp_path: Path) -> None:
@@ -304,7 +314,7 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path: Path) -> None
     assert names_in(tmp_path) == ["config.json", "file"]
 
 
-@pytest.mark.parametrize("limit", [0, 100, 4096, 5000, 10000, 30000, 45000])
+@pytest.mark.parametrize("limit", [0, 100, 4096, 5000, 10000, 20000, 30000])
 def test_a_full_disk_leaves_what_was_there(limit: int, tmp_path: Path) -> None:
     old, new = accelerated(num_hidden_layers=1), accelerated(num_hidden_layers=2)
     xfast.save(old, tmp_path / "old")

@@ -103,19 +103,20 @@ class TensorFile:
         shape = entry.shape
         if rows is not None:
             shape = (min(rows, entry.shape[0] - first), *entry.shape[1:])
-        tensor = torch.empty(shape, dtype=DTYPES[entry.dtype], device="cpu")
-        size = tensor.numel() * tensor.element_size()
+        size = math.prod(shape) * DTYPES[entry.dtype].itemsize
         if size == 0:
-            return tensor
+            return torch.empty(shape, dtype=DTYPES[entry.dtype], device="cpu")
+        # Not from the heap, which keeps what is freed in pieces: memory would grow from layer to layer.
+        memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self._start + entry.begin + (size // max(shape[0], 1) * first if rows is not None else 0))
-            view, done = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0
+            view, done = memory.data, 0
             while done < size:
                 count = file.readinto(view[done:])
                 if not count:
                     raise DataFileError(f"{self.path}: ended while {name} was read")
                 done += count
-        return tensor
+        return torch.from_numpy(memory).view(DTYPES[entry.dtype]).view(shape)
 
     def map(self, record: FileRecord | None = None, *, copy_on_write: bool = False) -> Mapped:
         """Maps the file; see :class:`Mapped`. With a ``record`` the bytes must have its checksum."""
