@@ -35,31 +35,36 @@ class PyEncoder {
   PyEncoder(const py::dict& shape, const std::string& precision, const std::string& isa)
       : encoder_(make_shape(shape), precision_of(precision), kernel_table(isa)) {}
 
-  void set_tables(const py::array& word, const py::array& position, const std::optional<py::array>& type) {
+  // `word_scale`, one a row, comes with a word table in 8 bits a value.
+  void set_tables(const py::array& word, const py::array& position, const std::optional<py::array>& type,
+                  const std::optional<F32>& word_scale) {
     const EncoderShape& s = encoder_.shape();
     require_array(word, "word", {s.vocab, s.hidden});
+    if (word_scale) require_array(*word_scale, "word_scale", {s.vocab});
     require_array(position, "position", {s.positions, s.hidden});
     require(type.has_value() == (s.types > 0), "type: given exactly when the shape has types");
     if (type) require_array(*type, "type", {s.types, s.hidden});
-    encoder_.set_tables(table_view(word, "word"), table_view(position, "position"),
-                        type ? table_view(*type, "type") : TableView{});
-    tables_ = py::make_tuple(word, position, type);  // keeps the memory alive
+    const TableView words = word_scale ? TableView{exact<int8_t>(word, "word"), TableType::kInt8, word_scale->data()}
+                                       : table_view(word, "word");
+    encoder_.set_tables(words, table_view(position, "position"), type ? table_view(*type, "type") : TableView{});
+    tables_ = py::make_tuple(word, position, type, word_scale);  // keeps the memory alive
   }
 
   void quantize_word_table(int threads) {
     require(encoder_.tables()[0].data != nullptr, "word: set_tables comes first");
-    require(encoder_.tables()[0].type != TableType::kInt8, "word: is quantised already");
+    require(encoder_.tables()[0].type != TableType::kInt8 && !encoder_.owns_word_table(), "word: is quantised already");
     {
       py::gil_scoped_release release;
       encoder_.quantize_word_table(threads);
     }
     const py::tuple old = tables_;
-    tables_ = py::make_tuple(py::none(), old[1], old[2]);
+    tables_ = py::make_tuple(py::none(), old[1], old[2], py::none());
   }
 
   bool set_linear(int64_t layer, const std::string& name, int64_t first, const py::array& weight,
                   const std::optional<F32>& bias, int threads) {
     PackedLinear& linear = find_linear(layer, name);
+    require(linear.owns() || !linear.complete(), "linear: reads the caller's memory");
     require_array(weight, "weight", {-1, linear.in_features()});
     const int64_t rows = weight.shape(0);
     require(first >= 0 && rows <= linear.out_features() && first <= linear.out_features() - rows,
@@ -69,6 +74,64 @@ class PyEncoder {
     const float* bias_data = bias ? bias->data() : nullptr;
     py::gil_scoped_release release;
     return linear.set_rows(first, view, bias_data, threads);
+  }
+
+  // Packed memory of another encoder or of a file, read in place.
+  void use_linear(int64_t layer, const std::string& name, const U8& data, const F32& bias,
+                  const std::optional<F32>& scale, const std::optional<I32>& compensation) {
+    PackedLinear& linear = find_linear(layer, name);
+    require(!linear.owns(), "linear: holds weights of its own");
+    const bool int8 = linear.precision() == Precision::kInt8;
+    require(scale.has_value() == int8 && compensation.has_value() == int8,
+            "scale and compensation: given exactly with int8");
+    require_array(data, "data", {linear.data_bytes()});
+    require_aligned(data, "data", kChunkBytes);
+    require_array(bias, "bias", {linear.padded_outputs()});
+    require_aligned(bias, "bias", alignof(float));
+    if (int8) {
+      require_array(*scale, "scale", {linear.padded_outputs()});
+      require_aligned(*scale, "scale", alignof(float));
+      require_array(*compensation, "compensation", {linear.padded_outputs()});
+      require_aligned(*compensation, "compensation", alignof(int32_t));
+    }
+    py::dict arrays;
+    arrays["data"] = data;
+    arrays["bias"] = bias;
+    if (int8) {
+      arrays["scale"] = *scale;
+      arrays["compensation"] = *compensation;
+    }
+    linear.borrow(data.data(), int8 ? scale->data() : nullptr, bias.data(), int8 ? compensation->data() : nullptr);
+    borrowed_[py::make_tuple(layer, name)] = arrays;  // keeps the memory alive
+  }
+
+  // The packed memory of one linear layer, as use_linear takes it: read-only arrays that keep `self` alive.
+  static py::dict linear(const py::object& self, int64_t layer, const std::string& name) {
+    PyEncoder& encoder = self.cast<PyEncoder&>();
+    const PackedLinear& packed = encoder.find_linear(layer, name);
+    require(packed.complete(), "linear: weights are missing");
+    if (!packed.owns()) return encoder.borrowed_[py::make_tuple(layer, name)];
+    const LinearView view = packed.view();
+    py::dict arrays;
+    arrays["data"] = read_only(U8(packed.data_bytes(), view.data, self));
+    arrays["bias"] = read_only(F32(packed.padded_outputs(), view.bias, self));
+    if (packed.precision() == Precision::kInt8) {
+      arrays["scale"] = read_only(F32(packed.padded_outputs(), view.scale, self));
+      arrays["compensation"] = read_only(I32(packed.padded_outputs(), view.compensation, self));
+    }
+    return arrays;
+  }
+
+  // The word table in 8 bits a value and its scales, or None.
+  static py::object word_table(const py::object& self) {
+    const PyEncoder& given = self.cast<const PyEncoder&>();
+    const Encoder& encoder = given.encoder_;
+    const TableView& words = encoder.tables()[0];
+    if (words.data == nullptr || words.type != TableType::kInt8) return py::none();
+    if (!encoder.owns_word_table()) return py::make_tuple(given.tables_[py::int_(0)], given.tables_[py::int_(3)]);
+    const EncoderShape& s = encoder.shape();
+    const py::array_t<int8_t> values({s.vocab, s.hidden}, static_cast<const int8_t*>(words.data), self);
+    return py::make_tuple(read_only(values), read_only(F32(s.vocab, words.scale, self)));
   }
 
   void set_norm(int64_t layer, const std::string& name, const F32& gamma, const F32& beta) {
@@ -183,8 +246,18 @@ class PyEncoder {
               "rows: must ascend and be below the number of tokens");
   }
 
+  static py::array read_only(py::array array) {
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+  }
+  static void require_aligned(const py::array& array, const char* name, size_t bytes) {
+    require(reinterpret_cast<uintptr_t>(array.data()) % bytes == 0,
+            std::string(name) + ": must start at a multiple of " + std::to_string(bytes) + " bytes");
+  }
+
   Encoder encoder_;
   py::object tables_;
+  py::dict borrowed_;  // (layer, name) -> the arrays whose memory it reads
 };
 
 class PyProbe {
@@ -285,6 +358,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace xfast;
   m.doc() = "xfast's CPU kernels. Private: use the xfast package.";
   m.attr("pack_version") = kPackVersion;
+  m.attr("panel_outputs") = kPanel;
+  m.attr("chunk_bytes") = kChunkBytes;
   m.attr("max_threads") = kMaxThreads;
   m.def("available_isas", &available_targets);
   m.def("built_isas", &built_targets);
@@ -308,6 +383,34 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     return all_finite(view, count, threads);
   });
+  m.def(
+      "quantize_rows",
+      [](const py::array& table, int threads) {
+        require_array(table, "table", {-1, -1});
+        require(table.shape(0) > 0 && table.shape(1) > 0, "table: must not be empty");
+        const TableView view = table_view(table, "table");
+        const int64_t rows = table.shape(0), cols = table.shape(1);
+        py::array_t<int8_t> values({rows, cols});
+        F32 scale(rows);
+        int8_t* out = values.mutable_data();
+        float* scales = scale.mutable_data();
+        {
+          py::gil_scoped_release release;
+          quantize_rows(view, rows, cols, out, scales, threads);
+        }
+        return py::make_tuple(values, scale);
+      },
+      py::arg("table"), py::arg("threads"));
+  m.def(
+      "checksum",
+      [](const U8& bytes, int threads) {
+        require_array(bytes, "bytes", {-1});
+        const uint8_t* data = bytes.data();
+        const int64_t count = bytes.size();
+        py::gil_scoped_release release;
+        return checksum(data, count, threads);
+      },
+      py::arg("bytes").noconvert(), py::arg("threads"));
   m.def("unpad", &py_unpad, py::arg("batch"), py::arg("length"), py::arg("ids").noconvert(), py::arg("mask"),
         py::arg("position_ids").noconvert(), py::arg("type_ids").noconvert(), py::arg("vocab"), py::arg("positions"),
         py::arg("types"), py::arg("padding_idx"));
@@ -319,7 +422,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("shape"), py::arg("precision"),
            py::arg("isa"))
       .def("quantize_word_table", &PyEncoder::quantize_word_table, py::arg("threads"))
-      .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position"), py::arg("type"))
+      .def("set_tables", &PyEncoder::set_tables, py::arg("word"), py::arg("position"), py::arg("type"),
+           py::arg("word_scale").noconvert() = py::none())
+      .def("use_linear", &PyEncoder::use_linear, py::arg("layer"), py::arg("name"), py::arg("data").noconvert(),
+           py::arg("bias").noconvert(), py::arg("scale").noconvert() = py::none(),
+           py::arg("compensation").noconvert() = py::none())
+      .def("linear", &PyEncoder::linear, py::arg("layer"), py::arg("name"))
+      .def("word_table", &PyEncoder::word_table)
       .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("first"), py::arg("weight"),
            py::arg("bias").noconvert(), py::arg("threads"))
       .def("set_norm", &PyEncoder::set_norm, py::arg("layer"), py::arg("name"), py::arg("gamma").noconvert(),

@@ -63,6 +63,7 @@ class Encoder {
   void set_tables(TableView word, TableView position, TableView type);
   // Copies the word table in 8 bits a value; the caller's is not read any more. Not while a forward runs.
   void quantize_word_table(int threads);
+  bool owns_word_table() const { return word_table_.bytes() > 0; }
   const TableView* tables() const { return tables_; }  // word, position, type
   // True when every weight of every layer has been set.
   bool complete() const;

@@ -61,38 +61,83 @@ bool all_finite(const TableView& table, int64_t count, int threads) {
   return good;
 }
 
-QuantizedTable::QuantizedTable(const TableView& table, int64_t rows, int64_t cols, int threads)
-    : data_(rows * cols), scale_(rows) {
+void quantize_rows(const TableView& table, int64_t rows, int64_t cols, int8_t* quantized, float* scales, int threads) {
   run_parallel(threads, [&](const Member& member) {
     std::vector<float> values(cols);
     for (int64_t row = rows * member.id / member.count; row < rows * (member.id + 1) / member.count; ++row) {
       read_values(table, row * cols, cols, values.data());
       const Scale scale(values.data(), cols);
-      int8_t* out = reinterpret_cast<int8_t*>(data_.data()) + row * cols;
+      int8_t* out = quantized + row * cols;
       for (int64_t k = 0; k < cols; ++k) out[k] = scale.quantize(values[k]);
-      scale_[row] = scale.scale;
+      scales[row] = scale.scale;
     }
   });
 }
 
-PackedLinear::PackedLinear(Precision precision, int64_t out_features, int64_t in_features)
-    : precision_(precision),
-      out_features_(out_features),
-      in_features_(in_features),
-      chunks_(chunks_for(precision, in_features)),
-      data_(panels_for(out_features) * chunks_ * kPanelChunkBytes) {
-  if (out_features % kPanel != 0 || in_features % chunk_elements(precision) != 0)  // else every byte is set
+namespace {
+
+constexpr int64_t kLanes = 8;  // independent chains: multiplications overlap
+constexpr uint64_t kOdd = 0x9E3779B97F4A7C15u;
+
+// Each step is a bijection of the state and of the word: a single changed word always changes the result.
+uint64_t mix(uint64_t state, uint64_t word) {
+  state = (state ^ word) * kOdd;
+  return state ^ (state >> 29);
+}
+
+uint64_t block_checksum(const uint8_t* data, int64_t bytes) {
+  uint64_t lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint64_t>(i + 1) * kOdd;
+  uint64_t words[kLanes] = {};
+  constexpr int64_t kStep = sizeof words;
+  int64_t at = 0;
+  for (; at + kStep <= bytes; at += kStep) {
+    std::memcpy(words, data + at, kStep);
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = mix(lanes[i], words[i]);
+  }
+  if (at < bytes) {
+    std::memset(words, 0, kStep);
+    std::memcpy(words, data + at, bytes - at);
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = mix(lanes[i], words[i]);
+  }
+  uint64_t all = static_cast<uint64_t>(bytes);
+  for (uint64_t lane : lanes) all = mix(all, lane);
+  return all;
+}
+
+}  // namespace
+
+uint64_t checksum(const uint8_t* data, int64_t bytes, int threads) {
+  constexpr int64_t kBlock = int64_t{1} << 20;  // part of the definition: artifacts hold these numbers
+  std::vector<uint64_t> blocks(ceil_div(bytes, kBlock));
+  const int64_t count = static_cast<int64_t>(blocks.size());
+  run_parallel(threads, [&](const Member& member) {
+    for (int64_t b = count * member.id / member.count; b < count * (member.id + 1) / member.count; ++b)
+      blocks[b] = block_checksum(data + b * kBlock, std::min(kBlock, bytes - b * kBlock));
+  });
+  uint64_t all = static_cast<uint64_t>(bytes);
+  for (uint64_t block : blocks) all = mix(all, block);
+  return all;
+}
+
+void PackedLinear::allocate() {
+  data_ = AlignedBuffer(data_bytes());
+  if (out_features_ % kPanel != 0 || in_features_ % chunk_elements(precision_) != 0)  // else every byte is set
     std::memset(data_.data(), 0, data_.bytes());
-  const int64_t padded = panels_for(out_features) * kPanel;
-  set_.assign(out_features, 0);
-  bias_.assign(padded, 0.0f);
-  if (precision == Precision::kInt8) {
-    scale_.assign(padded, 0.0f);
-    compensation_.assign(padded, 0);
+  set_.assign(out_features_, 0);
+  bias_.assign(padded_outputs(), 0.0f);
+  if (precision_ == Precision::kInt8) {
+    scale_.assign(padded_outputs(), 0.0f);
+    compensation_.assign(padded_outputs(), 0);
   }
 }
 
+void PackedLinear::borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation) {
+  borrowed_ = {data, scale, bias, compensation, out_features_, chunks_};
+}
+
 bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bias, int threads) {
+  if (!owns()) allocate();
   if (bias != nullptr) {
     if (!finite(bias, w.rows)) return false;
     std::memcpy(bias_.data() + first, bias, w.rows * sizeof(float));
@@ -138,11 +183,8 @@ bool PackedLinear::set_row(int64_t n, const MatrixView& w, int64_t row, float* v
 }
 
 LinearView PackedLinear::view() const {
+  if (borrowed_.data != nullptr) return borrowed_;
   return {data_.data(), scale_.data(), bias_.data(), compensation_.data(), out_features_, chunks_};
-}
-
-int64_t PackedLinear::bytes() const {
-  return data_.bytes() + static_cast<int64_t>((scale_.size() + bias_.size() + compensation_.size()) * 4);
 }
 
 }  // namespace xfast

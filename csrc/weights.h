@@ -17,24 +17,38 @@ struct MatrixView {
   int64_t rows, cols;
 };
 
+// One linear layer in packed layout. It owns its memory, taken when the first rows are set, or reads the caller's.
 class PackedLinear {
  public:
   PackedLinear() = default;
-  PackedLinear(Precision precision, int64_t out_features, int64_t in_features);
+  PackedLinear(Precision precision, int64_t out_features, int64_t in_features)
+      : precision_(precision),
+        out_features_(out_features),
+        in_features_(in_features),
+        chunks_(chunks_for(precision, in_features)) {}
 
   // Packs w [rows, in_features] and bias [rows] (null = zeros) as outputs [first, first + w.rows), on `threads`
   // threads. Returns false, leaving those outputs unusable, when w or bias holds a NaN or infinity.
   bool set_rows(int64_t first, const MatrixView& w, const float* bias, int threads);
+  // Reads packed memory in place: data_bytes() at `data`, padded_outputs() entries in the others (`scale` and
+  // `compensation`: int8 only). It stays the caller's. Not after set_rows.
+  void borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation);
 
   LinearView view() const;
+  Precision precision() const { return precision_; }
   int64_t out_features() const { return out_features_; }
   int64_t in_features() const { return in_features_; }
-  int64_t bytes() const;
+  int64_t padded_outputs() const { return panels_for(out_features_) * kPanel; }
+  int64_t data_bytes() const { return panels_for(out_features_) * chunks_ * kPanelChunkBytes; }
+  int64_t bytes() const { return data_bytes() + padded_outputs() * (precision_ == Precision::kInt8 ? 12 : 4); }
+  bool owns() const { return !set_.empty(); }
   bool complete() const {
-    return std::all_of(set_.begin(), set_.end(), [](uint8_t set) { return set != 0; });
+    return borrowed_.data != nullptr ||
+           (owns() && std::all_of(set_.begin(), set_.end(), [](uint8_t set) { return set != 0; }));
   }
 
  private:
+  void allocate();
   bool set_row(int64_t n, const MatrixView& w, int64_t row, float* values);
 
   Precision precision_ = Precision::kFp32;
@@ -42,15 +56,20 @@ class PackedLinear {
   AlignedBuffer data_;
   std::vector<float> scale_, bias_;
   std::vector<int32_t> compensation_;
-  std::vector<uint8_t> set_;  // per output: packed and usable
+  std::vector<uint8_t> set_;  // per output: packed and usable; empty = no memory of its own
+  LinearView borrowed_{};
 };
 
-// A word table in 8 bits a value: symmetric, one scale a row.
+// `table` [rows, cols], which must hold finite values, in 8 bits a value: symmetric, one scale a row.
+void quantize_rows(const TableView& table, int64_t rows, int64_t cols, int8_t* out, float* scale, int threads);
+
+// A word table so quantised.
 class QuantizedTable {
  public:
   QuantizedTable() = default;
-  // `table` [rows, cols] must hold finite values.
-  QuantizedTable(const TableView& table, int64_t rows, int64_t cols, int threads);
+  QuantizedTable(const TableView& table, int64_t rows, int64_t cols, int threads) : data_(rows * cols), scale_(rows) {
+    quantize_rows(table, rows, cols, reinterpret_cast<int8_t*>(data_.data()), scale_.data(), threads);
+  }
   TableView view() const { return {data_.data(), TableType::kInt8, scale_.data()}; }
   int64_t bytes() const { return data_.bytes() + static_cast<int64_t>(scale_.size() * sizeof(float)); }
 
@@ -63,5 +82,8 @@ class QuantizedTable {
 void read_values(const TableView& table, int64_t begin, int64_t count, float* out);
 // True when all `count` values are finite.
 bool all_finite(const TableView& table, int64_t count, int threads);
+// A 64-bit checksum at memory speed, the same for every number of threads. Any one changed byte changes it; other
+// accidents go unseen with a chance of about 2^-64. It is no protection against an adversary.
+uint64_t checksum(const uint8_t* data, int64_t bytes, int threads);
 
 }  // namespace xfast

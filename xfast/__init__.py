@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from xfast import _C
-from xfast.api import accelerate, accelerated, explain, restore, restored
+from xfast.api import accelerate, accelerated, explain, load, restore, restored, save
 from xfast.errors import (
+    ArtifactError,
+    ArtifactWriteError,
     BackendUnavailableError,
     DataFileError,
     InvalidInputError,
@@ -29,6 +31,8 @@ def available_isas() -> list[str]:
 
 
 __all__ = [
+    "ArtifactError",
+    "ArtifactWriteError",
     "BackendUnavailableError",
     "DataFileError",
     "Explanation",
@@ -46,7 +50,9 @@ __all__ = [
     "available_isas",
     "explain",
     "get_num_threads",
+    "load",
     "restore",
     "restored",
+    "save",
     "set_num_threads",
 ]

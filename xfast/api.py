@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from xfast import attention_interface
 from xfast.architecture import find_encoders, supported_families
+from xfast.backends.native import NativeEngine
 from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError, WeightsFreedError
 from xfast.explain import Explanation, explain_patches
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
+from xfast.packed_model import check_saveable, parameters_outside
+from xfast.packed_model import load as load_model
+from xfast.packed_model import save as save_model
 from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
 
 T = TypeVar("T")
@@ -66,7 +72,7 @@ def accelerate(
     heads = _head_patches(root, encoders)
     if not keep_weights:  # before anyone can call the engines
         for patch in patches:
-            patch.plan.free_weights(patch.module, _parameters_outside(root, patch.module))
+            patch.plan.free_weights(patch.module, parameters_outside(root, patch.module))
     _uninstall(before)
     for installed in (*patches, *heads):
         installed.install()
@@ -133,14 +139,62 @@ def explain(model: Any) -> Explanation:
     return explain_patches(encoders, heads)
 
 
-def _parameters_outside(root: nn.Module, encoder: nn.Module) -> set[int]:
-    inside = set(encoder.modules())
-    return {id(p) for m in root.modules() if m not in inside for p in m.parameters(recurse=False)}
+def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+    """Writes an accelerated model as a packed artifact, for :func:`load`; see docs/artifacts.md.
+
+    Args:
+        model: accelerated on the CPU; a model of one of transformers' own classes, or a pipeline with one.
+        folder: new or empty, or an artifact, which is replaced once the new one is complete.
+        tokenizer: saved beside it. Without one, the tokenizer's files are copied from where the model came from, if
+            that is a folder or in the hub's cache.
+
+    The model stays as it is, and in use. Weights that it still holds are not written, packed ones only.
+
+    Raises:
+        InvalidOptionError: the model is not accelerated, or not on the CPU.
+        UnsupportedModelError: loading could not build it again (its own class, replaced modules, two encoders).
+        ArtifactWriteError: disk full, read-only, or the folder holds something else.
+    """
+    root = _module_of(model)
+    check_saveable(root)
+    patches = [patch for patch in _patches(root) if isinstance(patch, EncoderPatch)]
+    engines = [patch.plan.current_engine(patch.module) for patch in patches]
+    if len(engines) != 1 or not isinstance(engines[0], NativeEngine):
+        raise InvalidOptionError(
+            "model: expected one with an encoder that xfast.accelerate made fast on the CPU; see xfast.explain"
+        )
+    save_model(root, patches[0].plan, engines[0], Path(folder), tokenizer)
+
+
+def load(folder: str | os.PathLike[str], *, verify: bool | None = None) -> Any:
+    """Loads a packed artifact: a transformers model in eval mode, accelerated; packed weights are mapped, not copied.
+
+    Args:
+        folder: what :func:`save` or ``xfast convert`` wrote.
+        verify: None: every byte that is used must have its 64-bit checksum. True: all files must have their SHA-256.
+            False: sizes, headers and the small files' hashes only; damaged weights then give wrong results.
+
+    The model is one with ``keep_weights=False``: it cannot be restored, trained or saved by ``save_pretrained``.
+
+    Raises:
+        ArtifactError: no artifact, of another format, incomplete or damaged.
+        InvalidOptionError: ``verify`` is something else.
+    """
+    if verify is not None and not isinstance(verify, bool):
+        raise InvalidOptionError(f"verify: expected True, False or None, got {verify!r}")
+    loaded = load_model(Path(folder), {None: "checksum", True: "full", False: "size"}[verify])
+    options = Options("native", loaded.manifest.precision, loaded.manifest.layers, keep_weights=False)
+    patch = EncoderPatch(loaded.encoder, options)
+    patch.plan.adopt(loaded.engine, "native", [], loaded.freed, loaded.encoder)
+    for installed in (patch, *_head_patches(loaded.model, [loaded.encoder])):
+        installed.install()
+    return loaded.model
 
 
 def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:
-    if any(isinstance(patch, EncoderPatch) and patch.plan.freed for patch in patches):
-        raise WeightsFreedError(f"{call}: the original weights were given up with keep_weights=False")
+    for patch in patches:
+        if isinstance(patch, EncoderPatch) and patch.plan.freed:
+            raise WeightsFreedError(f"{call}: {patch.plan.freed}")
 
 
 def _uninstall(patches: Sequence[Patch]) -> None:

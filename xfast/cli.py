@@ -14,6 +14,7 @@ from rich.table import Table
 
 import xfast
 from xfast.encode.cli import encode
+from xfast.convert import run as convert
 from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.export import app as export_app
@@ -60,6 +61,7 @@ app.add_typer(engine_app, name="engine")
 app.add_typer(study_app, name="study")
 app.add_typer(export_app, name="export")
 app.command()(encode)
+app.command("convert")(convert)
 
 
 def _complain(text: str) -> None:

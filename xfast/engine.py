@@ -20,7 +20,7 @@ from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
-from xfast.checkpoints import reading
+from xfast.checkpoint import loading
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, UnsupportedModelError
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
@@ -39,7 +39,7 @@ def load_weights(model: str) -> EncoderWeights:
         DataFileError: there is no such checkpoint.
         UnsupportedModelError: it is none of the supported families.
     """
-    with reading(model):
+    with loading(model):
         config = transformers.AutoConfig.from_pretrained(model)
         if config.model_type == "altclip_text_model":  # in no table of the Auto classes
             loaded = transformers.AltCLIPTextModel.from_pretrained(model)

@@ -19,6 +19,14 @@ class DataFileError(InvalidInputError):
     """A data file is missing, truncated or not in the expected format; names the file and, where it can, the line."""
 
 
+class ArtifactError(DataFileError):
+    """A folder is no packed artifact, or not one that this version reads, or it is damaged."""
+
+
+class ArtifactWriteError(XfastError, OSError):
+    """A packed artifact cannot be written: disk full, read-only folder, a folder that holds something else."""
+
+
 class TokenIdError(InvalidInputError, IndexError):
     """A token or token-type id lies outside its embedding table."""
 

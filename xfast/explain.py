@@ -19,6 +19,7 @@ class EncoderExplanation:
     layers: int
     num_layers: int
     keep_weights: bool
+    freed: str
     details: tuple[str, ...]
     notes: tuple[str, ...]
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Explanation:
             lines.append(f"  layers: {e.layers} of {e.num_layers}")
             lines += [f"  {text}" for text in (*e.details, *e.notes)]
             if not e.keep_weights:
-                lines.append("  original linear weights: given up (keep_weights=False)")
+                lines.append(f"  {e.freed}")
             for reason, count in sorted(e.fallbacks.items(), key=lambda item: -item[1]):
                 lines.append(f"  {count} call(s) ran the original code: {reason}")
         lines += [f"head: {text}" for text in self.heads]
@@ -65,6 +66,7 @@ def _encoder(patch: EncoderPatch) -> EncoderExplanation:
         layers=plan.layers,
         num_layers=plan.weights.spec.num_layers,
         keep_weights=not plan.freed,
+        freed=plan.freed,
         details=() if engine is None else tuple(engine.describe()),
         notes=tuple(plan.notes),
         fallbacks=dict(patch.fallbacks),

@@ -27,7 +27,7 @@ from torch import nn
 
 import xfast
 from xfast.architecture import EncoderSpec, describe, family_of, find_encoders, supported_families
-from xfast.checkpoints import reading
+from xfast.checkpoint import loading
 from xfast.errors import (
     BackendUnavailableError,
     DataFileError,
@@ -376,7 +376,7 @@ def load(model: str, encoder: bool = False) -> nn.Module:
         UnsupportedModelError: its class is not in transformers, or not one that can be exported.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    with reading(model):
+    with loading(model):
         config = transformers.AutoConfig.from_pretrained(model)
         names = config.architectures or ["AutoModel"]
         cls = transformers.AutoModel if encoder else getattr(transformers, names[0], None)

@@ -158,7 +158,8 @@ class EncoderPatch(Patch):
         assert family is not None
         plan = Plan(self.module, family, self.options)
         if self._freed_plan is not None:
-            plan.adopt(self._freed_plan, self.module)
+            source = self._freed_plan
+            plan.adopt(source.engine, source.backend_name, source.notes, source.freed, self.module)
         return plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
@@ -168,7 +169,7 @@ class EncoderPatch(Patch):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.plan.freed:
-            raise WeightsFreedError("pickle: the original weights were given up with keep_weights=False")
+            raise WeightsFreedError(f"pickle: {self.plan.freed}")
         return EncoderPatch, (self.module, self.options, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +196,7 @@ class EncoderPatch(Patch):
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.plan.freed:
-            raise WeightsFreedError(f"the original code is needed ({reason}), but keep_weights=False gave it up")
+            raise WeightsFreedError(f"the original code is needed ({reason}), but {self.plan.freed}")
         self.fallbacks[reason] += 1
         if reason == _GRADIENTS and not self._warned:
             self._warned = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Collection
 from typing import Any
@@ -28,6 +29,7 @@ from xfast.watch import InnerWatch, WeightWatch
 
 BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
+FREED = "the original weights were given up with keep_weights=False"
 _DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Fastest first. bf16 stands behind int8 even where it is native; fp32 always meets a tolerance above rounding.
 _AUTO_ORDER = ("fp8", "int8", "bf16", "fp16", "fp32")
@@ -43,7 +45,7 @@ class Plan:
         self.engine: Engine | None = None
         self.backend_name = "none"
         self.notes: list[str] = []
-        self.freed = False
+        self.freed = ""  # why the original weights are gone
         self._lock = threading.Lock()
         self._watch: WeightWatch | None = None
         self.inner = InnerWatch(module)
@@ -87,20 +89,21 @@ class Plan:
         words = self.weights.modules[-1, "word"]
         if id(words.weight) not in shared and self.engine.own_word_table():
             _free(words)
-        self.freed = True
+        self.freed = FREED
         self._watch = WeightWatch(module, self.weights)
 
-    def adopt(self, other: Plan, module: nn.Module) -> None:
-        """Takes over the engine of ``other``, whose weights exist only there, for a deep copy of its module."""
-        self.engine, self.backend_name, self.notes, self.freed = other.engine, other.backend_name, other.notes, True
+    def adopt(self, engine: Engine | None, backend_name: str, notes: list[str], freed: str, module: nn.Module) -> None:
+        """Takes over an engine that holds the only weights; ``freed`` says why.
+
+        Of a deep copy's original, or one loaded from an artifact.
+        """
+        self.engine, self.backend_name, self.notes, self.freed = engine, backend_name, notes, freed
         self._watch = WeightWatch(module, self.weights)
 
     def _compile(self, module: nn.Module) -> None:
         """Packs anew. Everything is published at the end, the watch last: other threads wait or see it whole."""
         if self.freed:
-            raise WeightsFreedError(
-                "the weights were changed or moved, but keep_weights=False gave up the originals; load the model again"
-            )
+            raise WeightsFreedError(f"the weights were changed or moved, but {self.freed}; load the model again")
         first = self._watch is None
         weights, watch = self.weights, WeightWatch(module, self.weights)
         self.notes = []
@@ -180,11 +183,16 @@ class Plan:
 
 def _free(leaf: nn.Module) -> None:
     leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
-    leaf.register_state_dict_pre_hook(_refuse_state_dict)
+    refuse_state_dict(leaf, FREED)
 
 
-def _refuse_state_dict(*_: Any) -> None:
-    raise WeightsFreedError("state_dict: the original weights were given up with keep_weights=False")
+def refuse_state_dict(leaf: nn.Module, freed: str) -> None:
+    """Makes ``state_dict``, and so ``save_pretrained``, say why a module's weight is gone."""
+    leaf.register_state_dict_pre_hook(functools.partial(_refuse_state_dict, freed))
+
+
+def _refuse_state_dict(freed: str, *_: Any) -> None:
+    raise WeightsFreedError(f"state_dict: {freed}")
 
 
 def _tensors(weights: EncoderWeights) -> list[torch.Tensor]:

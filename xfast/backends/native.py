@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,29 +31,35 @@ def requested_isa() -> str:
         raise InvalidOptionError(f"XFAST_ISA: {error}") from None
 
 
-class NativeEngine:
-    """A packed encoder on the CPU."""
+LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
+"""The packed products of a layer; ``qkv``: query, key and value outputs one after another."""
 
-    def __init__(self, weights: EncoderWeights, precision: str) -> None:
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Packed memory that exists already, to be read in place.
+
+    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias`` and, in int8, fp32 ``scale`` and int32 ``compensation``;
+    csrc/layout.h describes them. ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
+    """
+
+    layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
+    words: tuple[np.ndarray, np.ndarray] | None
+    origin: str
+
+
+class NativeEngine:
+    """A packed encoder on the CPU. With ``packed`` only norms and tables are read from the modules of ``weights``."""
+
+    def __init__(self, weights: EncoderWeights, precision: str, packed: PackedWeights | None = None) -> None:
         spec = weights.spec
-        shape = {
-            "layers": spec.num_layers,
-            "hidden": spec.hidden_size,
-            "heads": spec.num_heads,
-            "head_dim": spec.head_dim,
-            "intermediate": spec.intermediate_size,
-            "vocab": spec.vocab_size,
-            "positions": spec.max_positions,
-            "types": spec.type_vocab_size,
-            "eps": spec.layer_norm_eps,
-            "pre_norm": spec.norm == "pre",
-        }
         self.precision = precision
         self.device = torch.device("cpu")
         self.spec = spec
-        self._encoder = _C.Encoder(shape, precision, requested_isa())
-        self._owns_words = False
-        _Packer(self._encoder, weights).pack()
+        self._encoder = _C.Encoder(_shape(spec, spec.num_layers), precision, requested_isa())
+        self._owns_words = packed is not None and packed.words is not None
+        self._origin = None if packed is None else packed.origin
+        _Packer(self._encoder, weights).pack(packed)
 
     def unpad(
         self,
@@ -99,6 +107,14 @@ class NativeEngine:
             self._owns_words = True
         return self._owns_words
 
+    def packed_layer(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
+        """The packed memory of one layer by linear, as :class:`PackedWeights` has it; read-only."""
+        return {name: self._encoder.linear(layer, name) for name in LINEARS}
+
+    def packed_words(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The word table in 8 bits a value and its scales, where the engine holds it so."""
+        return self._encoder.word_table()
+
     def describe(self) -> list[str]:
         """See :class:`xfast.backends.base.Engine`."""
         lines = [
@@ -110,9 +126,35 @@ class NativeEngine:
             + ("per-token int8 quantisation" if self.precision == "int8" else "operand conversion")
             + " where the product leaves its tile; attention over real tokens only",
         ]
+        if self._origin is not None:
+            lines.append(
+                f"packed weights are mapped from {self._origin}; their layout ({_C.pack_version}) is every target's"
+            )
         if self.precision == "bf16":
             lines.append(f"bf16: {self._encoder.bf16_note}")
         return lines
+
+
+def pack_layer(weights: EncoderWeights, layer: int, precision: str) -> dict[str, dict[str, np.ndarray]]:
+    """Packs one layer alone, as :class:`PackedWeights` has it. Raises InvalidWeightsError naming an unusable one."""
+    encoder = _C.Encoder(_shape(weights.spec, 1), precision, requested_isa())
+    _Packer(encoder, weights).pack_linears(layer, 0)
+    return {name: encoder.linear(0, name) for name in LINEARS}
+
+
+def _shape(spec: EncoderSpec, layers: int) -> dict[str, float]:
+    return {
+        "layers": layers,
+        "hidden": spec.hidden_size,
+        "heads": spec.num_heads,
+        "head_dim": spec.head_dim,
+        "intermediate": spec.intermediate_size,
+        "vocab": spec.vocab_size,
+        "positions": spec.max_positions,
+        "types": spec.type_vocab_size,
+        "eps": spec.layer_norm_eps,
+        "pre_norm": spec.norm == "pre",
+    }
 
 
 class NativeBackend:
@@ -144,18 +186,25 @@ class _Packer:
         self._encoder = encoder
         self._weights = weights
 
-    def pack(self) -> None:
+    def pack(self, packed: PackedWeights | None) -> None:
         spec = self._weights.spec
-        hidden = spec.hidden_size
-        self._tables()
+        self._tables(packed)
         self._norm(-1, "final_norm" if spec.norm == "pre" else "embedding_norm")
         for layer in range(spec.num_layers):
-            for i, role in enumerate(("query", "key", "value")):
-                self._linear(layer, role, "qkv", i * hidden)
-            for role in ("attention_out", "ffn_in", "ffn_out"):
-                self._linear(layer, role, role, 0)
+            if packed is None:
+                self.pack_linears(layer, layer)
+            else:
+                for name, arrays in packed.layers[layer].items():
+                    self._encoder.use_linear(layer, name, **arrays)
             for role in ("attention_norm", "ffn_norm"):
                 self._norm(layer, role)
+
+    def pack_linears(self, layer: int, into: int) -> None:
+        """Packs the products of ``layer`` as the encoder's layer ``into``."""
+        for i, role in enumerate(("query", "key", "value")):
+            self._linear(layer, role, "qkv", i * self._weights.spec.hidden_size, into)
+        for role in ("attention_out", "ffn_in", "ffn_out"):
+            self._linear(layer, role, role, 0, into)
 
     def _array(self, layer: int, role: str) -> np.ndarray:
         tensor = self._weights.modules[layer, role].weight.detach().contiguous()
@@ -165,14 +214,19 @@ class _Packer:
     def _bad(self, layer: int, role: str, parameter: str) -> InvalidWeightsError:
         return InvalidWeightsError(f"{self._weights.names[layer, role]}.{parameter} holds NaN or infinity")
 
-    def _tables(self) -> None:
+    def _tables(self, packed: PackedWeights | None) -> None:
+        words, scale = (None, None) if packed is None or packed.words is None else packed.words
         tables = []
         for role in ("word", "position", "type"):
+            if role == "word" and words is not None:
+                tables.append(words)
+                continue
             table = self._array(-1, role)
-            if not _C.all_finite(table, get_num_threads()):
+            if packed is None and not _C.all_finite(table, get_num_threads()):
                 raise self._bad(-1, role, "weight")
             tables.append(table)
-        self._encoder.set_tables(*tables)
+        word, position, types = tables
+        self._encoder.set_tables(word, position, types, scale)
 
     def _norm(self, layer: int, role: str) -> None:
         arrays = []
@@ -192,8 +246,8 @@ class _Packer:
             raise self._bad(layer, role, parameter)
         return values
 
-    def _linear(self, layer: int, role: str, name: str, first: int) -> None:
+    def _linear(self, layer: int, role: str, name: str, first: int, into: int) -> None:
         weight = self._array(layer, role)
         bias = self._vector(layer, role, "bias")
-        if not self._encoder.set_linear(layer, name, first, weight, bias, get_num_threads()):
+        if not self._encoder.set_linear(into, name, first, weight, bias, get_num_threads()):
             raise self._bad(layer, role, "weight")

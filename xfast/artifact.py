@@ -1,0 +1,329 @@
+"""The folder of a packed artifact: its manifest, what its files must be, and how it is written whole or not at all.
+
+docs/artifacts.md describes the format and what it promises. Nothing here knows a model class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from xfast import _C
+from xfast.architecture import EncoderSpec
+from xfast.backends.native import LINEARS
+from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
+from xfast.tensor_files import (
+    FileRecord,
+    Mapped,
+    TensorFile,
+    reading,
+    record_of,
+    strict_json,
+    write_file,
+    write_tensors,
+    writing,
+)
+
+FORMAT = 1
+MANIFEST = "xfast.json"
+CONFIG = "config.json"
+PARAMETERS = "parameters.safetensors"
+WORDS = "words.safetensors"
+STAGING = ".xfast-partial"
+PRECISIONS = ("fp32", "bf16", "int8")
+
+_JOURNAL = "journal.json"
+_HARMLESS = {".git", ".gitattributes", ".gitignore", "README.md", ".cache", STAGING}
+_DATA_DTYPE = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "int8": ("I8", 1)}
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def layer_file(layer: int) -> str:
+    """The file of one layer's packed products."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def layer_tensors(spec: EncoderSpec, precision: str) -> Shapes:
+    """(dtype, shape) by name of a layer's file, large blocks first: each then starts at a whole 64 bytes."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    sizes = {"qkv": (3 * hidden, hidden), "attention_out": (hidden, hidden)}
+    sizes |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
+    panel, chunk, (dtype, width) = _C.panel_outputs, _C.chunk_bytes, _DATA_DTYPE[precision]
+    data: Shapes = {}
+    others: Shapes = {}
+    for name in LINEARS:
+        panels, chunks = -(-sizes[name][0] // panel), -(-sizes[name][1] * width // chunk)
+        data[f"{name}.data"] = (dtype, (panels, chunks, chunk // 4, panel, 4 // width))
+        for part in ("bias", "scale", "compensation") if precision == "int8" else ("bias",):
+            others[f"{name}.{part}"] = ("I32" if part == "compensation" else "F32", (panels * panel,))
+    return {**data, **others}
+
+
+def word_tensors(spec: EncoderSpec) -> Shapes:
+    """(dtype, shape) by name of the word table in 8 bits a value."""
+    return {"scale": ("F32", (spec.vocab_size,)), "data": ("I8", (spec.vocab_size, spec.hidden_size))}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``xfast.json`` says. ``layout``: the version of csrc/layout.h that the packed files are in.
+
+    model_class: "package.module:Class"; arguments: of its constructor beside the config; encoder: the dotted path of
+    the encoder inside it. layers: how many run, None = all. linear_dtype, word_dtype: what the original weights were.
+    aliases: parameters that are others under a second name. files: what each file must be.
+    """
+
+    layout: int
+    model_class: str
+    arguments: dict[str, bool]
+    encoder: str
+    precision: str
+    layers: int | None
+    spec: dict[str, Any]
+    linear_dtype: str
+    word_dtype: str
+    packed_words: bool
+    aliases: dict[str, str]
+    files: dict[str, FileRecord]
+
+    def to_json(self) -> bytes:
+        """With a hash over everything else in it."""
+        content = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**content, "sha256": digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ArtifactError: no artifact, an unfinished one, another format, or a changed manifest."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / STAGING).is_dir():
+            raise ArtifactError(f"{folder}: is not finished: run the same command again to continue it")
+        raise ArtifactError(f"{folder}: is no packed artifact: it has no {MANIFEST}; make one with xfast.save")
+    with _as_artifact_error(), reading(path):
+        content = strict_json(path.read_bytes(), path)
+    if not isinstance(content, dict) or type(content.get("format")) is not int:
+        raise ArtifactError(f"{path}: is not the manifest of a packed artifact: it names no format")
+    if content["format"] != FORMAT:
+        raise ArtifactError(f"{path}: format {content['format']}; this version reads format {FORMAT}: upgrade xfast")
+    if content.pop("sha256", None) != digest(content):
+        raise ArtifactError(f"{path}: was changed: it does not have the hash that it names")
+    del content["format"]
+    if content.keys() != {field.name for field in fields(Manifest)}:
+        raise ArtifactError(f"{path}: has the fields {sorted(content)}, which are not those of format {FORMAT}")
+    manifest = Manifest(**{**content, "files": _records(content["files"], path)})
+    _check(manifest, path)
+    return manifest
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    """Types and values; that the spec is the model's is checked when the model has been built."""
+    m = manifest
+    strings = (m.model_class, m.encoder, m.linear_dtype, m.word_dtype)
+    good = (
+        all(isinstance(text, str) for text in strings)
+        and isinstance(m.spec, dict)
+        and type(m.packed_words) is bool
+        and (m.layers is None or type(m.layers) is int)
+        and isinstance(m.arguments, dict)
+        and all(type(value) is bool for value in m.arguments.values())
+        and isinstance(m.aliases, dict)
+        and all(isinstance(name, str) for name in m.aliases.values())
+    )
+    if not good or m.precision not in PRECISIONS:
+        raise ArtifactError(f"{path}: a field has a value that format {FORMAT} does not accept")
+    if m.layout != _C.pack_version:
+        raise ArtifactError(f"{path}: packed in layout {m.layout!r}; this version reads layout {_C.pack_version}")
+
+
+def _records(files: Any, path: Path) -> dict[str, FileRecord]:
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{path}: files: expected an object")
+    records = {}
+    for name, value in files.items():
+        known = isinstance(value, dict) and value.keys() == {"bytes", "sha256", "checksum"}
+        hexadecimal = known and all(isinstance(value[key], str) for key in ("sha256", "checksum"))
+        if not hexadecimal or type(value["bytes"]) is not int or value["bytes"] < 0 or not _plain_name(name):
+            raise ArtifactError(f"{path}: files: {name!r:.100}: expected a file's name, bytes, sha256 and checksum")
+        records[name] = FileRecord(**value)
+    return records
+
+
+def _plain_name(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and name != MANIFEST
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its hash, whatever its white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Reader:
+    """The files of an artifact. ``verify``: "size", "checksum" (all bytes that are used), "full" (SHA-256, all files).
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or not what the manifest and the model need.
+    """
+
+    def __init__(self, folder: Path, verify: str) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._verify = verify
+        if verify == "full":
+            verify_all(folder, self.manifest)
+
+    def content(self, name: str) -> bytes:
+        """A small file, its hash verified whatever ``verify`` is."""
+        record, path = self._record(name), self.folder / name
+        with _as_artifact_error(), reading(path):
+            content = path.read_bytes()
+        if len(content) != record.bytes or hashlib.sha256(content).hexdigest() != record.sha256:
+            raise ArtifactError(f"{path}: damaged or changed: it does not have the hash that {MANIFEST} names")
+        return content
+
+    def tensors(self, name: str, expected: Shapes | None, *, copy_on_write: bool = False) -> tuple[Mapped, Shapes]:
+        """Maps a file, which must hold the ``expected`` tensors in that order (None: any)."""
+        record, path = self._record(name), self.folder / name
+        with _as_artifact_error():
+            file = TensorFile(path)
+            if file.bytes != record.bytes:
+                raise ArtifactError(f"{path}: has {file.bytes} bytes, {MANIFEST} names {record.bytes}")
+            shapes = {key: (entry.dtype, entry.shape) for key, entry in file.entries.items()}
+            if expected is not None and list(shapes.items()) != list(expected.items()):
+                raise ArtifactError(f"{path}: holds other tensors than {self.manifest.spec} needs: {shapes}"[:1000])
+            return file.map(record if self._verify == "checksum" else None, copy_on_write=copy_on_write), shapes
+
+    def _record(self, name: str) -> FileRecord:
+        if name not in self.manifest.files:
+            raise ArtifactError(f"{self.folder / MANIFEST}: does not list {name}")
+        return self.manifest.files[name]
+
+
+def verify_all(folder: Path, manifest: Manifest, advance: Callable[[str], None] = lambda name: None) -> None:
+    """Hashes every file. ``advance`` is told each file's name before. Raises ArtifactError naming the first bad one."""
+    for name, record in manifest.files.items():
+        advance(name)
+        with _as_artifact_error():
+            found = record_of(folder / name)
+        if found != record:
+            raise ArtifactError(f"{folder / name}: damaged or changed: it does not have the hash that {MANIFEST} names")
+
+
+@contextlib.contextmanager
+def _as_artifact_error() -> Any:
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except DataFileError as error:
+        raise ArtifactError(str(error)) from None
+
+
+class Staging:
+    """Files of an artifact to be, in a subfolder until ``commit`` moves them into place, the manifest last.
+
+    What was there before stays readable until then. With an ``identity`` (what is being converted, how), files that an
+    earlier, killed run with the same identity finished are kept: ``finished``.
+
+    Raises:
+        ArtifactWriteError: the folder holds something else, another process writes to it, or the system refuses.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
+        self.folder, self._staging = folder, folder / STAGING
+        self._identity = identity
+        self.finished: dict[str, FileRecord] = {}
+        self._records: dict[str, FileRecord] = {}
+        self._refuse_foreign()
+        self._made = not folder.exists()
+        with writing(folder):
+            self._staging.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._staging / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ArtifactWriteError(f"{folder}: another process is writing an artifact there") from None
+        if identity is not None:
+            self._resume()
+        with writing(folder):
+            for path in self._staging.iterdir():
+                if path.name not in {*self.finished, "lock", _JOURNAL}:
+                    path.unlink()
+
+    def _refuse_foreign(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ArtifactWriteError(f"{self.folder}: is a file; expected a folder, or a path where one can be made")
+        with writing(self.folder):
+            names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if MANIFEST not in names and STAGING not in names and names - _HARMLESS:
+            raise ArtifactWriteError(
+                f"{self.folder}: holds something else than a packed artifact ({', '.join(sorted(names)[:3])}, ...); "
+                "accepted: a new or empty folder, or an artifact, which is replaced"
+            )
+
+    def _resume(self) -> None:
+        journal = self._staging / _JOURNAL
+        if not journal.is_file():
+            return
+        with contextlib.suppress(DataFileError):  # a journal that cannot be read: start anew
+            content = strict_json(journal.read_bytes(), journal)
+            if content["identity"] == self._identity:
+                for name, record in _records(content["files"], journal).items():
+                    path = self._staging / name
+                    if path.is_file() and record_of(path) == record:
+                        self.finished[name] = record
+
+    def tensors(self, name: str, shapes: Shapes, pieces: Callable[[], Iterable[Any]]) -> None:
+        """Writes a safetensors file unless it is finished; ``pieces`` is called only then."""
+        if name in self.finished:
+            self._records[name] = self.finished[name]
+        else:
+            self._done(name, write_tensors(self._staging / name, shapes, pieces()))
+
+    def content(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        self._done(name, write_file(self._staging / name, [content]))
+
+    def _done(self, name: str, record: FileRecord) -> None:
+        self._records[name] = record
+        if self._identity is not None:
+            files = {key: asdict(value) for key, value in self._records.items()}
+            content = json.dumps({"identity": self._identity, "files": files}).encode()
+            partial = self._staging / "journal.partial"
+            write_file(partial, [content])
+            with writing(partial):
+                partial.replace(self._staging / _JOURNAL)
+
+    def commit(self, manifest_of: Callable[[dict[str, FileRecord]], Manifest]) -> Manifest:
+        """Moves everything into place."""
+        manifest = manifest_of(self._records)
+        write_file(self._staging / MANIFEST, [manifest.to_json()])
+        old: set[str] = set()
+        with contextlib.suppress(ArtifactError):
+            old = set(read_manifest(self.folder).files)
+        with writing(self.folder):
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # from here to the end it is no artifact
+            for name in sorted(old - self._records.keys()):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in (*self._records, MANIFEST):
+                (self._staging / name).replace(self.folder / name)
+            shutil.rmtree(self._staging)
+        self._lock.close()
+        return manifest
+
+    def abandon(self) -> None:
+        """After a failure: removes what was begun, or keeps what a later run with the same identity continues."""
+        if self._identity is None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+        self._lock.close()

@@ -1,0 +1,115 @@
+"""Transformers checkpoints: their safetensors files, one tensor at a time, and their faults as one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xfast import tokenizer_files
+from xfast.errors import DataFileError, XfastError
+from xfast.tensor_files import Entry, TensorFile, reading, strict_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Inside the block whatever goes wrong is a DataFileError that names the checkpoint, but for xfast's own errors.
+
+    transformers lets through what its readers raise: OSError, ValueError, and a type that safetensors has for itself.
+    """
+    try:
+        yield
+    except XfastError:
+        raise
+    except Exception as error:
+        raise DataFileError(f"model: {model}: {type(error).__name__}: {error}") from error
+
+
+class Checkpoint:
+    """The tensors of a folder or of a Hub id in the cache, in one file or in shards. Nothing is unpickled.
+
+    Raises:
+        DataFileError: nothing there, a pickle, a missing shard, or a file that is damaged.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        config = tokenizer_files.find(model, "config.json")
+        if config is None:
+            raise DataFileError(
+                f"model: {model}: expected a folder with a config.json, or a Hub id whose files are in the cache "
+                f"(fetch them with: hf download {model})"
+            )
+        self.folder = config.parent
+        self.config = _json_object(config)
+        self.files = [TensorFile(path) for path in self._paths()]
+        self._where: dict[str, tuple[TensorFile, str]] = {}
+        for file in self.files:
+            for stored in file.entries:
+                name = _modern(stored)
+                if name in self._where:
+                    raise DataFileError(f"{file.path}: {stored} is also in {self._where[name][0].path}")
+                self._where[name] = (file, stored)
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / _INDEX).is_file():
+            shards = _json_object(self.folder / _INDEX).get("weight_map")
+            good = isinstance(shards, dict) and all(
+                isinstance(name, str) and Path(name).name == name for name in shards.values()
+            )
+            if not good or not shards:
+                raise DataFileError(f"{self.folder / _INDEX}: expected weight_map, from tensor names to file names")
+            paths = [self.folder / name for name in sorted(set(shards.values()))]
+            if missing := [path.name for path in paths if not path.is_file()]:
+                raise DataFileError(f"{self.folder}: shards are missing that {_INDEX} names: {', '.join(missing)}")
+            return paths
+        if (self.folder / _SINGLE).is_file():
+            return [self.folder / _SINGLE]
+        if pickles := [name for name in _PICKLES if (self.folder / name).is_file()]:
+            raise DataFileError(
+                f"{self.folder}: {pickles[0]} is a pickle, which can run code when it is read, and xfast reads none; "
+                "convert it where you trust it: AutoModel...from_pretrained(MODEL).save_pretrained(FOLDER)"
+            )
+        raise DataFileError(f"{self.folder}: has neither {_SINGLE} nor {_INDEX}")
+
+    def identity(self) -> list[list[Any]]:
+        """Changes when a file is replaced: names, sizes and times of modification."""
+        paths = [file.path for file in self.files]
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+    def names(self) -> set[str]:
+        """Of all tensors, as transformers calls them today."""
+        return set(self._where)
+
+    def entry(self, name: str) -> Entry:
+        """Type and shape of a tensor."""
+        file, stored = self._where[name]
+        return file.entries[stored]
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of ``rows`` of its rows."""
+        file, stored = self._where[name]
+        return file.read(stored, first, rows)
+
+
+def _modern(name: str) -> str:
+    for old, new in _OLD_NAMES:
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    with reading(path):
+        content = strict_json(path.read_bytes(), path)
+    if not isinstance(content, dict):
+        raise DataFileError(f"{path}: expected a JSON object")
+    return content

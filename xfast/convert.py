@@ -1,0 +1,250 @@
+"""``xfast convert``: a checkpoint becomes a packed artifact, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from xfast import _C, artifact, packed_model, tokenizer_files
+from xfast.architecture import FAMILIES, describe, find_encoders, supported_families
+from xfast.artifact import Manifest, Staging
+from xfast.backends.native import pack_layer
+from xfast.checkpoint import Checkpoint
+from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+from xfast.tensor_files import DTYPES, as_bytes
+from xfast.threads import get_num_threads
+
+Advance = Callable[[str], None]
+_ROWS = 8192  # of the word table that are in memory at a time
+
+
+def convert(
+    model: str,
+    folder: Path,
+    precision: str = "int8",
+    architecture: str | None = None,
+    advance: Advance = lambda name: None,
+    announce: Callable[[int], None] = lambda files: None,
+) -> Manifest:
+    """Writes a packed artifact from a checkpoint's safetensors, never holding more than one layer unpacked.
+
+    A run that was killed is continued: layers that were finished are not packed again.
+
+    Args:
+        model: folder, or Hub id whose files are in the cache.
+        folder: new or empty, or an artifact, which is replaced once the new one is complete.
+        precision: "fp32", "bf16" or "int8".
+        architecture: a class of transformers; None: the one that config.json names.
+        advance: told each file's name before it is written.
+        announce: told once how many files there will be.
+
+    Raises:
+        XfastError: no such checkpoint, damaged, not supported, or the folder cannot be written.
+    """
+    if precision not in artifact.PRECISIONS:
+        raise InvalidOptionError(
+            f"precision: {precision!r} is not accepted; accepted: {', '.join(artifact.PRECISIONS)}"
+        )
+    checkpoint = Checkpoint(model)
+    if folder.resolve() == checkpoint.folder.resolve():
+        raise InvalidOptionError(f"dir: {folder} is the checkpoint itself; expected another folder")
+    source = _Source(checkpoint, architecture)
+    identity = {
+        "checkpoint": checkpoint.identity(),
+        "config": hashlib.sha256(packed_model.config_json(source.root)).hexdigest(),
+        "class": type(source.root).__name__,
+        "precision": precision,
+        "format": artifact.FORMAT,
+        "layout": _C.pack_version,
+    }
+    announce(source.weights.spec.num_layers + 1 + packed_model.contents_of(source.root, precision).packed_words)
+    staging = Staging(folder, identity)
+    try:
+        tokenizer_files.write(staging, str(checkpoint.folder))
+        return packed_model.write(
+            staging,
+            source.root,
+            precision,
+            None,
+            packed_layer=lambda layer: source.packed_layer(layer, precision),
+            packed_words=source.packed_words,
+            value=source.value,
+            advance=advance,
+        )
+    except BaseException:
+        staging.abandon()
+        raise
+
+
+class _Source:
+    """A model without memory for its weights, and where each of them is in the checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: str | None) -> None:
+        self._checkpoint = checkpoint
+        self.root: Any = _skeleton(checkpoint, architecture)
+        encoders = find_encoders(self.root)
+        if len(encoders) != 1:
+            raise UnsupportedModelError(
+                f"model: {type(self.root).__name__} holds {len(encoders)} supported encoders, expected one; "
+                f"supported: {supported_families()}"
+            )
+        self._path, self._encoder, self._family = encoders[0]
+        self._place()
+        self.weights = describe(self._encoder, self._family)
+        self._inside = {name for name, _ in self._encoder.named_parameters(self._path, remove_duplicate=False)}
+
+    def _place(self) -> None:
+        """Finds every tensor in the checkpoint and gives it its type there, still without memory."""
+        groups: dict[int, list[str]] = {}
+        shapes = {}
+        for name, tensor in packed_model.tensors_of(self.root):
+            groups.setdefault(id(tensor), []).append(name)
+            shapes[name] = tuple(tensor.shape)
+        self._names: dict[str, str] = {}
+        missing = []
+        for names in groups.values():  # one tensor under all its names
+            found = next((stored for name in names if (stored := self._stored_name(name)) is not None), None)
+            if found is None:
+                missing.append(names[0])
+                continue
+            entry = self._checkpoint.entry(found)
+            if entry.shape != shapes[names[0]]:
+                raise DataFileError(
+                    f"model: {found} has shape {entry.shape} in the checkpoint; config.json makes it {shapes[names[0]]}"
+                )
+            self._put(names, torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta"), entry.dtype)
+            self._names |= dict.fromkeys(names, found)
+        if missing:
+            raise DataFileError(
+                f"model: the checkpoint lacks {len(missing)} tensors of {type(self.root).__name__}: "
+                f"{', '.join(sorted(missing)[:4])}; name the class it was saved as with --architecture, or load it "
+                "with transformers and use xfast.save"
+            )
+
+    def _put(self, names: list[str], tensor: torch.Tensor, dtype: str) -> None:
+        if packed_model.is_parameter(self.root, names[0]):
+            if dtype not in ("F32", "BF16", "F16"):
+                raise DataFileError(f"model: {names[0]} is {dtype} in the checkpoint; accepted: F32, BF16, F16")
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        for name in names:
+            packed_model.put(self.root, name, tensor)
+
+    def _stored_name(self, name: str) -> str | None:
+        """The name in the checkpoint: with or without the prefix that heads put before their encoder."""
+        prefix = f"{self.root.base_model_prefix}."
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in self._checkpoint.names():
+                return candidate
+        return None
+
+    def _full(self, inner: str) -> str:
+        return f"{self._path}.{inner}" if self._path else inner
+
+    def packed_layer(self, layer: int, precision: str) -> dict[str, dict[str, np.ndarray]]:
+        """Reads a layer, packs it and lets it go."""
+        roles = [key for key in self.weights.modules if key[0] == layer]
+        for key in roles:
+            for parameter, held in self.weights.modules[key].named_parameters():
+                values = self._checkpoint.read(self._names[self._full(f"{self.weights.names[key]}.{parameter}")])
+                setattr(self.weights.modules[key], parameter, nn.Parameter(values, requires_grad=False))
+                del held
+        packed = pack_layer(self.weights, layer, precision)
+        for key in roles:
+            self.weights.modules[key].to("meta")
+        return packed
+
+    def packed_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The word table in 8 bits a value and its scales, read some rows at a time."""
+        name = self._full(f"{self.weights.names[-1, 'word']}.weight")
+        rows, columns = self._checkpoint.entry(self._names[name]).shape
+        values, scales = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
+        for first in range(0, rows, _ROWS):
+            table = self._checkpoint.read(self._names[name], first, _ROWS)
+            _require_finite(name, table)
+            bits = table.view(torch.uint16) if table.dtype == torch.bfloat16 else table
+            part = slice(first, first + len(table))
+            values[part], scales[part] = _C.quantize_rows(bits.numpy(), get_num_threads())
+        return values, scales
+
+    def value(self, name: str) -> np.ndarray:
+        """The bytes of a tensor that is stored as it is."""
+        tensor = self._checkpoint.read(self._names[name])
+        if name in self._inside:
+            _require_finite(name, tensor)
+        return as_bytes(tensor)
+
+
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InvalidWeightsError(f"{name} holds NaN or infinity")
+
+
+def _skeleton(checkpoint: Checkpoint, architecture: str | None) -> nn.Module:
+    named = checkpoint.config.get("architectures")
+    name = architecture or (named[0] if isinstance(named, list) and named else None)
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise InvalidOptionError(
+            f"architecture: {name!r} is no model class of transformers {transformers.__version__}; accepted: a class "
+            "such as XLMRobertaModel (default: the one that config.json names)"
+        )
+    try:
+        config = packed_model.config_of(cls, checkpoint.config)
+        bare = any(cls.__name__ in family.encoder_classes for family in FAMILIES)
+        pooled = any("pooler." in tensor for tensor in checkpoint.names())
+        return packed_model.skeleton(cls, config, {"add_pooling_layer": pooled} if bare else {})
+    except Exception as error:  # whatever transformers raises for a config that is none
+        raise DataFileError(f"{checkpoint.folder}: {cls.__name__} cannot be built from config.json: {error}") from error
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Folder or cached Hub id of a checkpoint; with --check an artifact.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The artifact: a new or empty folder.")] = None,
+    precision: Annotated[str, typer.Option(help="int8, bf16 or fp32.")] = "int8",
+    architecture: Annotated[
+        str | None, typer.Option(help="Class of transformers, XLMRobertaModel for example.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Verify the SHA-256 of every file of the artifact.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+) -> None:
+    """Convert a checkpoint into a packed artifact for xfast.load, or check one."""
+    if folder is None and not check:
+        raise InvalidOptionError("dir: expected a folder for the artifact")
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        if folder is None:
+            folder, manifest = Path(model), artifact.read_manifest(Path(model))
+        else:
+            manifest = convert(
+                *(model, folder, precision, architecture),
+                advance=lambda name: bar.update(task, description=name, advance=1),
+                announce=lambda files: bar.update(task, total=files),
+            )
+        if check:
+            bar.reset(task, total=len(manifest.files))
+            artifact.verify_all(folder, manifest, lambda name: bar.update(task, description=name, advance=1))
+    size = sum(record.bytes for record in manifest.files.values())
+    if as_json:
+        facts = {"path": str(folder), "bytes": size, "files": len(manifest.files), "precision": manifest.precision}
+        typer.echo(json.dumps({**facts, "checked": check}, indent=1))
+        return
+    state = "every file has its SHA-256" if check else "load it with xfast.load"
+    Console(width=200).print(
+        f"{folder}: {size / 2**20:.1f} MiB, {manifest.precision}; {state}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
