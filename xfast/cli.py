@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
-from xfast.encode.cli import encode
 from xfast.convert import run as convert
+from xfast.encode.cli import encode
 from xfast.engine import app as engine_app
 from xfast.errors import InvalidOptionError, XfastError
 from xfast.export import app as export_app
