@@ -151,7 +151,6 @@ def test_checkpoints_are_found_and_checked(
     given = {"": str(checkpoints[BASELINE]), "udpos": str(base)}
     assert arms.folder_of(given, "xnli") == checkpoints[BASELINE] / "tasks" / "xnli"
     assert arms.folder_of(given, "tatoeba") == checkpoints[BASELINE] / "encoder"
-    assert arms.folder_of(given, "xnli", encoder=True) == checkpoints[BASELINE] / "encoder"
     assert arms.folder_of(given, "udpos") == base
     with pytest.raises(InvalidOptionError, match="none for xnli"):
         arms.folder_of({"udpos": str(base)}, "xnli")
@@ -160,8 +159,8 @@ def test_checkpoints_are_found_and_checked(
     other = stilts.checkpoint(tmp_path / "other", 700, hidden_size=32, num_attention_heads=2)
     mixed = Settings.from_dict({**settings.as_dict(), "intermediate": {"": str(other)}})
     with pytest.raises(InvalidOptionError, match="differ in size"):
-        arms.model_facts(mixed, CHECKPOINT)
-    assert arms.model_facts(settings, CHECKPOINT)["layers"] == 2
+        arms.resolve(mixed, CHECKPOINT, ["xnli"])
+    assert arms.resolve(settings, CHECKPOINT, ["xnli"]).facts["layers"] == 2
 
 
 # --- arms and probes on seeded models
