@@ -32,8 +32,15 @@ def jobs(settings: Settings, engine: str, pairs: Sequence[tuple[str, str]]) -> l
     """(name, arm, task) of each evaluation of an engine: tasks that have an official score."""
     if not settings.accuracy or not settings.baseline or settings.data is None:
         return []
-    tasks = [task for task in dict.fromkeys(task for task, _ in pairs) if get(task).metric in scoring.METRICS]
+    there = [task for task in dict.fromkeys(task for task, _ in pairs) if languages_of(task, pairs)]
+    tasks = [task for task in there if get(task).metric in scoring.METRICS]
     return [(_job(engine, arm, task), arm, task) for task in tasks for arm in arms_of(settings)]
+
+
+def languages_of(task: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Languages of a task that can have a score: not English where sentences are matched with their English ones."""
+    found = dict.fromkeys(language for mine, language in pairs if mine == task)
+    return [language for language in found if get(task).type != BITEXT or language != "en"]
 
 
 def _job(engine: str, arm: str, task: str) -> str:

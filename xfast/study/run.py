@@ -210,7 +210,7 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
         seconds += 4 * tokens * token_s
     for _, _, task in accuracy.jobs(settings, group.engine, list(pairs)):
         passes = accuracy.LAYERS + 1 if get(task).type == BITEXT else 1  # both sides at half the layers on average
-        for language in (language for mine, language in pairs if mine == task):
+        for language in accuracy.languages_of(task, list(pairs)):
             work = group.work[task, language, False]
             examples = min(texts.labelled(task, language), settings.limit or texts.labelled(task, language))
             seconds += passes * examples * work.tokens / len(work.examples) * token_s

@@ -141,7 +141,7 @@ class _Group:
         for name, arm, task in accuracy.jobs(self.settings, self.job.engine, pairs):
             if name in self.job.done:
                 continue
-            languages = list(dict.fromkeys(language for mine, language in pairs if mine == task))
+            languages = accuracy.languages_of(task, pairs)
             layers = self.job.facts["layers"]
             measured = accuracy.measure(
                 self.settings, self.job.engine, arm, task, languages, layers, lambda *_: self.send(ALIVE)
