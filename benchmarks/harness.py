@@ -26,7 +26,7 @@ from xfast.benchmarks import isa as isas
 from xfast.benchmarks import metrics, peers
 from xfast.benchmarks.metrics import Round, Runner
 from xfast.benchmarks.workloads import Workload
-from xfast.machine import ceiling, cpu_flags
+from xfast.machine import available_memory, ceiling, cpu_flags
 
 WORKER = Path(__file__).with_name("worker.py")
 BUILD_LIMIT_S = 1200.0
@@ -321,11 +321,7 @@ def _copies(engine: str) -> float:
 
 def _memory_obstacle(engine: str, weights: int) -> str | None:
     """Why there is too little memory to build an engine, or None."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    available = available_memory()
     needed = _copies(engine) * weights + _SPARE_BYTES
     if available is None or available >= needed:
         return None

@@ -125,8 +125,8 @@ def fill(model: nn.Module, seed: int, std: float) -> None:
         list(pool.map(draw, range(len(chunks))))
 
 
-def load_model(name: str) -> nn.Module:
-    """Loads the encoder of a local checkpoint or of one on the Hub, in fp32, in evaluation mode.
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Loads the encoder of a local checkpoint or of one on the Hub, in ``dtype``, in evaluation mode.
 
     Raises:
         InvalidOptionError: ``name`` is a path that does not lead to a directory.
@@ -148,7 +148,7 @@ def load_model(name: str) -> nn.Module:
         )
     try:
         model, loaded = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # as above
         raise InvalidInputError(f"--model {name}: cannot load its weights: {_first_line(error)}") from error

@@ -19,8 +19,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import ALL_FAMILIES, HEADS, arguments, build, encoder_of, outputs_of, quick_settings, ragged
-from test_clip_towers import text_tower, whole
+from models import (
+    ALL_FAMILIES,
+    HEADS,
+    alt_clip,
+    arguments,
+    build,
+    encoder_of,
+    outputs_of,
+    quick_settings,
+    ragged,
+    text_tower,
+)
 from torch import nn
 
 import xfast
@@ -84,7 +94,7 @@ def test_awkward_sizes(changes: dict[str, int], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_altclip_with_one_tower_and_with_both(precision: str, tmp_path: Path) -> None:
-    for name, make, inputs in (("text", text_tower, {}), ("both", whole, {"pixel_values": torch.randn(2, 3, 8, 8)})):
+    for name, make, inputs in (("text", text_tower, {}), ("both", alt_clip, {"pixel_values": torch.randn(2, 3, 8, 8)})):
         model = xfast.accelerate(make(), precision=precision, keep_weights=False)
         xfast.save(model, tmp_path / name)
         want, got = (tuple(m(**ragged(), **inputs).values()) for m in (model, xfast.load(tmp_path / name)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import numpy as np
 import pytest
 import stilts
 import torch
+import transformers
 from rich.console import Console
+from safetensors.torch import load_file
 
 from xfast.errors import InvalidOptionError
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
-from xfast.stilts.evaluation import Evaluation, evaluate
+from xfast.stilts.evaluation import Evaluation, _Predictor, evaluate
+from xfast.stilts.tasks import get
+from xfast.stilts.tokenizer import load_tokenizer
 from xfast.stilts.training import train
-from xfast.study import arms, probes, run
+from xfast.study import accuracy, arms, probes, run
 from xfast.study.document import BASELINE, INTERMEDIATE
 from xfast.study.factors import CHECKPOINT, EngineName, Settings
+from xfast.study.timing import Runner
 
 LANGUAGES = ("sw", "en")
 
@@ -135,8 +141,6 @@ def test_probes_tell_the_arms_apart(studied: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_without_the_head_is_skipped_and_said(settings: Settings, base: Path) -> None:
-    from xfast.study import accuracy
-
     bare = Settings.from_dict({**settings.as_dict(), "baseline": {"": str(base)}, "intermediate": {}})
     (record,) = accuracy.measure(bare, "native:fp32", BASELINE, "xnli", ["sw"], 2)
     assert record["kind"] == "skipped" and "no head that was trained" in record["why"]
@@ -151,7 +155,6 @@ def test_checkpoints_are_found_and_checked(
     given = {"": str(checkpoints[BASELINE]), "udpos": str(base)}
     assert arms.folder_of(given, "xnli") == checkpoints[BASELINE] / "tasks" / "xnli"
     assert arms.folder_of(given, "tatoeba") == checkpoints[BASELINE] / "encoder"
-    assert arms.folder_of(given, "xnli", encoder=True) == checkpoints[BASELINE] / "encoder"
     assert arms.folder_of(given, "udpos") == base
     with pytest.raises(InvalidOptionError, match="none for xnli"):
         arms.folder_of({"udpos": str(base)}, "xnli")
@@ -160,8 +163,8 @@ def test_checkpoints_are_found_and_checked(
     other = stilts.checkpoint(tmp_path / "other", 700, hidden_size=32, num_attention_heads=2)
     mixed = Settings.from_dict({**settings.as_dict(), "intermediate": {"": str(other)}})
     with pytest.raises(InvalidOptionError, match="differ in size"):
-        arms.model_facts(mixed, CHECKPOINT)
-    assert arms.model_facts(settings, CHECKPOINT)["layers"] == 2
+        arms.resolve(mixed, CHECKPOINT, ["xnli"])
+    assert arms.resolve(settings, CHECKPOINT, ["xnli"]).facts["layers"] == 2
 
 
 # --- arms and probes on seeded models
@@ -205,7 +208,87 @@ def test_probes_know_exact_arithmetic_from_coarse() -> None:
 def test_text_towers_have_no_head_and_are_studied_whole() -> None:
     from xfast.benchmarks.models import config_of
 
-    assert config_of("altclip").num_hidden_layers == 24
-    tower = torch.nn.Linear(1, 1)
-    tower.__class__ = type("AltCLIPTextModel", (torch.nn.Linear,), {})
-    assert arms.with_head(tower, "xnli", 0) is tower
+    config = config_of("altclip")
+    assert config.num_hidden_layers == 24
+    config.num_hidden_layers, config.hidden_size, config.vocab_size, config.project_dim = 2, 32, 100, 16
+    config.num_attention_heads, config.intermediate_size = 2, 64
+    tower = transformers.AltCLIPTextModel(config).eval()
+    assert arms.with_head(tower, "xcopa", 0) is tower
+    assert arms.without_head(tower) is tower and arms.detach_head(tower) is tower
+    ids = torch.randint(5, 100, (3, 2, 6))
+    batch = ids, torch.ones_like(ids)
+    assert Runner(tower, "cpu")(batch).last_hidden_state.shape == (6, 6, 16)  # projected, choices as sequences
+    found = list(probes.compare(tower, EngineName.parse("native:int8"), {("xcopa", "sw"): batch}))
+    assert {one["probe"] for one in found} == {"quantisation"}
+
+
+def test_a_head_that_brought_a_pooler_takes_it_along() -> None:
+    from xfast.benchmarks.models import random_model
+
+    encoder = random_model("tiny")
+    model = arms.with_head(encoder, "xcopa", 0)
+    assert encoder.pooler is not None
+    assert arms.detach_head(model) is encoder and encoder.pooler is None
+
+
+def test_new_weights_are_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfast.benchmarks import models
+
+    devices = set()
+    monkeypatch.setattr(models, "fill", lambda module, *_: devices.update(p.device.type for p in module.parameters()))
+    head = arms.with_head(models.random_model("tiny").to("meta"), "xnli", 0)  # any device that is not the CPU
+    assert devices == {"cpu"} and {p.device.type for p in head.parameters()} == {"meta"}
+
+
+def test_trained_heads_of_plain_folders_are_used_where_they_fit(
+    settings: Settings, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(checkpoints[BASELINE] / "tasks" / "xnli", plain)
+    changed = Settings.from_dict({**settings.as_dict(), "baseline": {"": str(plain)}, "intermediate": {}})
+    found = arms.resolve(changed, CHECKPOINT, ["xnli", "pawsx", "tatoeba"])
+    assert found.tasks == ("xnli", "pawsx", "tatoeba")
+    assert [note.partition(":")[0] for note in found.notes] == ["random head for pawsx in baseline"]
+    trained = load_file(plain / "model.safetensors")["classifier.out_proj.weight"]
+    model = arms.model_of(changed, CHECKPOINT, BASELINE, "xnli", torch.float32)
+    assert torch.equal(model.classifier.out_proj.weight, trained)
+    wrong = {"": str(checkpoints[BASELINE] / "tasks" / "xnli")}  # a STILTs folder, but another task's
+    assert not arms.has_trained_head(arms.folder_of(wrong, "udpos"), "udpos")
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"model_type": "nope"}', '{"model_type": "clip"}'])
+def test_bad_checkpoints_are_skipped_by_task_and_said(
+    settings: Settings, base: Path, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    mixed = {"": str(base), "xnli": str(tmp_path)}
+    changed = Settings.from_dict({**settings.as_dict(), "baseline": mixed, "intermediate": {}})
+    found = arms.resolve(changed, CHECKPOINT, ["xnli", "tatoeba"])
+    assert found.tasks == ("tatoeba",)
+    (skipped,) = found.skipped
+    assert skipped["what"] == "checkpoint xnli" and str(tmp_path) in skipped["why"]
+    with pytest.raises(InvalidOptionError, match="checkpoints"):
+        arms.resolve(changed, CHECKPOINT, ["xnli"])
+
+
+def test_stock_scores_are_those_of_its_own_precision(settings: Settings, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints[BASELINE] / "tasks" / "xnli"
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        asked = accuracy._evaluation(settings, f"stock:{precision}", folder, "xnli", ["sw"], None, folder)
+        loaded = _Predictor(asked, get("xnli")).model
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_a_language_without_labels_is_said(settings: Settings, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "xtreme" / "labels" / "xnli" / "test-sw.tsv").unlink()
+    changed = Settings.from_dict({**settings.as_dict(), "data": str(tmp_path / "data")})
+    records = list(accuracy.measure(changed, "native:fp32", BASELINE, "xnli", ["sw", "en", "te"], 2))
+    assert [record["language"] for record in records if record["kind"] == "accuracy"] == ["en"]
+    skipped = {record["what"].rpartition(" ")[2]: record["why"] for record in records if record["kind"] == "skipped"}
+    assert skipped.keys() == {"sw", "te"} and "labels" in skipped["sw"] and "te" in skipped["te"]
+
+
+def test_the_bare_tokenizer_folder_is_read_everywhere(data_dir: Path) -> None:
+    found = load_tokenizer(str(data_dir / "tokenizer" / "xlmr"))
+    assert found("hello")["input_ids"] == [0, 33600, 31, 2]

@@ -57,6 +57,10 @@ def test_a_study_from_the_command_line_to_its_report(tmp_path: Path) -> None:
         (["--baseline", "/tmp", "--sizes", "large"], "a size of their own"),
         (["--data", "/nowhere"], "no folder"),
         (["--margin", "2"], "margin: 2.0"),
+        (["--quick", "--rounds", "5"], "sets --rounds itself"),
+        (["--quick", "--batch-sizes", "8"], "sets --batch-sizes itself"),
+        (["--languages", ""], "languages: at least one"),
+        (["--engines", "native:fp32,native:fp32"], "engines: native:fp32 given more than once"),
         (["--device", "cuda"], "no GPU"),
     ],
 )

@@ -181,7 +181,9 @@ def test_a_stopped_run_with_probes_has_a_report(tmp_path: Path) -> None:
 def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
     failure = {"kind": "failed", "size": "base", "engine": "native:bf16", "why": "no such instruction"}
     mended = {"kind": "failed", "size": "base", "engine": "native:int8", "why": "killed"}
-    made = summary.document_of([*records(), failure, failure, mended, {"kind": "note", "text": "a note"}], Path("x"))
+    ended = {"kind": "ended_group", "size": "base", "engine": "native:int8"}
+    rows = [*records(), failure, failure, mended, ended, {"kind": "note", "text": "a note"}]
+    made = summary.document_of(rows, Path("x"))
     assert made["skipped"] == [{"what": "base native:bf16", "why": "no such instruction"}]
     assert "a note" in made["notes"]
 

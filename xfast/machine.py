@@ -16,6 +16,11 @@ CEILINGS = ("fp32", "bf16", "int8", "read")
 
 CEILING_SECONDS = 0.5
 
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+_CGROUP_FILES = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+"""Limit and usage by hierarchy: "" is version 2."""
+
 
 def machine() -> dict[str, Any]:
     """What figures are measured on: CPU, cores this process may use, threads, instruction sets, versions, commit.
@@ -127,6 +132,47 @@ def backends() -> list[dict[str, Any]]:
 def cpu_flags() -> frozenset[str]:
     """The feature flags of /proc/cpuinfo; empty where there is none."""
     return frozenset(next((value.split() for name, value in _cpuinfo() if name == "flags"), []))
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process can still take: what the system has, within the limits of its control groups.
+
+    None where the system does not say.
+    """
+    try:
+        lines = (_PROC / "meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return min([*free, *_cgroup_rooms()], default=None)
+
+
+def _cgroup_rooms() -> list[int]:
+    """What each control group that holds this process and has a limit leaves, in bytes."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for _, names, group in (line.split(":", 2) for line in lines):
+        for hierarchy in {"", "memory"} & set(names.split(",")):
+            root = _CGROUPS / hierarchy
+            folder = root / group.lstrip("/")  # it is not there where a container sees its own group as the root
+            rooms += [_room(one, hierarchy) for one in (folder, *folder.parents) if one.is_relative_to(root)]
+    return [room for room in rooms if room is not None]
+
+
+def _room(folder: Path, hierarchy: str) -> int | None:
+    """Limit minus usage of one control group; pages of files that the kernel can drop are not counted as used."""
+    limit, used = _CGROUP_FILES[hierarchy]
+    try:
+        bound = int((folder / limit).read_text())
+        taken = int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        droppable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return None
+    return max(0, bound - max(0, taken - droppable))
 
 
 def _cpu_name() -> str:

@@ -23,11 +23,12 @@ from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
-from xfast.stilts.model import load_task_model, usable_positions
+from xfast.stilts.model import DTYPES, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
 from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
+from xfast.stilts.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Evaluation:
         pooling: "mean" or "cls", for the same.
         limit: examples per language, for a quick look; a score on fewer examples is marked as such.
         tokenizer: folder or Hub id; None: the model's own.
+        dtype: of the weights, "fp32", "bf16" or "fp16"; None: as they are saved.
     """
 
     model: str
@@ -64,10 +66,13 @@ class Evaluation:
     pooling: str = "mean"
     limit: int | None = None
     tokenizer: str | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in ("mean", "cls"):
             raise InvalidOptionError(f"pooling: {self.pooling!r}; accepted: mean, cls")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InvalidOptionError(f"dtype: {self.dtype!r}; accepted: {', '.join(DTYPES)}")
         if self.split not in ("dev", "test"):
             raise InvalidOptionError(f"split: {self.split!r}; accepted: dev, test")
         if self.benchmark not in scoring.TARGETS:
@@ -139,11 +144,10 @@ class _Predictor:
     """A loaded, accelerated model of one task."""
 
     def __init__(self, run: Evaluation, task: Task) -> None:
-        from xfast.stilts.training import load_tokenizer
-
         self.run, self.task = run, task
         self.device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = load_task_model(run.model, task).to(self.device)
+        dtype = None if run.dtype is None else DTYPES[run.dtype]
+        self.model = load_task_model(run.model, task, dtype).to(self.device)
         self.tokenizer = load_tokenizer(run.tokenizer or run.model)
         self.padding = padding_of(self.model, self.tokenizer)
         self.recipe = task.recipe

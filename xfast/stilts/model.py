@@ -30,6 +30,9 @@ AUTO_CLASSES = {
 }
 """The transformers class of each type; a dual encoder (matching) is the bare encoder."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What the weights of a model that is evaluated can be converted to, by name."""
+
 LOGIT_SCALE = 100.0
 """What multiplies the cosine in a dual encoder's softmax, as in XTREME-R's code."""
 
@@ -261,15 +264,22 @@ def _encoder(model: str, pooled: bool) -> Any:
     return encoder
 
 
-def load_task_model(folder: str, task: Task) -> Any:
+def load_task_model(folder: str, task: Task, dtype: torch.dtype | None = None) -> Any:
     """A trained model for evaluation: the type's transformers class, the bare encoder for matching and bitext.
+
+    Args:
+        folder: of the model.
+        task: which class and head.
+        dtype: of the weights; None: as they are saved.
 
     Raises:
         DataFileError: there is none, or it holds no trained head of this type.
         UnsupportedModelError: its configuration names another class.
     """
     cls = AUTO_CLASSES.get(task.type, transformers.AutoModel)
-    extra = {} if task.type in AUTO_CLASSES else {"add_pooling_layer": False}
+    extra: dict[str, Any] = {} if task.type in AUTO_CLASSES else {"add_pooling_layer": False}
+    if dtype is not None:
+        extra["dtype"] = dtype
     try:
         loaded, report = cls.from_pretrained(folder, output_loading_info=True, **extra)
     except (OSError, ValueError, RuntimeError) as error:

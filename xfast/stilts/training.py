@@ -24,7 +24,7 @@ import transformers
 from torch.utils.data import DataLoader, Dataset
 
 from xfast import files
-from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, XfastError
+from xfast.errors import BackendUnavailableError, InvalidOptionError, XfastError
 from xfast.stilts import dev, mixture, sharding
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
@@ -34,6 +34,7 @@ from xfast.stilts.mixture import TrainingSet
 from xfast.stilts.model import MultiTaskModel, build, head_name, usable_positions
 from xfast.stilts.prediction import padding_of
 from xfast.stilts.task import MLM
+from xfast.stilts.tokenizer import load_tokenizer
 
 FREE = {"logging_steps", "disable_tqdm", "dataloader_pin_memory", "ddp_find_unused_parameters", "save_total_limit"}
 """Arguments of the Trainer that a run gives a value, but may be given another."""
@@ -254,21 +255,6 @@ def train(
     with _packed(config, model), _checkpoint_errors(folder), sharding.quiet():
         trainer.train(resume_from_checkpoint=_last_complete(folder))
         return _finish(config, trainer, model, tokenizer, sets)
-
-
-def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer from a folder or the Hub.
-
-    Raises:
-        DataFileError: there is none.
-    """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataFileError(f"tokenizer: {name}: {error}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where the files are missing
-        raise DataFileError(f"tokenizer: {name}: no tokenizer files there; name the folder that has them")
-    return tokenizer
 
 
 def check_lengths(config: RunConfig, model: MultiTaskModel, tokenizer: Any) -> None:

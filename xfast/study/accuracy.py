@@ -10,18 +10,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
-from xfast.errors import DataFileError, XfastError
+from xfast.errors import XfastError
 from xfast.stilts import scoring
 from xfast.stilts.data import Source
 from xfast.stilts.evaluation import Evaluation, evaluate
-from xfast.stilts.task import BITEXT, SPAN
+from xfast.stilts.prediction import Progress
+from xfast.stilts.task import BITEXT, MATCHING, SPAN
 from xfast.stilts.tasks import get
-from xfast.study.arms import folder_of
-from xfast.study.document import BASELINE, INTERMEDIATE
+from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder
 from xfast.study.factors import CHECKPOINT, STOCK, EngineName, Settings
 from xfast.study.store import Record
 
@@ -33,41 +32,65 @@ def jobs(settings: Settings, engine: str, pairs: Sequence[tuple[str, str]]) -> l
     """(name, arm, task) of each evaluation of an engine: tasks that have an official score."""
     if not settings.accuracy or not settings.baseline or settings.data is None:
         return []
-    tasks = [task for task in dict.fromkeys(task for task, _ in pairs) if get(task).metric in scoring.METRICS]
-    names = (BASELINE, INTERMEDIATE) if settings.intermediate else (BASELINE,)
-    return [(f"accuracy {engine} {arm} {task}", arm, task) for task in tasks for arm in names]
+    there = [task for task in dict.fromkeys(task for task, _ in pairs) if languages_of(task, pairs)]
+    tasks = [task for task in there if get(task).metric in scoring.METRICS]
+    return [(_job(engine, arm, task), arm, task) for task in tasks for arm in arms_of(settings)]
+
+
+def languages_of(task: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Languages of a task that can have a score: not English where sentences are matched with their English ones."""
+    found = dict.fromkeys(language for mine, language in pairs if mine == task)
+    return [language for language in found if get(task).type != BITEXT or language != "en"]
+
+
+def _job(engine: str, arm: str, task: str) -> str:
+    return f"accuracy {engine} {arm} {task}"
 
 
 def measure(
-    settings: Settings, engine: str, arm: str, task: str, languages: Sequence[str], layers: int
+    settings: Settings,
+    engine: str,
+    arm: str,
+    task: str,
+    languages: Sequence[str],
+    layers: int,
+    progress: Progress | None = None,
 ) -> Iterator[Record]:
     """Yields scores by language, and for question answering the length of the answers.
+
+    What is not scored is a record too: "skipped", with the job's name where another run may succeed.
 
     Args:
         settings: with checkpoints and data.
         engine: what computes.
         arm, task, languages: whose scores.
         layers: of the encoder.
+        progress: called now and then.
     """
-    given = settings.intermediate if arm == INTERMEDIATE else settings.baseline
+    given = arms_of(settings)[arm]
+    missed = {"kind": "skipped", "what": f"accuracy of {arm} on {task} ({engine})"}
+    kind = get(task).type
     try:
         model = folder_of(given, task)
+        trained = kind == BITEXT or (is_task_folder if kind == MATCHING else has_trained_head)(model, task)
     except XfastError as error:
-        yield {"kind": "skipped", "what": f"accuracy of {arm} on {task}", "why": str(error)}
+        yield {**missed, "why": str(error), "job": _job(engine, arm, task)}
         return
-    kind = get(task).type
-    if kind != BITEXT and model.parent.name != "tasks" and not _has_head(model):
-        why = f"{model} has no head that was trained for it"
-        yield {"kind": "skipped", "what": f"accuracy of {arm} on {task}", "why": why}
+    if not trained:
+        yield {**missed, "why": f"{model} has no head that was trained for it"}
         return
-    spaced = sorted({max(1, round(layers * step / LAYERS)) for step in range(1, LAYERS + 1)})
-    steps: list[int | None] = [*spaced] if kind == BITEXT else [None]
+    steps = sorted({max(1, round(layers * n / LAYERS)) for n in range(1, LAYERS + 1)}) if kind == BITEXT else [None]
     for layer in steps:
         with tempfile.TemporaryDirectory(prefix="xfast-study-") as folder:
-            found = _evaluate(settings, engine, model, task, languages, layer, Path(folder))
-            if isinstance(found, str):
-                yield {"kind": "skipped", "what": f"accuracy of {arm} on {task} ({engine})", "why": found}
+            try:
+                found = evaluate(_evaluation(settings, engine, model, task, languages, layer, Path(folder)), progress)
+            except XfastError as error:
+                yield {**missed, "why": str(error), "job": _job(engine, arm, task)}
                 return
+            if layer == steps[0]:
+                without = {**dict.fromkeys(found["withheld"], "its labels are not in the data"), **found["missing"]}
+                for language, why in without.items():
+                    yield {**missed, "what": f"{missed['what']} in {language}", "why": why}
             metric = "+".join(scoring.metric_of(task).main)
             for language, value in found["languages"].items():
                 yield {
@@ -86,40 +109,27 @@ def measure(
                 yield from _answers(Path(folder), arm, task)
 
 
-def _has_head(model: Path) -> bool:
-    try:
-        architectures = json.loads((model / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError) as error:
-        raise DataFileError(f"{model}/config.json: {error}") from error
-    return "For" in architectures[0] and "MaskedLM" not in architectures[0]
-
-
-def _evaluate(
+def _evaluation(
     settings: Settings, engine: str, model: Path, task: str, languages: Sequence[str], layer: int | None, output: Path
-) -> dict[str, Any] | str:
-    """The evaluation's result, or why there is none."""
+) -> Evaluation:
     name = EngineName.parse(engine)
+    stock = name.backend == STOCK
     data = Path(settings.data or "")
-    bare = data / "tokenizer" / "xlmr"
     own = any((model / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    try:
-        return evaluate(
-            Evaluation(
-                model=str(model),
-                task=task,
-                output=output,
-                source=Source(folder=data),
-                languages=tuple(languages),
-                precision="model" if name.backend == STOCK else name.precision,
-                backend="none" if name.backend == STOCK else name.backend,
-                device=settings.device,
-                layer=layer,
-                limit=settings.limit,
-                tokenizer=settings.tokenizer or (None if own else str(bare)),
-            )
-        )
-    except XfastError as error:
-        return str(error)
+    return Evaluation(
+        model=str(model),
+        task=task,
+        output=output,
+        source=Source(folder=data),
+        languages=tuple(languages),
+        precision="model" if stock else name.precision,
+        backend="none" if stock else name.backend,
+        device=settings.device,
+        layer=layer,
+        limit=settings.limit,
+        tokenizer=settings.tokenizer or (None if own else str(data / "tokenizer" / "xlmr")),
+        dtype=name.precision if stock else None,
+    )
 
 
 def _answers(folder: Path, arm: str, task: str) -> Iterator[Record]:

@@ -7,6 +7,10 @@ and what the study shows with them is the method and the speeds. Checkpoints mak
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,89 +20,95 @@ from torch import nn
 
 import xfast
 from xfast.benchmarks import models, workloads
-from xfast.errors import InvalidOptionError, UnsupportedModelError
-from xfast.stilts.model import AUTO_CLASSES, load_task_model
-from xfast.stilts.task import CHOICE
+from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, XfastError
+from xfast.stilts.model import AUTO_CLASSES, DTYPES, load_task_model
+from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING
 from xfast.stilts.tasks import get
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.factors import CHECKPOINT, EMBEDDING, STOCK, TYPES, EngineName, Settings, labels_of
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGE = 2_000_000_000
 """Parameters from which on models are made in bf16 and their original weights are freed after packing."""
+
+_STAMPED_BYTES = 1 << 20
+"""So much of a file's beginning and end tells one checkpoint from another."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the models of a size are made for an engine; planning and measuring both ask here.
+
+    Attributes:
+        dtype: of the weights as they are made or loaded.
+        keep_weights: whether the originals stay beside the packed ones.
+        probed: whether the engine's arithmetic is compared with fp32's on the originals.
+    """
+
+    dtype: torch.dtype
+    keep_weights: bool
+    probed: bool
+
+
+def build_of(settings: Settings, parameters: int, engine: EngineName) -> Build:
+    """How models of so many parameters are made for an engine."""
+    large = parameters > _LARGE
+    probed = settings.probes and engine.quantised and not large
+    if engine.backend == STOCK and not probed:
+        dtype = DTYPES.get(engine.precision, torch.float32)
+    else:
+        dtype = torch.bfloat16 if large else torch.float32
+    return Build(dtype, not large, probed)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that the arms of one size and engine need: ``held`` by each arm, ``peak`` more while one is being built."""
+    """Bytes that the arms of one size and engine need on their device, and on the host where that is another.
+
+    Attributes:
+        held: by each arm.
+        building: more, while one arm is built and probed.
+        host: of the one model that is made there before it moves to a GPU.
+    """
 
     held: int
     building: int
+    host: int
 
     def of(self, arms: int) -> int:
-        """With so many arms."""
+        """On the device, with so many arms."""
         return self.held * arms + self.building
 
 
-def footprint(parameters: int, embedding: int, engine: EngineName) -> Footprint:
+def footprint(parameters: int, embedding: int, engine: EngineName, build: Build) -> Footprint:
     """What an arm will need, from sizes alone.
 
     Args:
         parameters: of the encoder.
         embedding: parameters of its tables among them.
         engine: what will run it.
+        build: how it is made.
     """
-    large = parameters > _LARGE
-    original = parameters * (2 if large or engine.precision in _DTYPES else 4)
+    original = parameters * build.dtype.itemsize
+    exact = 4 * (parameters - embedding) if build.probed else 0  # packed once more, in fp32
     if engine.backend == STOCK:
-        return Footprint(original, original // 10)
+        held = parameters * DTYPES.get(engine.precision, torch.float32).itemsize
+        return Footprint(held, original // 10 + original - held + exact, original)
     width = {"int8": 1.1, "fp8": 1.1, "fp32": 4.0}.get(engine.precision, 2.0)
     packed = int((parameters - embedding) * width)
-    if large:  # keep_weights=False
+    if not build.keep_weights:
         kept = embedding * (1 if engine.precision == "int8" else 2)
-        return Footprint(packed + kept, original)
-    return Footprint(original + packed, packed // 4)
+        return Footprint(packed + kept, original, original)
+    return Footprint(original + packed, max(packed // 4, exact - packed), original)
 
 
-def model_facts(settings: Settings, size: str) -> dict[str, Any]:
-    """Parameters, layers, hidden size, ids and usable length of a size, before anything is built.
-
-    Raises:
-        InvalidOptionError: the two checkpoints are not of the same size.
-    """
-    if size != CHECKPOINT:
-        shape = models.SIZES[size]
-        return {
-            "parameters": shape.parameters(),
-            "embedding": shape.vocab * shape.hidden,
-            "layers": shape.layers,
-            "hidden_size": shape.hidden,
-            "inner": shape.inner,
-            "vocab": shape.vocab,
-            "pad": 1,
-            "limit": workloads.LIMIT,
-        }
-    from transformers import AutoConfig
-
-    found = []
-    for given in (settings.baseline, settings.intermediate or settings.baseline):
-        for task in given:
-            config = AutoConfig.from_pretrained(str(folder_of(given, task, encoder=True)))
-            found.append(_facts(config))
-    if any(one != found[0] for one in found):
-        raise InvalidOptionError(f"baseline, intermediate: the checkpoints differ in size: {found}")
-    return found[0]
+def size_facts(size: str) -> dict[str, Any]:
+    """Parameters, layers, hidden size, ids and usable length of a size in ``SIZES``, before anything is built."""
+    shape = models.SIZES[size]
+    # XL has a few ids more than the others; all get XLM-R's, so that every size is measured on the same ids.
+    return _facts_of(shape, workloads.Model(min(shape.vocab, workloads.VOCAB)))
 
 
-def _facts(config: Any) -> dict[str, Any]:
-    shape = models.Shape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.intermediate_size,
-        vocab=config.vocab_size,
-    )
-    model = workloads.Model.of(config)
+def _facts_of(shape: models.Shape, model: workloads.Model) -> dict[str, Any]:
     return {
         "parameters": shape.parameters(),
         "embedding": shape.vocab * shape.hidden,
@@ -111,11 +121,116 @@ def _facts(config: Any) -> dict[str, Any]:
     }
 
 
-def folder_of(checkpoints: Any, task: str, *, encoder: bool = False) -> Path:
+def _checkpoint_facts(folder: Path) -> dict[str, Any]:
+    config = _config(folder)
+    try:
+        shape = models.Shape(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            vocab=config.vocab_size,
+        )
+        return _facts_of(shape, workloads.Model.of(config))
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(f"checkpoints: {folder}: not the configuration of an encoder: {error}") from None
+
+
+def _config(folder: Path) -> Any:
+    """Raises DataFileError where transformers cannot read it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # transformers and readers of bad files raise whatever they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataFileError(f"checkpoints: {folder}/config.json: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The models of one size before any is built.
+
+    Attributes:
+        facts: see :func:`size_facts`.
+        tasks: those that every arm has a usable model for.
+        stamps: what tells each checkpoint from another, by arm and task; empty for seeded weights.
+        skipped: tasks without a usable checkpoint, and why.
+        notes: heads that are random although a checkpoint is given.
+    """
+
+    facts: dict[str, Any]
+    tasks: tuple[str, ...]
+    stamps: dict[str, str]
+    skipped: tuple[dict[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def arms_of(settings: Settings) -> dict[str, Mapping[str, str]]:
+    """The arms that have checkpoints of their own, which the control has not."""
+    return {BASELINE: settings.baseline, **({INTERMEDIATE: settings.intermediate} if settings.intermediate else {})}
+
+
+def resolve(settings: Settings, size: str, tasks: Iterable[str]) -> Resolved:
+    """Find the models of a size for each task.
+
+    Raises:
+        InvalidOptionError: no task has usable checkpoints, or the checkpoints differ in size.
+    """
+    if size != CHECKPOINT:
+        return Resolved(size_facts(size), tuple(tasks), {}, (), ())
+    arms = arms_of(settings)
+    found: dict[Path, dict[str, Any]] = {}
+    usable: list[str] = []
+    stamps: dict[str, str] = {}
+    skipped: list[dict[str, str]] = []
+    notes: list[str] = []
+    for task in tasks:
+        try:
+            folders = {arm: folder_of(given, task) for arm, given in arms.items()}
+            facts = {folder: _checkpoint_facts(folder) for folder in folders.values()}
+            heads = {arm: has_trained_head(folder, task) for arm, folder in folders.items()}
+            marks = {f"{arm} {task}": stamp(folder) for arm, folder in folders.items()}
+        except XfastError as error:
+            skipped.append({"what": f"{size} {task}", "why": str(error)})
+            continue
+        found |= facts
+        stamps |= marks
+        usable.append(task)
+        if TYPES[task] != EMBEDDING:
+            notes += [f"random head for {task} in {arm}: {folders[arm]} has none" for arm in arms if not heads[arm]]
+    if not usable:
+        raise InvalidOptionError("; ".join(dict.fromkeys(one["why"] for one in skipped)))
+    if any(one != next(iter(found.values())) for one in found.values()):
+        listed = {str(folder): facts for folder, facts in found.items()}
+        raise InvalidOptionError(f"baseline, intermediate: the checkpoints differ in size: {listed}")
+    return Resolved(next(iter(found.values())), tuple(usable), stamps, tuple(skipped), tuple(notes))
+
+
+def stamp(folder: Path) -> str:
+    """A digest of a checkpoint's files: their names, sizes, beginnings and ends.
+
+    Raises:
+        DataFileError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.name} {size} ".encode())
+                for start in (0, max(0, size - _STAMPED_BYTES)):
+                    file.seek(start)
+                    digest.update(file.read(_STAMPED_BYTES))
+    except OSError as error:
+        raise DataFileError(f"checkpoints: {folder}: {error}") from error
+    return digest.hexdigest()[:16]
+
+
+def folder_of(checkpoints: Mapping[str, str], task: str) -> Path:
     """The folder of the model for a task: the task's own checkpoint, else the one given for all.
 
-    In a STILTs run's folder that is ``tasks/<task>``, or ``encoder/`` where the run has no head for the task or the
-    encoder alone is wanted.
+    In a STILTs run's folder that is ``tasks/<task>``, or ``encoder/`` where the run has no head for the task.
 
     Raises:
         InvalidOptionError: nothing is given for the task, or the folder is none.
@@ -124,14 +239,36 @@ def folder_of(checkpoints: Any, task: str, *, encoder: bool = False) -> Path:
     if given is None:
         raise InvalidOptionError(f"checkpoints: none for {task}; name one for all tasks, or TASK=FOLDER for this one")
     folder = Path(given)
-    with_head = folder / "tasks" / task
-    if not encoder and task and (with_head / "config.json").is_file():
-        return with_head
-    if (folder / "encoder" / "config.json").is_file():
-        return folder / "encoder"
+    for one in (folder / "tasks" / task, folder / "encoder"):
+        if (one / "config.json").is_file():
+            return one
     if not (folder / "config.json").is_file():
         raise InvalidOptionError(f"checkpoints: {folder} holds neither config.json nor encoder/ of a STILTs run")
     return folder
+
+
+def is_task_folder(folder: Path, task: str) -> bool:
+    """Whether a STILTs run left this folder for this task."""
+    return folder.parent.name == "tasks" and folder.name == task
+
+
+def has_trained_head(folder: Path, task: str) -> bool:
+    """Whether a checkpoint has a head of the task's type that knows the task's labels.
+
+    Raises:
+        DataFileError: its configuration cannot be read.
+    """
+    kind = TYPES[task]
+    if kind == EMBEDDING:
+        return False
+    config = _config(folder)
+    head = AUTO_CLASSES[kind].__name__.removeprefix("AutoModel")
+    if not (config.architectures or [""])[0].endswith(head):
+        return False
+    names, labels = set(config.id2label.values()), set(get(task).labels)
+    if kind == CLASSIFICATION:
+        return names == labels
+    return kind != TAGGING or names <= labels
 
 
 def describe(settings: Settings) -> dict[str, dict[str, str]]:
@@ -155,36 +292,33 @@ def _names(checkpoints: Any) -> str:
     return ", ".join(f"{task}={folder}" if task else str(folder) for task, folder in checkpoints.items())
 
 
-def model_of(settings: Settings, size: str, arm: str, task: str, encoder: nn.Module | None = None) -> nn.Module:
+def model_of(
+    settings: Settings, size: str, arm: str, task: str, dtype: torch.dtype, encoder: nn.Module | None = None
+) -> nn.Module:
     """The model of an arm for a task: the checkpoint's own, else an encoder under a head with random weights.
 
     Args:
-        encoder: one that :func:`without_head` took out of the model for another task; None makes or loads one.
+        settings, size, arm, task: which model.
+        dtype: of its weights, see :func:`build_of`.
+        encoder: one that :func:`detach_head` took out of the model for another task; None makes or loads one.
 
     Raises:
         InvalidOptionError, InvalidInputError, UnsupportedModelError: a checkpoint cannot be used.
     """
     if size != CHECKPOINT:
         if encoder is None:
-            dtype = torch.bfloat16 if is_large(size) else torch.float32
             encoder = models.random_model(size, settings.seed + (arm == INTERMEDIATE), dtype)
         return with_head(encoder, task, settings.seed)
-    given = settings.intermediate if arm == INTERMEDIATE else settings.baseline
-    folder = folder_of(given, task)
-    if folder.parent.name == "tasks":
-        return load_task_model(str(folder), get(task)).eval()
-    return with_head(models.load_model(str(folder)), task, settings.seed)
-
-
-def is_large(size: str) -> bool:
-    """Whether models of this size are made in bf16 and give up their weights when they are packed."""
-    return size != CHECKPOINT and models.SIZES[size].parameters() > _LARGE
+    folder = folder_of(settings.intermediate if arm == INTERMEDIATE else settings.baseline, task)
+    if has_trained_head(folder, task):
+        return load_task_model(str(folder), get(task), dtype)
+    return with_head(models.load_model(str(folder), dtype), task, settings.seed)
 
 
 def with_head(encoder: nn.Module, task: str, seed: int) -> nn.Module:
     """The encoder inside transformers' class for the task's type, the head's weights random but the same for a seed.
 
-    The encoder itself is shared, not copied; take it out again with :func:`without_head`.
+    The encoder itself is shared, not copied; take it out again with :func:`detach_head`.
 
     Raises:
         UnsupportedModelError: a text tower that has no heads.
@@ -205,37 +339,47 @@ def with_head(encoder: nn.Module, task: str, seed: int) -> nn.Module:
     if pooler is not None and getattr(encoder, "pooler", None) is None:
         _materialise(pooler, encoder, seed)
         encoder.pooler = pooler
+        model.lent_pooler = True
     del model._modules[prefix]
     _materialise(model, encoder, seed)
     setattr(model, prefix, encoder)
     return model.eval()
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether it is one of transformers' classes with a head; AltCLIP's tower has an encoder inside, too."""
+    return re.search("For[A-Z]", type(model).__name__) is not None
+
+
 def without_head(model: nn.Module) -> nn.Module:
-    """The encoder inside."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return getattr(model, prefix, model) if prefix else model
+    """The encoder inside a model with a head; any other model itself."""
+    inner: nn.Module = getattr(model, str(model.base_model_prefix)) if has_head(model) else model
+    return inner
+
+
+def detach_head(model: nn.Module) -> nn.Module:
+    """The encoder as :func:`with_head` was given it: without the pooler that the head brought."""
+    encoder = without_head(model)
+    if model.__dict__.get("lent_pooler", False):
+        encoder.pooler = None
+    return encoder
 
 
 def _materialise(module: nn.Module, encoder: nn.Module, seed: int) -> None:
     one = next(encoder.parameters())
-    module.to_empty(device=one.device)
-    module.to(one.dtype)
-    models.fill(module, seed, 0.02)
+    module.to_empty(device="cpu").to(one.dtype)
+    models.fill(module, seed, 0.02)  # on the CPU, whose generator gives the same weights for every device
+    module.to(one.device)
 
 
-def accelerate(model: nn.Module, engine: EngineName, *, layers: int | None = None) -> nn.Module:
+def accelerate(model: nn.Module, engine: EngineName, *, keep_weights: bool = True) -> nn.Module:
     """Put an engine into the model; the stock engine changes nothing but the dtype.
 
     Raises:
         BackendUnavailableError, UnsupportedModelError: the engine cannot run it here.
     """
-    dtype = _DTYPES.get(engine.precision)
     if engine.backend == STOCK:
-        if engine.precision not in ("fp32", *_DTYPES):
+        if engine.precision not in DTYPES:
             raise InvalidOptionError(f"engine: {engine}; transformers itself runs fp32, fp16 and bf16")
-        return model.to(dtype or torch.float32)
-    large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
-    return xfast.accelerate(
-        model, backend=engine.backend, precision=engine.precision, layers=layers, keep_weights=not large
-    )
+        return model.to(DTYPES[engine.precision])
+    return xfast.accelerate(model, backend=engine.backend, precision=engine.precision, keep_weights=keep_weights)

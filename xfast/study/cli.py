@@ -54,6 +54,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was 
 
 @app.command()
 def run(
+    context: typer.Context,
     output: Output,
     quick: Quick = False,
     sizes: Sizes = "base",
@@ -85,26 +86,44 @@ def run(
     from xfast.study.run import start
 
     settings = Settings(
-        _sizes(sizes, baseline),
-        _list(engines),
-        _list(tasks),
-        None if languages is None else _list(languages),
-        _list(policies),
-        _numbers("batch-sizes", batch_sizes),
-        token_budget,
-        samples,
-        responses,
-        rounds,
-        margin,
-        None if data is None else str(data),
-        None if tokenizer is None else str(tokenizer),
-        _checkpoints("baseline", baseline),
-        _checkpoints("intermediate", intermediate),
-        *(probes, accuracy, limit, threads, device, seed),
+        sizes=_sizes(sizes, baseline),
+        engines=_list(engines),
+        tasks=_list(tasks),
+        languages=None if languages is None else _list(languages),
+        policies=_list(policies),
+        batch_sizes=_numbers("batch-sizes", batch_sizes),
+        token_budget=token_budget,
+        samples=samples,
+        responses=responses,
+        rounds=rounds,
+        margin=margin,
+        data=None if data is None else str(data),
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        baseline=_checkpoints("baseline", baseline),
+        intermediate=_checkpoints("intermediate", intermediate),
+        probes=probes,
+        accuracy=accuracy,
+        limit=limit,
+        threads=threads,
+        device=device,
+        seed=seed,
     )
+    if quick:
+        _refuse_with_quick(context)
     console = Console(stderr=True)
     document = start(quickened(settings) if quick else settings, output, resume=resume, console=console)
     _write(document, output, console)
+
+
+def _refuse_with_quick(context: typer.Context) -> None:
+    """Raises InvalidOptionError for an option that --quick sets and the user gave."""
+    from xfast.study.factors import QUICK
+
+    for name in QUICK:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise InvalidOptionError(f"quick: it sets --{option} itself; leave out --quick or --{option}")
 
 
 @app.command()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from xfast.errors import BackendUnavailableError, DataFileError
+from xfast.errors import DataFileError
+from xfast.stilts import tokenizer as tokenizers
 from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, LengthProfile, Tokenizer, measure, save_profiles
 
 Sample = str | tuple[str, str]
@@ -166,23 +167,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         DataFileError: no tokenizer there, or not XLM-R's.
         BackendUnavailableError: a library that reads it is not installed.
     """
-    from transformers import AutoTokenizer, XLMRobertaTokenizer  # slow to import: not before --help
-
     if not folder.is_dir():
         raise DataFileError(f"tokenizer: {folder} is no folder")
+    tokenizer = tokenizers.load_tokenizer(str(folder))
     reference = folder / "reference_ids.json"
-    # A bare SentencePiece model has no configuration that would say which class reads it.
-    bare = not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file()
-    try:
-        tokenizer: Any = (XLMRobertaTokenizer if bare else AutoTokenizer).from_pretrained(str(folder))
-    except (ImportError, ValueError) as error:  # without these, transformers asks for tiktoken, which does not help
-        raise BackendUnavailableError(
-            f"tokenizer: {folder}: cannot read it (pip install sentencepiece protobuf?): {error}"
-        ) from None
-    except Exception as error:  # readers of bad files raise whatever they like
-        raise DataFileError(f"tokenizer: {folder}: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one up where the files are missing
-        raise DataFileError(f"tokenizer: {folder}: no tokenizer files there")
     if reference.is_file():
         _check_ids(tokenizer, reference)
     pair = tokenizer(["A"], ["B"])["input_ids"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -147,8 +146,13 @@ class Settings:
         _members("size", self.sizes, (CHECKPOINT,) if self.baseline else tuple(SIZES))
         _members("device", (self.device,), ("cpu", "cuda"))
         for name in ("sizes", "engines", "tasks", "policies", "batch_sizes"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise InvalidOptionError(f"{name}: at least one is needed")
+            if twice := [str(value) for value in dict.fromkeys(values) if values.count(value) > 1]:
+                raise InvalidOptionError(f"{name}: {', '.join(twice)} given more than once; name each once")
+        if self.languages is not None and not self.languages:
+            raise InvalidOptionError("languages: at least one is needed; leave the option out for all")
         if ONE_TASK in self.tasks and len(self.tasks) > 1:
             raise InvalidOptionError(f"tasks: {ONE_TASK!r} stands for a choice of its own; name tasks or {ONE_TASK!r}")
         counts = {"token_budget": self.token_budget, "samples": self.samples, "rounds": self.rounds, "seed": self.seed}
@@ -175,16 +179,21 @@ class Settings:
         given: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**given)
 
-    def fingerprint(self) -> str:
-        """Names what is measured, so that a folder is continued by the same study only."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+QUICK: dict[str, Any] = {
+    "samples": 12,
+    "responses": 4,
+    "rounds": 3,
+    "tasks": (ONE_TASK,),
+    "policies": (SORTED,),
+    "batch_sizes": (16,),
+}
+"""What a quick study sets."""
 
 
 def quick(settings: Settings) -> Settings:
     """A study of all languages that ends within ten minutes on two cores, with enough pairs for its A/A control."""
-    return replace(
-        settings, samples=12, responses=4, rounds=3, tasks=(ONE_TASK,), policies=(SORTED,), batch_sizes=(16,)
-    )
+    return replace(settings, **QUICK)
 
 
 def _members(name: str, values: Iterable[str], accepted: Sequence[str]) -> None:

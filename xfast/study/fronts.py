@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xfast.study import arms, document, statistics
+from xfast.study import document, statistics
 from xfast.study.document import BASELINE, INTERMEDIATE
 from xfast.study.factors import Settings, batch_sizes
 from xfast.study.languages import language as language_facts
@@ -24,7 +24,7 @@ def scores(records: Sequence[Record]) -> list[document.Accuracy]:
     """Scores of a store; the last one counts, should a run have measured it twice."""
     last: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        if record["kind"] == "accuracy":
+        if record["kind"] == "accuracy" and record["value"] is not None:
             last[tuple(record[n] for n in ("arm", "size", "engine", "task", "language", "layers"))] = record
     order = ordered({record["language"] for record in last.values()})
     rows = sorted(last.values(), key=lambda one: (one["task"], order.index(one["language"]), one["engine"], one["arm"]))
@@ -34,7 +34,7 @@ def scores(records: Sequence[Record]) -> list[document.Accuracy]:
 class _Costs:
     """Milliseconds a sample in the study's first way of batching; of a truncated encoder by its share of the layers."""
 
-    def __init__(self, rows: Sequence[document.Cell], settings: Settings) -> None:
+    def __init__(self, rows: Sequence[document.Cell], settings: Settings, sizes: Mapping[str, Record]) -> None:
         first = (settings.policies[0], batch_sizes(settings, settings.policies[0])[0])
         self._whole = {
             (arm, row["size"], row["engine"], row["task"], row["language"]): 1e3 / figures["samples_per_s"]
@@ -42,7 +42,7 @@ class _Costs:
             if (row["policy"], row["batch_size"]) == first
             for arm, figures in row["throughput"].items()
         }
-        self._layers = {size: arms.model_facts(settings, size)["layers"] for size in {row["size"] for row in rows}}
+        self._layers = {size: facts["layers"] for size, facts in sizes.items()}
 
     def of(self, kind: Kind, language: str) -> float | None:
         arm, size, engine, task, layers = kind
@@ -51,10 +51,13 @@ class _Costs:
 
 
 def pareto(
-    rows: Sequence[document.Cell], found: Sequence[document.Accuracy], settings: Settings
+    rows: Sequence[document.Cell],
+    found: Sequence[document.Accuracy],
+    settings: Settings,
+    sizes: Mapping[str, Record],
 ) -> list[document.ParetoPoint]:
     """Accuracy and cost by task and resource group, over the languages that every point of the task has."""
-    costs = _Costs(rows, settings)
+    costs = _Costs(rows, settings, sizes)
     points: list[document.ParetoPoint] = []
     for task in dict.fromkeys(score["task"] for score in found):
         by_kind = _by_kind([score for score in found if score["task"] == task])
@@ -106,10 +109,13 @@ def _front(
 
 
 def trades(
-    rows: Sequence[document.Cell], found: Sequence[document.Accuracy], settings: Settings
+    rows: Sequence[document.Cell],
+    found: Sequence[document.Accuracy],
+    settings: Settings,
+    sizes: Mapping[str, Record],
 ) -> list[document.Trade]:
     """Accuracy at equal cost and cost at equal accuracy, language by language; see ``document.Trade``."""
-    costs = _Costs(rows, settings)
+    costs = _Costs(rows, settings, sizes)
     by_kind = _by_kind(found)
     made = []
     for size, task in dict.fromkeys((score["size"], score["task"]) for score in found):

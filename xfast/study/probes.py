@@ -106,7 +106,7 @@ def _run(
 def _head(model: Any, task: str, mask: torch.Tensor) -> Any:
     """From hidden states [sequences, length, hidden] to predictions; None for tasks that read the states themselves."""
     kind = TYPES[task]
-    if arms.without_head(model) is model:
+    if not arms.has_head(model):
         return None
     real = mask.bool()
     if kind == CLASSIFICATION:

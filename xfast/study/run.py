@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xfast.benchmarks import workloads
 from xfast.errors import BackendUnavailableError
-from xfast.machine import ceiling, machine
-from xfast.study import accuracy, arms, worker
+from xfast.machine import available_memory, ceiling, machine
+from xfast.stilts.task import BITEXT
+from xfast.stilts.tasks import get
+from xfast.study import accuracy, arms, probes, worker
+from xfast.study.arms import Build
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.factors import STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.store import Store, visit_name
-from xfast.study.work import Texts, batches_of
+from xfast.study.work import Texts, Work, batches_of
 
 _SHARE_OF_CEILING = {"native": 0.5, "auto": 0.5, STOCK: 0.25}
 """What an engine is taken to reach of the machine's arithmetic, for the estimate of time."""
@@ -29,6 +33,14 @@ _SHARE_OF_CEILING = {"native": 0.5, "auto": 0.5, STOCK: 0.25}
 _BUILD_S_PER_PARAMETER = 1.2e-8
 _SPARE_BYTES = 1_500_000_000
 """Python, torch and the system."""
+
+_PATIENCE_S = 1800.0
+"""A worker that says nothing for so long, or for four times the estimate of its whole time, is taken to hang."""
+
+_PATIENCE_WITHOUT_ESTIMATE_S = 4 * 1800.0
+
+Works = dict[tuple[str, str, bool], Work]
+"""Examples by task, language and whether they are answered one by one."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,19 @@ class Group:
     facts: dict[str, Any]
     seconds: float | None
     memory_bytes: int
+    build: Build
+    work: Works
+
+    @property
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """What the cells' records must agree in with a former run's."""
+        known = {key: work.digest for key, work in self.work.items()}
+        return {cell.key: {"digest": known[cell.task, cell.language, cell.is_latency]} for cell in self.cells}
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a word from the worker after which it is taken to hang."""
+        return _PATIENCE_WITHOUT_ESTIMATE_S if self.seconds is None else max(_PATIENCE_S, 4 * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,7 @@ class Plan:
     skipped: tuple[dict[str, str], ...]
     languages: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
+    sizes: Mapping[str, arms.Resolved]
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -72,81 +98,123 @@ class Plan:
         return max((group.memory_bytes for group in self.groups), default=0)
 
 
-def plan(settings: Settings, texts: Texts, available: int | None = None) -> Plan:
+def plan(settings: Settings, texts: Texts, available: int | None = None, host: int | None = None) -> Plan:
     """Cells by size and engine; sizes that do not fit in memory are skipped, not tried.
 
     Args:
         settings: what to study.
         texts: which tasks and languages there are.
-        available: bytes of memory; None: what the machine has free.
+        available: bytes of memory on the device; None: what is free.
+        host: bytes of memory beside a GPU, where models are made; None: what is free.
 
     Raises:
         InvalidOptionError: nothing is left to measure, or the checkpoints differ in size.
     """
     pairs, missing = pairs_of(settings, texts.there)
     skipped = [{"what": what, "why": "not in the data"} for what in missing]
-    free = available_memory(settings.device) if available is None else available
-    wanted = [BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else [])]
+    free = _free(settings.device) if available is None else available
+    beside = available_memory() if host is None and settings.device == "cuda" else host
     groups: list[Group] = []
     notes: list[str] = []
+    sizes: dict[str, arms.Resolved] = {}
+    works: dict[workloads.Model, Works] = {}
     for size in settings.sizes:
-        known = arms.model_facts(settings, size)
+        known = sizes[size] = arms.resolve(settings, size, dict.fromkeys(task for task, _ in pairs))
+        skipped += known.skipped
+        notes += known.notes
+        mine = [pair for pair in pairs if pair[0] in known.tasks]
+        shape = workloads.Model(known.facts["vocab"], known.facts["pad"], known.facts["limit"])
+        if shape not in works:
+            works[shape] = _works(settings, texts, mine, shape)
         for engine in settings.engines:
-            needs = arms.footprint(known["parameters"], known["embedding"], EngineName.parse(engine))
-            names = [*wanted, CONTROL]
-            shared = False
-            if free is not None and needs.of(len(names)) + _SPARE_BYTES > free:
-                names, shared = wanted, True
-                notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
-            if free is not None and needs.of(len(names)) + _SPARE_BYTES > free:
-                needed = needs.of(len(names)) / 1e9
-                why = f"{len(names)} arms need about {needed:.1f} GB of memory, {free / 1e9:.1f} GB are free"
-                skipped.append({"what": f"{size} {engine}", "why": why})
+            group = _group(settings, texts, size, engine, known.facts, mine, works[shape], free, beside)
+            if isinstance(group, str):
+                skipped.append({"what": f"{size} {engine}", "why": group})
                 continue
-            cells = tuple(cells_of(settings, size, engine, pairs))
-            seconds = _seconds(settings, texts, known, EngineName.parse(engine), cells, len(names) + shared)
-            memory = needs.of(len(names)) + _SPARE_BYTES
-            groups.append(Group(size, engine, cells, tuple(names), shared, known, seconds, memory))
+            groups.append(group)
+            if group.shared_control:
+                notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
     languages = tuple(dict.fromkeys(language for _, language in pairs))
-    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), tuple(notes))
+    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes))
 
 
-def available_memory(device: str) -> int | None:
+def _works(settings: Settings, texts: Texts, pairs: Sequence[tuple[str, str]], shape: workloads.Model) -> Works:
+    counts = {False: settings.samples, **({True: settings.responses} if settings.responses else {})}
+    return {
+        (task, language, single): texts.work(task, language, count, shape)
+        for task, language in pairs
+        for single, count in counts.items()
+    }
+
+
+def _group(
+    settings: Settings,
+    texts: Texts,
+    size: str,
+    engine: str,
+    facts: dict[str, Any],
+    pairs: Sequence[tuple[str, str]],
+    work: Works,
+    free: int | None,
+    host: int | None,
+) -> Group | str:
+    """One worker's part, or why there is no memory for it."""
+    name = EngineName.parse(engine)
+    build = arms.build_of(settings, facts["parameters"], name)
+    needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
+    if host is not None and needs.host + _SPARE_BYTES > host:
+        return _too_much("a model is made in host memory, which takes", needs.host, host)
+    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
+    shared = free is not None and needs.of(len(wanted) + 1) + _SPARE_BYTES > free
+    names = wanted if shared else (*wanted, CONTROL)
+    memory = needs.of(len(names)) + _SPARE_BYTES
+    if free is not None and memory > free:
+        return _too_much(f"{len(names)} arms need", needs.of(len(names)), free)
+    cells = tuple(cells_of(settings, size, engine, pairs))
+    group = Group(size, engine, cells, names, shared, facts, None, memory, build, work)
+    return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
+
+
+def _too_much(what: str, needed: int, free: int) -> str:
+    spare = f"{_SPARE_BYTES / 1e9:.1f} GB for Python and torch"
+    return f"{what} about {needed / 1e9:.1f} GB of memory and {spare}, {free / 1e9:.1f} GB are free"
+
+
+def _free(device: str) -> int | None:
     """Bytes that are free on the device; None where the system does not say."""
     if device == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return available_memory()
 
 
-def _seconds(
-    settings: Settings, texts: Texts, known: dict[str, Any], engine: EngineName, cells: Sequence[Cell], runs: int
-) -> float | None:
-    """Estimated seconds of a group, from the machine's arithmetic and the tokens of its cells."""
-    if settings.device != "cpu":
-        return None
+def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
+    """Estimated seconds of a group, from the machine's arithmetic and the tokens of its cells, probes and scores."""
+    engine, known = EngineName.parse(group.engine), group.facts
     kind = engine.precision if engine.precision in ("bf16", "int8") else "fp32"
-    share = _SHARE_OF_CEILING.get(engine.backend, 0.5)
-    rate = 1e9 * share * ceiling(kind, settings.threads, seconds=0.1)
-    operations = 2.0 * (known["parameters"] - known["embedding"])
-    model = workloads.Model(known["vocab"], known["pad"], known["limit"])
-    tokens = 0
-    counted: dict[tuple[str, str, bool], int] = {}
-    for cell in cells:
-        key = (cell.task, cell.language, cell.is_latency)
-        if key not in counted:
-            count = settings.responses if cell.is_latency else settings.samples
-            work = texts.work(cell.task, cell.language, count, model)
-            padded = sum(ids.numel() for ids, _ in batches_of(work, cell.policy, cell.batch_size, model.pad))
-            counted[key] = padded if engine.backend == STOCK else work.tokens
-        tokens += counted[key]
-    compute = 2 * operations * tokens * settings.rounds * runs / rate  # each visit goes forth and back
-    return compute + runs * known["parameters"] * _BUILD_S_PER_PARAMETER + 5.0
+    rate = 1e9 * _SHARE_OF_CEILING.get(engine.backend, 0.5) * ceiling(kind, settings.threads, seconds=0.1)
+    token_s = 2.0 * (known["parameters"] - known["embedding"]) / rate
+    runs = len(group.arms) + group.shared_control
+    seconds = runs * known["parameters"] * _BUILD_S_PER_PARAMETER + 5.0
+    for cell in group.cells:
+        work = group.work[cell.task, cell.language, cell.is_latency]
+        tokens = work.tokens
+        if engine.backend == STOCK:  # it computes the padding
+            tokens = sum(ids.numel() for ids, _ in batches_of(work, cell.policy, cell.batch_size, known["pad"]))
+        visit = max(2 * tokens * token_s, worker.MIN_VISIT_S)  # forth and back
+        seconds += runs * (settings.rounds * visit + tokens * token_s)
+    pairs = dict.fromkeys((cell.task, cell.language) for cell in group.cells)
+    if group.build.probed:  # in fp32 and in the engine's arithmetic, in all arms but the control
+        tokens = sum(group.work[task, language, False].first(probes.EXAMPLES).tokens for task, language in pairs)
+        seconds += 4 * tokens * token_s
+    for _, _, task in accuracy.jobs(settings, group.engine, list(pairs)):
+        passes = accuracy.LAYERS + 1 if get(task).type == BITEXT else 1  # both sides at half the layers on average
+        for language in accuracy.languages_of(task, list(pairs)):
+            work = group.work[task, language, False]
+            examples = min(texts.labelled(task, language), settings.limit or texts.labelled(task, language))
+            seconds += passes * examples * work.tokens / len(work.examples) * token_s
+    return seconds
 
 
 def execute(plan: Plan, store: Store, console: Console) -> None:
@@ -175,8 +243,9 @@ def execute(plan: Plan, store: Store, console: Console) -> None:
             progress.update(shown, description=f"{group.size} {group.engine}")
             _work(group, store, lambda: progress.advance(shown))
     if not any(True for _ in store.of("visit")):
-        reasons = "; ".join(f"{record['size']} {record['engine']}: {record['why']}" for record in store.of("failed"))
-        raise BackendUnavailableError(f"engines: nothing could be measured: {reasons or 'no cells'}")
+        failed = [f"{record['size']} {record['engine']}: {record['why']}" for record in store.of("failed")]
+        reasons = failed + [f"{record['what']}: {record['why']}" for record in store.of("skipped")]
+        raise BackendUnavailableError(f"engines: nothing could be measured: {'; '.join(reasons) or 'no cells'}")
 
 
 def _work(group: Group, store: Store, advance: Any) -> None:
@@ -188,7 +257,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
     if all(name in done for name in names) and all(name in done for name, _, _ in scores) and _ended(group, store):
         return
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
+    connection, other = context.Pipe()
     job = worker.Job(
         settings.as_dict(),
         group.size,
@@ -198,42 +267,56 @@ def _work(group: Group, store: Store, advance: Any) -> None:
         group.shared_control,
         frozenset(done),
         group.facts,
+        group.work,
     )
-    process = context.Process(target=worker.main, args=(job, sender), daemon=True)
+    process = context.Process(target=worker.main, args=(job, other), daemon=True)
     process.start()
-    sender.close()
+    other.close()
     try:
-        if not _receive(receiver, store, advance):
-            process.join()
-            why = f"its process ended with code {process.exitcode}"
-            if process.exitcode == -9:
-                why = "its process was killed, as the system does when memory runs out"
-            store.add({"kind": "failed", "size": group.size, "engine": group.engine, "why": why})
+        why = _receive(connection, store, advance, group.patience)
+        if why is not None:
+            store.add({"kind": "failed", "size": group.size, "engine": group.engine, "why": why or _end_of(process)})
     finally:
-        receiver.close()
-        process.terminate()
+        connection.close()
+        process.kill()  # a stopped process does not see a request to end
         process.join()
+
+
+def _end_of(process: Any) -> str:
+    process.join()
+    if process.exitcode == -9:
+        return "its process was killed, as the system does when memory runs out"
+    return f"its process ended with code {process.exitcode}"
 
 
 def _ended(group: Group, store: Store) -> bool:
     """Whether a former run's worker got as far as its last record."""
-    return any((one["size"], one["engine"]) == (group.size, group.engine) for one in store.of("memory"))
+    return any((one["size"], one["engine"]) == (group.size, group.engine) for one in store.of("ended_group"))
 
 
-def _receive(receiver: Connection, store: Store, advance: Any) -> bool:
-    """Store what a worker sends until it has ended, and say whether it ended by itself."""
+def _receive(connection: Connection, store: Store, advance: Any, patience: float) -> str | None:
+    """Store what a worker sends, and let it go on when that is on disk.
+
+    Returns:
+        None when it has ended by itself, "" when its process is gone, else why it is given up.
+    """
     while True:
         try:
-            record = receiver.recv()
-        except EOFError:
-            return False
+            if not connection.poll(patience):
+                return f"its process said nothing for {patience / 60:.0f} minutes"
+            record = connection.recv()
+        except (EOFError, OSError):  # OSError: killed in the middle of a record
+            return ""
         if record["kind"] == "end":
-            return True
-        store.add(record)
+            return None
+        if record != worker.ALIVE:
+            store.add(record)
         if record["kind"] == "visit":
             advance()
         if record["kind"] == "failed":
-            return True
+            return None
+        with contextlib.suppress(OSError):  # it is gone: the next read says so
+            connection.send(None)
 
 
 def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -> dict[str, Any]:
@@ -255,18 +338,39 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
     store = Store(folder, settings, machine(), resume=resume)
     began = time.perf_counter()
     try:
-        for one in made.skipped:
-            if one not in [{"what": r["what"], "why": r["why"]} for r in store.of("skipped")]:
-                store.add({"kind": "skipped", **one})
-        for note in made.notes:
-            if note not in [record["text"] for record in store.of("note")]:
-                store.add({"kind": "note", "text": note})
+        _prepare(made, store)
         execute(made, store, console)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         store.add({"kind": "ended", "at": now, "seconds": round(time.perf_counter() - began, 1)})
         return dict(summary.document_of(store.records, store.path))
     finally:
         store.close()
+
+
+def _prepare(made: Plan, store: Store) -> None:
+    """Store what the plan knows, after what a former run stored of it has been found to be the same.
+
+    Raises:
+        InvalidOptionError: the data or the checkpoints have changed.
+    """
+    known: dict[str, dict[str, dict[str, Any]]] = {"size": {}, "checkpoint": {}}
+    for size, resolved in made.sizes.items():
+        known["size"][size] = resolved.facts
+        known["checkpoint"] |= {name: {"digest": stamp} for name, stamp in resolved.stamps.items()}
+    for kind, records in known.items():
+        store.match(kind, kind, records)
+    for group in made.groups:
+        store.match("cell", "cell", group.digests)
+    for kind, records in known.items():
+        there = [record[kind] for record in store.of(kind)]
+        for name, fields in records.items():
+            if name not in there:
+                store.add({"kind": kind, kind: name, **fields})
+    for one in made.skipped:
+        if one not in [{"what": r["what"], "why": r["why"]} for r in store.of("skipped")]:
+            store.add({"kind": "skipped", **one})
+    for note in made.notes:
+        store.note(note)
 
 
 def _require_gpu() -> None:

@@ -1,14 +1,17 @@
 """Everything a study measured, one JSON object a line, on disk as soon as it is known.
 
-A killed run loses the visit that it was in. ``observations.jsonl`` begins with the settings; a run that continues must
-have the same ones. A last line that was cut off is dropped.
+A killed run loses the visit that it was in. ``observations.jsonl`` begins with the settings and the machine; a run that
+continues must have the same ones, and the same models and token ids. A last line that was cut off is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ FORMAT = 1
 
 Record = dict[str, Any]
 
+_SAME_MACHINE = ("cpu", "architecture", "cores", "isa")
+"""Facts in which a machine that continues a study must agree."""
+
 
 class Store:
-    """The observations of one study.
+    """The observations of one study, locked against a second run.
 
     Args:
         folder: where they lie.
@@ -31,50 +37,103 @@ class Store:
         resume: continue what is there; False refuses a folder that holds observations.
 
     Raises:
-        InvalidOptionError: the folder holds observations and ``resume`` is False, or another study's.
+        InvalidOptionError: the folder holds observations and ``resume`` is False, another run writes there, or they are
+            another study's or another machine's.
         DataFileError: the folder cannot be written, or a line in the middle is damaged.
     """
 
     def __init__(self, folder: Path, settings: Settings, machine: Record, *, resume: bool) -> None:
         self.path = folder / NAME
         self.settings = settings
+        self.records: list[Record] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            there = self.path.exists() and self.path.stat().st_size > 0
-            if there and not resume:
-                raise InvalidOptionError(f"output: {self.path} exists; continue with --resume, or name another folder")
-            if there:
-                self.records = self._continued()
-            else:
-                self.records = []
-                self._file = self.path.open("w", encoding="utf-8")
-                self.add({"kind": "study", "format": FORMAT, "settings": settings.as_dict(), "machine": machine})
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise DataFileError(f"output: cannot write {self.path}: {error}") from error
+        try:
+            self._lock()
+            if os.fstat(self._file).st_size == 0:
+                self.add({"kind": "study", "format": FORMAT, "settings": settings.as_dict(), "machine": machine})
+            elif resume:
+                self._continue(machine)
+            else:
+                raise InvalidOptionError(f"output: {self.path} exists; continue with --resume, or name another folder")
+        except BaseException:
+            self.close()
+            raise
 
-    def _continued(self) -> list[Record]:
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidOptionError(f"output: another run writes {self.path}; name another folder") from None
+        except OSError as error:
+            raise DataFileError(f"output: cannot lock {self.path}: {error}") from error
+
+    def _continue(self, machine: Record) -> None:
         records, length = read(self.path)
         if not records:
             raise DataFileError(f"{self.path}: holds no whole line; delete it to begin again")
         if settings_of(records, self.path) != self.settings:
             raise InvalidOptionError(f"output: {self.path} is another study's; name another folder, or its settings")
-        os.truncate(self.path, length)  # what was cut off
-        self._file = self.path.open("a", encoding="utf-8")
-        return records
+        before = records[0].get("machine", {})
+        for name in _SAME_MACHINE:
+            if before.get(name) != machine.get(name):
+                raise InvalidOptionError(
+                    f"output: {self.path} was measured on another machine ({name}: {before.get(name)!r} there, "
+                    f"{machine.get(name)!r} here); name another folder"
+                )
+        os.ftruncate(self._file, length)  # what was cut off
+        self.records = records
+        if before.get("commit") != machine.get("commit"):
+            self.note(f"Continued with xfast {machine.get('commit')}; it was begun with {before.get('commit')}.")
+
+    def match(self, kind: str, name: str, now: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse to continue where what is measured has changed.
+
+        Args:
+            kind, name: of records that say what was measured, and their field that names it.
+            now: the fields that must agree, by name.
+
+        Raises:
+            InvalidOptionError: a stored record differs.
+        """
+        for record in self.of(kind):
+            for field, value in now.get(record[name], {}).items():
+                if record.get(field) != value:
+                    raise InvalidOptionError(
+                        f"output: {self.path}: {record[name]} was measured with other data or checkpoints ({field}: "
+                        f"{record.get(field)!r} there, {value!r} now); name another folder"
+                    )
 
     def add(self, record: Record) -> None:
-        """Append one observation and push it to the disk.
+        """Append one observation and push it to the disk. Numbers that are not finite are stored as null, with a note.
 
         Raises:
             DataFileError: it cannot be written, as on a full disk.
         """
+        finite = _finite(record)
+        if finite != record:
+            named = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
+            self.note(f"Not finite, stored as null: {named}")
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        before = os.fstat(self._file).st_size
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
         except OSError as error:
+            with contextlib.suppress(OSError):  # half a line: reading drops it at the end of the file
+                os.ftruncate(self._file, before)
             raise DataFileError(f"output: cannot write {self.path}: {error}; --resume continues") from error
-        self.records.append(record)
+        self.records.append(finite)
+
+    def note(self, text: str) -> None:
+        """Store a remark for the report, once."""
+        if text not in [record["text"] for record in self.of("note")]:
+            self.add({"kind": "note", "text": text})
 
     def of(self, kind: str) -> Iterator[Record]:
         """Observations of a kind."""
@@ -89,7 +148,19 @@ class Store:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was synced, or its error has been raised
+            os.close(self._file)
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON value with null for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_finite(one) for one in value)
+    return value
 
 
 def visit_name(cell: str, number: int) -> str:

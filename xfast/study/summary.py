@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from xfast.study import accuracy, arms, document, fronts, statistics
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, PERCENTILES
-from xfast.study.factors import SINGLE, STOCK, EngineName, Settings, batch_sizes
+from xfast.study.factors import CHECKPOINT, SINGLE, STOCK, EngineName, Settings, batch_sizes
 from xfast.study.languages import language as language_facts
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
@@ -81,9 +81,11 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
     tests = _equivalence(cells, settings)
     ended = [record for record in records if record["kind"] == "ended"]
     engines = {record["engine"]: record for record in records if record["kind"] == "engine"}
+    sizes = {size: arms.size_facts(size) for size in settings.sizes if size != CHECKPOINT}
+    sizes |= {record["size"]: record for record in records if record["kind"] == "size"}
     # Probes are stored before the first visit: a run that was stopped has languages without a cell.
     named = [record for record in records if record["kind"] in ("probe", "accuracy")]
-    sizes = dict.fromkeys([*(row["size"] for row in rows), *(record["size"] for record in named)])
+    sized = dict.fromkeys([*(row["size"] for row in rows), *(record["size"] for record in named)])
     spoken = ordered({*(row["language"] for row in rows), *(record["language"] for record in named)})
     names = dict.fromkeys([*(row["engine"] for row in rows), *engines, *(r["engine"] for r in named if "engine" in r)])
     return document.Study(
@@ -95,17 +97,17 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         text="profiles" if settings.data is None else "real text",
         machine=records[0]["machine"],
         arms={arm: document.Arm(**facts) for arm, facts in arms.describe(settings).items()},  # type: ignore[typeddict-item]
-        sizes={size: _size(settings, size) for size in sizes},
+        sizes={size: _size(sizes[size]) for size in sized},
         engines={name: _engine(name, engines.get(name), settings.device) for name in names},
         languages={code: language_facts(code) for code in spoken},
         cells=rows,
         control=tests[0],
         equivalence=tests[1:],
-        scaling=_scaling(rows, settings),
+        scaling=_scaling(rows, settings, sizes),
         cost_models=_cost_models(cells, rows),
         accuracy=scores,
-        pareto=fronts.pareto(rows, scores, settings),
-        trades=fronts.trades(rows, scores, settings),
+        pareto=fronts.pareto(rows, scores, settings, sizes),
+        trades=fronts.trades(rows, scores, settings, sizes),
         probes=_probes(records),
         memory=_memory(records),
         skipped=_skipped(records),
@@ -113,8 +115,7 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
     )
 
 
-def _size(settings: Settings, size: str) -> document.Size:
-    facts = arms.model_facts(settings, size)
+def _size(facts: Record) -> document.Size:
     return document.Size(parameters=facts["parameters"], layers=facts["layers"], hidden_size=facts["hidden_size"])
 
 
@@ -241,7 +242,7 @@ def _test(cells: _Cells, keys: Sequence[str], scope: str, arm: str, settings: Se
     }
 
 
-def _scaling(rows: Sequence[document.Cell], settings: Settings) -> list[document.Scaling]:
+def _scaling(rows: Sequence[document.Cell], settings: Settings, sizes: Mapping[str, Record]) -> list[document.Scaling]:
     """Geometric means over languages, by size, engine, arm and resource group; the first policy and batch size."""
     first = (settings.policies[0], batch_sizes(settings, settings.policies[0])[0])
     found: list[document.Scaling] = []
@@ -252,12 +253,12 @@ def _scaling(rows: Sequence[document.Cell], settings: Settings) -> list[document
             batches = [row for row in inside if (row["policy"], row["batch_size"]) == first]
             single = [row for row in inside if row["latency"]]
             names = dict.fromkeys(arm for row in batches for arm in row["throughput"] if arm != CONTROL)
-            found += [_scaling_row(settings, size, engine, arm, group, batches, single) for arm in names]
+            found += [_scaling_row(sizes[size], size, engine, arm, group, batches, single) for arm in names]
     return found
 
 
 def _scaling_row(
-    settings: Settings,
+    facts: Record,
     size: str,
     engine: str,
     arm: str,
@@ -271,7 +272,7 @@ def _scaling_row(
         engine=engine,
         arm=arm,
         group=group,
-        parameters=arms.model_facts(settings, size)["parameters"],
+        parameters=facts["parameters"],
         samples_per_s=mean([row["throughput"][arm]["samples_per_s"] for row in batches]),
         tokens_per_s=mean([row["throughput"][arm]["tokens_per_s"] for row in batches]),
         p50_ms=mean([row["latency"][arm]["p50_ms"] for row in single]) if single else None,
@@ -325,27 +326,32 @@ def _cost_model(cells: _Cells, rows: Sequence[document.Cell]) -> document.CostMo
 
 def _probes(records: Sequence[Record]) -> list[document.Probe]:
     last: dict[tuple[Any, ...], Record] = {}
-    found = [record for record in records if record["kind"] == "probe"]
-    found += accuracy.best_layers([record for record in records if record["kind"] == "accuracy"])
+    known = [record for record in records if record.get("value") is not None]  # null: it was not finite
+    found = [record for record in known if record["kind"] == "probe"]
+    found += accuracy.best_layers([record for record in known if record["kind"] == "accuracy"])
     for record in found:
         last[tuple(record[n] for n in ("probe", "arm", "size", "task", "language", "x", "what"))] = record
     return [document.Probe(**{k: v for k, v in row.items() if k != "kind"}) for row in last.values()]  # type: ignore[typeddict-item]
 
 
 def _memory(records: Sequence[Record]) -> list[document.Memory]:
-    last = {(r["size"], r["engine"]): r for r in records if r["kind"] == "memory"}
+    last: dict[tuple[str, str], Record] = {}
+    for record in records:  # each run that measured anew has one
+        key = record["kind"] == "memory" and (record["size"], record["engine"])
+        if key and record["peak_bytes"] >= last.get(key, record)["peak_bytes"]:
+            last[key] = record
     return [document.Memory(**{k: v for k, v in row.items() if k != "kind"}) for row in last.values()]  # type: ignore[typeddict-item]
 
 
 def _skipped(records: Sequence[Record]) -> list[document.Skipped]:
-    found = [document.Skipped(what=r["what"], why=r["why"]) for r in records if r["kind"] == "skipped"]
-    ended = {(r["size"], r["engine"]) for r in records if r["kind"] == "memory"}
-    failed = {(r["size"], r["engine"]): r["why"] for r in records if r["kind"] == "failed"}
-    found += [
-        document.Skipped(what=f"{size} {engine}", why=why)
-        for (size, engine), why in failed.items()
-        if (size, engine) not in ended
-    ]
+    done = {record["job"] for record in records if record["kind"] == "done"}  # also what a former run could not do
+    missed = [r for r in records if r["kind"] == "skipped" and r.get("job") not in done]
+    found = [document.Skipped(what=record["what"], why=record["why"]) for record in missed]
+    failed: dict[str, str] = {}
+    for record in records:
+        if record["kind"] in ("failed", "ended_group"):  # the last run's outcome counts
+            failed[f"{record['size']} {record['engine']}"] = record.get("why", "")
+    found += [document.Skipped(what=what, why=why) for what, why in failed.items() if why]
     return [one for index, one in enumerate(found) if one not in found[:index]]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from xfast.benchmarks.workloads import Batch
 from xfast.errors import InvalidInputError
+from xfast.study import arms
 
 _TICKS = 1000
 """A timed stretch must be this many times the clock's resolution, so that reading the clock adds at most 0.1 %."""
@@ -25,19 +26,18 @@ class Runner:
     def __init__(self, model: nn.Module, device: str) -> None:
         self.model = model
         self.device = torch.device(device)
+        self._sequences = not arms.has_head(model)
 
     def __call__(self, batch: Batch) -> Any:
         """The model's output, ready."""
         ids, mask = batch
+        if self._sequences:  # a bare encoder reads [sequences, length], not [examples, choices, length]
+            ids, mask = (tensor.view(-1, tensor.shape[-1]) for tensor in batch)
         with torch.inference_mode():
             output = self.model(input_ids=ids, attention_mask=mask)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return output
-
-    def place(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches on the device."""
-        return [(ids.to(self.device), mask.to(self.device)) for ids, mask in batches]
 
 
 def seconds_of(run: Callable[[Batch], Any], batches: Sequence[Batch]) -> list[float]:

@@ -6,8 +6,9 @@ question (several windows over its context), a multiple-choice item (one sequenc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,25 @@ class Work:
     windows: float | None
     fertility: float | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As arrays: between processes torch sends each tensor with a file descriptor of its own, and there are too few.
+        arrays = tuple(tuple(ids.numpy() for ids in example) for example in self.examples)
+        return _unpickled, (self.task, self.language, arrays, self.words, self.windows, self.fertility)
+
+    def first(self, count: int) -> Work:
+        """Its first examples; words and windows stay those of all."""
+        return replace(self, examples=self.examples[:count])
+
+    @property
+    def digest(self) -> str:
+        """Names the token ids and how they are parted into examples."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(f"{len(example)}:".encode())
+            for ids in example:
+                digest.update(f"{len(ids)} ".encode() + ids.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @property
     def tokens(self) -> int:
         """Real tokens, special ones included."""
@@ -57,6 +77,10 @@ class Work:
     def sequences(self) -> int:
         """Sequences of all examples."""
         return sum(len(example) for example in self.examples)
+
+
+def _unpickled(task: str, language: str, arrays: Any, *others: Any) -> Work:
+    return Work(task, language, tuple(tuple(map(torch.from_numpy, example)) for example in arrays), *others)
 
 
 class Texts:
@@ -85,6 +109,10 @@ class Texts:
     def there(self) -> list[tuple[str, str]]:
         """(task, language) pairs at hand."""
         return sorted(self._profiles or self._samples)
+
+    def labelled(self, task: str, language: str) -> int:
+        """Examples that an evaluation runs; 0 without a data folder."""
+        return len(self._samples.get((task, language), ())) // CHOICES.get(task, 1)
 
     def work(self, task: str, language: str, count: int, model: workloads.Model) -> Work:
         """``count`` examples, or as many as there are, the same for the same seed.

@@ -7,13 +7,16 @@ random order on the same token ids: a machine that grows slower in the meantime 
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 import random
 import resource
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from statistics import fmean
 from typing import Any
 
@@ -29,11 +32,11 @@ from xfast.study.document import BASELINE, CONTROL
 from xfast.study.factors import CHECKPOINT, STOCK, TYPES, Cell, EngineName, Settings, labels_of
 from xfast.study.store import Record, visit_name
 from xfast.study.timing import Energy, Runner, seconds_of
-from xfast.study.work import Texts, batches_of, facts
+from xfast.study.work import Work, batches_of, facts
 
 Send = Callable[[Record], None]
 
-_MIN_VISIT_S = 0.1
+MIN_VISIT_S = 0.1
 """The arms take turns until each has run this long, so that one interruption does not make a visit worthless."""
 
 
@@ -47,7 +50,8 @@ class Job:
         arms: names of the arms to build.
         shared_control: the control runs the baseline's own copy, because a second one does not fit in memory.
         done: visits and jobs that a former run has measured.
-        facts: of the model, see ``arms.model_facts``.
+        facts: of the model, see ``arms.size_facts``.
+        work: examples by task, language and whether they are answered one by one.
     """
 
     settings: dict[str, Any]
@@ -58,14 +62,28 @@ class Job:
     shared_control: bool
     done: frozenset[str]
     facts: dict[str, Any]
+    work: Mapping[tuple[str, str, bool], Work]
+
+
+ALIVE: Record = {"kind": "alive"}
+"""Sent where nothing can be stored for long, and not stored: a worker that says nothing is taken to hang."""
 
 
 def main(job: Job, connection: Connection) -> None:
-    """Measure and send every observation; the last record says "end", or "failed" and why."""
+    """Measure and send every observation; the last record says "end", or "failed" and why.
+
+    Each observation is answered when it is on disk, and not before is anything else measured.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+    def send(record: Record) -> None:
+        connection.send(record)
+        connection.recv()
+
     try:
-        _Group(job, connection.send).run()
-    except (BrokenPipeError, ConnectionError):  # the parent is gone: nobody wants to know
+        _Group(job, send).run()
+    except (EOFError, ConnectionError):  # the parent is gone: nobody wants to know
         return
     except Exception as error:
         if not isinstance(error, XfastError):
@@ -74,6 +92,13 @@ def main(job: Job, connection: Connection) -> None:
         connection.send({"kind": "failed", "size": job.size, "engine": job.engine, "why": reason})
         return
     connection.send({"kind": "end"})
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 class _Group:
@@ -87,23 +112,28 @@ class _Group:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
             xfast.set_num_threads(self.settings.threads)
-        self.texts = Texts(self.settings)
         known = job.facts
         self.shape = workloads.Model(known["vocab"], known["pad"], known["limit"])
+        self.build = arms.build_of(self.settings, known["parameters"], self.engine)
         self.encoders: dict[str, nn.Module] = {}
 
     def run(self) -> None:
         blocks: dict[tuple[str, int], list[Cell]] = {}
         for cell in self.job.cells:
             blocks.setdefault(self._block(cell.task), []).append(cell)
-        for cells in blocks.values():
-            todo = [cell for cell in cells if not self._is_done(cell)]
-            if todo or not self._probed(cells):
-                self._run_block(cells)
-        self.send(self._memory())
+        todo = [
+            cells
+            for cells in blocks.values()
+            if not all(self._is_done(cell) for cell in cells) or not self._probed(cells)
+        ]
+        for cells in todo:
+            self._run_block(cells)
+        if todo:  # else this process has held no model
+            self.send(self._memory())
         self.encoders.clear()
         gc.collect()
         self._scores()
+        self.send({"kind": "ended_group", "size": self.job.size, "engine": self.job.engine})
 
     def _scores(self) -> None:
         """Official scores, after the models that were timed are gone."""
@@ -111,11 +141,17 @@ class _Group:
         for name, arm, task in accuracy.jobs(self.settings, self.job.engine, pairs):
             if name in self.job.done:
                 continue
-            languages = list(dict.fromkeys(language for mine, language in pairs if mine == task))
+            languages = accuracy.languages_of(task, pairs)
             layers = self.job.facts["layers"]
-            for record in accuracy.measure(self.settings, self.job.engine, arm, task, languages, layers):
+            measured = accuracy.measure(
+                self.settings, self.job.engine, arm, task, languages, layers, lambda *_: self.send(ALIVE)
+            )
+            failed = False
+            for record in measured:
+                failed |= record["kind"] == "skipped" and "job" in record
                 self.send(record)
-            self.send({"kind": "done", "job": name})
+            if not failed:  # else the next run tries again
+                self.send({"kind": "done", "job": name})
 
     def _block(self, task: str) -> tuple[str, int]:
         """Tasks that share a model: the same head, or with checkpoints nothing."""
@@ -130,16 +166,13 @@ class _Group:
         return f"probes {self.job.size} {self.job.engine} {cells[0].task}"
 
     def _probed(self, cells: Sequence[Cell]) -> bool:
-        wanted = self.settings.probes and self.engine.quantised and not arms.is_large(self.job.size)
-        return not wanted or self._probe_name(cells) in self.job.done
+        return not self.build.probed or self._probe_name(cells) in self.job.done
 
     def _run_block(self, cells: Sequence[Cell]) -> None:
-        models = {arm: self._model(arm, cells[0].task) for arm in self.job.arms}
+        models = self._models(cells)
+        if not models:
+            return
         work = {cell.key: self._work(cell) for cell in cells}
-        if not self._probed(cells):
-            self._probe(cells, models)
-        for model in models.values():
-            arms.accelerate(model, self.engine)
         runners = {arm: Runner(model, self.settings.device) for arm, model in models.items()}
         if self.job.shared_control:
             runners[CONTROL] = runners[BASELINE]
@@ -148,7 +181,8 @@ class _Group:
                 for batch in batches:
                     runner(batch)  # packs, compiles, captures: whatever happens when a shape comes first
         explain = "transformers" if self.engine.backend == STOCK else str(xfast.explain(models[BASELINE]))
-        self.send({"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain})
+        engine = {"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain}
+        self.send({**engine, "energy": self.energy.source})
         for number in range(self.settings.rounds):
             order = list(cells)
             random.Random(f"{self.settings.seed} {number}").shuffle(order)
@@ -157,24 +191,47 @@ class _Group:
                     self._visit(cell, number, runners, work[cell.key])
         self._take_out(models)
 
-    def _model(self, arm: str, task: str) -> nn.Module:
-        model = arms.model_of(self.settings, self.job.size, arm, task, self.encoders.pop(arm, None))
-        return model.to(self.settings.device)
+    def _models(self, cells: Sequence[Cell]) -> dict[str, nn.Module]:
+        """The arms, each accelerated before the next is made, so that only one has weights to give up.
+
+        With checkpoints that cannot be loaded: none, and the reason is sent.
+        """
+        task = cells[0].task
+        inputs = {} if self._probed(cells) else self._probe_inputs(cells)
+        models = {}
+        for arm in self.job.arms:
+            try:
+                made = arms.model_of(
+                    self.settings, self.job.size, arm, task, self.build.dtype, self.encoders.pop(arm, None)
+                )
+            except XfastError as error:
+                if self.job.size != CHECKPOINT:
+                    raise
+                what = f"{self.job.size} {self.job.engine} {task}"
+                self.send({"kind": "skipped", "what": what, "why": str(error)})
+                return {}
+            model = made.to(self.settings.device)
+            if inputs and arm != CONTROL:
+                for record in probes.compare(model, self.engine, inputs):
+                    self.send({"kind": "probe", "arm": arm, "size": self.job.size, **record})
+            models[arm] = arms.accelerate(model, self.engine, keep_weights=self.build.keep_weights)
+        if inputs:
+            self.send({"kind": "done", "job": self._probe_name(cells)})
+        return models
 
     def _take_out(self, models: dict[str, nn.Module]) -> None:
         """Keep the encoders for the next head, where their weights are still there."""
         rounded = self.engine.backend == STOCK and self.engine.quantised  # its weights were converted in place
-        if self.job.size == CHECKPOINT or arms.is_large(self.job.size) or rounded:
+        if self.job.size == CHECKPOINT or not self.build.keep_weights or rounded:
             return
         for arm, model in models.items():
             xfast.restore(model)
-            self.encoders[arm] = arms.without_head(model)
+            self.encoders[arm] = arms.detach_head(model)
 
     def _work(self, cell: Cell) -> list[Batch]:
-        count = self.settings.responses if cell.is_latency else self.settings.samples
-        work = self.texts.work(cell.task, cell.language, count, self.shape)
+        work = self.job.work[cell.task, cell.language, cell.is_latency]
         batches = batches_of(work, cell.policy, cell.batch_size, self.shape.pad)
-        self.send({"kind": "cell", "cell": cell.key, **facts(work, batches)})
+        self.send({"kind": "cell", "cell": cell.key, "digest": work.digest, **facts(work, batches)})
         device = self.settings.device
         return [(ids.to(device), mask.to(device)) for ids, mask in batches]
 
@@ -184,7 +241,7 @@ class _Group:
         random.Random(f"{self.settings.seed} {cell.key} {number}").shuffle(names)
         runs: dict[str, list[list[float]]] = {arm: [] for arm in names}
         joules: dict[str, list[float]] = {arm: [] for arm in names}
-        while min(sum(map(sum, done)) for done in runs.values()) < _MIN_VISIT_S or len(runs[names[0]]) < 2:
+        while min(sum(map(sum, done)) for done in runs.values()) < MIN_VISIT_S or len(runs[names[0]]) < 2:
             for arm in names:
                 runner = runners[arm]
                 runner((batches[0][0][:1], batches[0][1][:1]))  # wakes the threads, fetches what the last arm left cold
@@ -208,19 +265,15 @@ class _Group:
             }
         )
 
-    def _probe(self, cells: Sequence[Cell], models: dict[str, nn.Module]) -> None:
-        """What the engine's arithmetic does to each arm, in each language."""
+    def _probe_inputs(self, cells: Sequence[Cell]) -> dict[tuple[str, str], Batch]:
+        """A batch of each language, for what the engine's arithmetic does to each arm."""
         inputs = {}
         for cell in cells:
             if not cell.is_latency and (cell.task, cell.language) not in inputs:
-                work = self.texts.work(cell.task, cell.language, probes.EXAMPLES, self.shape)
+                work = self.job.work[cell.task, cell.language, False].first(probes.EXAMPLES)
                 ((ids, mask),) = batches_of(work, "arrival", len(work.examples), self.shape.pad)
                 inputs[cell.task, cell.language] = (ids.to(self.settings.device), mask.to(self.settings.device))
-        for arm, model in models.items():
-            if arm != CONTROL:
-                for record in probes.compare(model, self.engine, inputs):
-                    self.send({"kind": "probe", "arm": arm, "size": self.job.size, **record})
-        self.send({"kind": "done", "job": self._probe_name(cells)})
+        return inputs
 
     def _memory(self) -> Record:
         if self.settings.device == "cuda":
