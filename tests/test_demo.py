@@ -326,7 +326,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
         with demo.num_threads(threads), models._NoRandomInit():
             model = tiny_model(vocab_size=5000, hidden_size=256)
         with demo.num_threads(threads):
-            models._fill(model, seed, 0.02)
+            models.fill(model, seed, 0.02)
         return model.state_dict()
 
     first, again, other = filled(3, 1), filled(3, 2), filled(4, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,22 @@ def test_a_backend_that_is_missing_says_why_on_every_device(gpu: bool, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     reason = "not for CPUs" + "; its library is not installed" * gpu
     assert machine.backends() == [{"name": "other", "available": False, "precisions": [], "reason": reason}]
+
+
+def test_peak_memory_is_this_process_s_own(tmp_path: Path) -> None:
+    script = (
+        "from xfast.machine import peak_memory\n"
+        "before = peak_memory()\n"
+        "bytearray(b'1' * 2**28)\n"
+        "print(before, peak_memory())\n"
+    )
+    ballast = bytearray(b"1" * 2**30)  # what ``getrusage`` of a child begins with
+    printed = subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path)
+    before, after = map(int, printed.split())
+    assert before < len(ballast)
+    assert 2**28 <= after - before < 1.2 * 2**29
+
+
+def test_peak_memory_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    assert 2**24 < machine.peak_memory() < 2**40

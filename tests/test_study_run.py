@@ -212,20 +212,20 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
 @pytest.mark.parametrize("engine", ["native:int8", "stock:bf16"])
 def test_footprints_hold_on_a_real_model(tmp_path: Path, engine: str) -> None:
     script = (
-        "import resource, sys, torch\n"
+        "import sys, torch\n"
         "from xfast.benchmarks import workloads\n"
+        "from xfast.machine import peak_memory\n"
         "from xfast.study import arms\n"
         "from xfast.study.factors import EngineName, Settings\n"
         "name, facts = EngineName.parse(sys.argv[1]), arms.size_facts('base')\n"
         "settings = Settings(probes=False)\n"
         "build = arms.build_of(settings, facts['parameters'], name)\n"
         "arms.accelerate(arms.model_of(settings, 'tiny', 'baseline', 'panx', build.dtype), name)\n"  # imports it all
-        "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\n"
+        "before = peak_memory()\n"
         "made = arms.model_of(settings, 'base', 'baseline', 'panx', build.dtype)\n"
         "arms.accelerate(made, name)\n"
         "needs = arms.footprint(facts['parameters'], facts['embedding'], name, build)\n"
-        "print((peak() - before) / needs.of(1))\n"
+        "print((peak_memory() - before) / needs.of(1))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, engine], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

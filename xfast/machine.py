@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,22 @@ def backends() -> list[dict[str, Any]]:
 def cpu_flags() -> frozenset[str]:
     """The feature flags of /proc/cpuinfo; empty where there is none."""
     return frozenset(next((value.split() for name, value in _cpuinfo() if name == "flags"), []))
+
+
+def peak_memory() -> int:
+    """The most memory, in bytes, that this process has had resident.
+
+    Linux's own count where there is one: ``getrusage`` starts from the peak of the process that started this one.
+    """
+    try:
+        lines = (_PROC / "self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def available_memory() -> int | None:

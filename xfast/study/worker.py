@@ -10,7 +10,6 @@ import gc
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import threading
 import traceback
@@ -27,6 +26,7 @@ import xfast
 from xfast.benchmarks import workloads
 from xfast.benchmarks.workloads import Batch
 from xfast.errors import XfastError
+from xfast.machine import peak_memory
 from xfast.study import accuracy, arms, probes
 from xfast.study.document import BASELINE, CONTROL
 from xfast.study.factors import CHECKPOINT, STOCK, TYPES, Cell, EngineName, Settings, labels_of
@@ -276,9 +276,6 @@ class _Group:
         return inputs
 
     def _memory(self) -> Record:
-        if self.settings.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = torch.cuda.max_memory_allocated() if self.settings.device == "cuda" else peak_memory()
         record = {"kind": "memory", "size": self.job.size, "engine": self.job.engine}
         return {**record, "arms": len(self.job.arms), "peak_bytes": peak}
