@@ -24,6 +24,7 @@ LAYER_OF = {
     "tensor_files": "contracts",
     "architecture": "contracts",
     "packing": "contracts",
+    "recipe": "contracts",
     "device_packing": "contracts",
     "backends": "backends",
     "options": "model",

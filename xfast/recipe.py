@@ -1,0 +1,98 @@
+"""How each product of an encoder is stored and computed, where they differ: mixed precision, int4 groups, smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xfast.architecture import EncoderSpec
+from xfast.errors import InvalidOptionError
+
+LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
+"""The products of a layer; ``qkv``: query, key and value outputs one after another."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Consecutive inputs that share one scale in int4."""
+
+QUANTISED = ("int8", "int4")
+_PRECISIONS = ("fp32", "bf16", *QUANTISED)
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """One product.
+
+    Attributes:
+        precision: "fp32", "bf16", "int8" (weights per output, activations per token) or "int4" (weights per group of
+            inputs, activations as in int8).
+        group_size: int4 only, one of 32, 64, 128.
+        divisor: fp32 [in_features], positive, or None. The product's inputs are divided by it before they are
+            quantised and its weight columns multiplied by it: the same result, spread more evenly (SmoothQuant,
+            arXiv 2211.10438). int8 and int4 only.
+    """
+
+    precision: str
+    group_size: int = 64
+    divisor: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs from ``accelerate``'s ``precision``.
+
+    Attributes:
+        group_size: of int4 products that ``linears`` does not name.
+        linears: by (layer, name of the product, see ``LINEARS``).
+
+    Raises:
+        InvalidOptionError: a name, size or value is not accepted.
+    """
+
+    group_size: int = 64
+    linears: Mapping[tuple[int, str], LinearFormat] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_group("recipe.group_size", self.group_size)
+        for key, chosen in self.linears.items():
+            where = f"recipe.linears[{key!r}]"
+            if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
+                raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
+            if chosen.precision not in _PRECISIONS:
+                raise InvalidOptionError(
+                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(_PRECISIONS)}"
+                )
+            _check_group(f"{where}.group_size", chosen.group_size)
+            if chosen.divisor is not None:
+                _check_divisor(f"{where}.divisor", chosen)
+
+    def of(self, layer: int, name: str, precision: str) -> LinearFormat:
+        """The format of one product, ``precision`` being what holds where nothing is said."""
+        return self.linears.get((layer, name)) or LinearFormat(precision, self.group_size)
+
+    def check(self, spec: EncoderSpec) -> None:
+        """Raises InvalidOptionError unless every product that is named exists and every divisor fits its inputs."""
+        for (layer, name), chosen in self.linears.items():
+            where = f"recipe.linears[{(layer, name)!r}]"
+            if not 0 <= layer < spec.num_layers:
+                raise InvalidOptionError(f"{where}: the model has layers 0 to {spec.num_layers - 1}")
+            inputs = spec.intermediate_size if name == "ffn_out" else spec.hidden_size
+            if chosen.divisor is not None and chosen.divisor.shape != (inputs,):
+                raise InvalidOptionError(f"{where}.divisor: shape {chosen.divisor.shape}; expected ({inputs},)")
+
+
+def _check_group(where: str, size: object) -> None:
+    if isinstance(size, bool) or size not in GROUP_SIZES:
+        raise InvalidOptionError(f"{where}: {size!r} is not accepted; accepted: {', '.join(map(str, GROUP_SIZES))}")
+
+
+def _check_divisor(where: str, chosen: LinearFormat) -> None:
+    divisor = chosen.divisor
+    if chosen.precision not in QUANTISED:
+        raise InvalidOptionError(f"{where}: only int8 and int4 products take one, this one is {chosen.precision}")
+    if not isinstance(divisor, np.ndarray) or divisor.dtype != np.float32 or divisor.ndim != 1:
+        raise InvalidOptionError(f"{where}: expected a 1-D float32 array")
+    # Its inverse and its products with weights must stay finite.
+    if not (np.isfinite(divisor).all() and (divisor >= 1e-6).all() and (divisor <= 1e6).all()):
+        raise InvalidOptionError(f"{where}: values must lie between 1e-6 and 1e6")
