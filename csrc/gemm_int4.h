@@ -154,7 +154,7 @@ void tile_int4(const uint8_t* a, int64_t chunk_stride, const int32_t* sums, int6
 #pragma GCC unroll 2
           for (int line = 0; line < Lines; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
           prefetch += Lines * 64;
-          if constexpr (kHalves == 1 && R >= 8) {
+          if constexpr (kHalves == 1 && R >= 12) {
             __builtin_prefetch(w + kAheadInL2, 0, 3);
             __builtin_prefetch(w + kAheadInL2 + 64, 0, 3);
             __builtin_prefetch(rows + chunk_stride + 2 * pair * kChunkBytes, 0, 3);
@@ -202,6 +202,7 @@ TileInt4Fn tile_int4_for(int rows, int lines) {
 
 // Chunks that one pass takes: about the same bytes of weights as in the other precisions, and whole groups.
 constexpr int64_t kInt4PassChunks = 48;
+constexpr int64_t kAheadOfOneTile = 4096;
 
 // multiply_panel for int4 weights.
 inline void multiply_panel_int4(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end,
@@ -216,6 +217,7 @@ inline void multiply_panel_int4(const GemmArgs& args, FinishFn finish, int64_t r
     const int64_t chunks = last ? args.w.chunks - chunk : kInt4PassChunks;
     const int64_t bytes = panel_bytes(Precision::kInt4, chunks, args.w.group);
     const uint8_t* ahead = last ? next : weights + bytes;
+    if (tiles.count == 1) ahead = weights + kAheadOfOneTile;
     int64_t lines_ahead = ahead == nullptr || kRegBytes > 64 ? 0 : bytes / 64;
     const int32_t* sums = args.a.sums + chunk * 64 / args.w.group * args.a.capacity();
     int64_t row = row_begin;
