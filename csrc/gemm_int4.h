@@ -202,7 +202,6 @@ TileInt4Fn tile_int4_for(int rows, int lines) {
 
 // Chunks that one pass takes: about the same bytes of weights as in the other precisions, and whole groups.
 constexpr int64_t kInt4PassChunks = 48;
-constexpr int64_t kAheadOfOneTile = 4096;
 
 // multiply_panel for int4 weights.
 inline void multiply_panel_int4(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end,
