@@ -25,7 +25,7 @@ from xfast.stilts.tokenizer import load_tokenizer
 from xfast.stilts.training import train
 from xfast.study import accuracy, arms, probes, run
 from xfast.study.document import BASELINE, INTERMEDIATE
-from xfast.study.factors import CHECKPOINT, EngineName, Settings
+from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, EngineName, Settings
 from xfast.study.timing import Runner
 
 LANGUAGES = ("sw", "en")
@@ -119,12 +119,13 @@ def test_retrieval_is_scored_by_layer_and_the_best_one_named(studied: dict[str, 
     assert all(layers == 1 for _, layers in fronts)  # half the cost at the same accuracy
 
 
-def test_answers_and_windows_are_figures_of_question_answering(studied: dict[str, Any]) -> None:
+def test_answers_and_windows_are_figures_of_question_answering(studied: dict[str, Any], settings: Settings) -> None:
     answers = [one for one in studied["probes"] if one["probe"] == "answers"]
     assert {(one["arm"], one["language"]) for one in answers} <= {
         (arm, language) for arm in (BASELINE, INTERMEDIATE) for language in LANGUAGES
     }
     assert answers and all(one["value"] > 0 for one in answers)
+    assert {one["x"] for one in answers} == set(settings.engines)  # coarse arithmetic may choose other answers
     windows = [cell["windows_per_example"] for cell in studied["cells"] if cell["task"] == "xquad"]
     assert windows and set(windows) == {1.0}
 
@@ -194,15 +195,20 @@ def test_probes_know_exact_arithmetic_from_coarse() -> None:
 
     ids = torch.randint(5, 1000, (4, 12))
     inputs = {("panx", "sw"): (ids, torch.ones_like(ids))}
-    worst = {}
+    worst, early = {}, {}
     for engine in ("native:fp32", "native:int8"):
         model = arms.with_head(random_model("tiny"), "panx", 0)
-        found = list(probes.compare(model, EngineName.parse(engine), inputs))
-        assert {one["probe"] for one in found} == {"quantisation", "early"}
+        found = list(probes.compare(model, EngineName.parse(engine), inputs, (QUANTISATION, EARLY)))
+        assert {one["probe"] for one in found} == {QUANTISATION, EARLY}
         assert all(0 <= one["value"] <= 1 + 1e-6 for one in found)
         worst[engine] = next(one["value"] for one in found if "worst" in one["what"])
+        early[engine] = [one for one in found if one["probe"] == EARLY]
+        for wanted in (QUANTISATION, EARLY):
+            alone = list(probes.compare(model, EngineName.parse(engine), inputs, (wanted,)))
+            assert alone == [one for one in found if one["probe"] == wanted]
     assert worst["native:fp32"] == pytest.approx(1, abs=1e-6)
     assert 0.99 < worst["native:int8"] < worst["native:fp32"]
+    assert early["native:fp32"] == early["native:int8"]  # the weights' own, whatever runs them
 
 
 def test_text_towers_have_no_head_and_are_studied_whole() -> None:
@@ -218,8 +224,9 @@ def test_text_towers_have_no_head_and_are_studied_whole() -> None:
     ids = torch.randint(5, 100, (3, 2, 6))
     batch = ids, torch.ones_like(ids)
     assert Runner(tower, "cpu")(batch).last_hidden_state.shape == (6, 6, 16)  # projected, choices as sequences
-    found = list(probes.compare(tower, EngineName.parse("native:int8"), {("xcopa", "sw"): batch}))
-    assert {one["probe"] for one in found} == {"quantisation"}
+    inputs = {("xcopa", "sw"): batch}
+    found = list(probes.compare(tower, EngineName.parse("native:int8"), inputs, (QUANTISATION, EARLY)))
+    assert {one["probe"] for one in found} == {QUANTISATION}
 
 
 def test_a_head_that_brought_a_pooler_takes_it_along() -> None:

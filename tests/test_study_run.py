@@ -89,6 +89,20 @@ def test_probes_show_exact_and_coarse_arithmetic(finished: tuple[Path, dict[str,
     assert early and all(one["value"] == 1.0 for one in early)  # the last layer agrees with itself
 
 
+def test_what_no_arithmetic_touches_is_probed_once_and_by_an_exact_engine_too(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    order = [line for line in lines(finished[0]) if line["kind"] in ("probe", "engine")]
+    kinds = [line.get("probe", line.get("engine")) for line in order]
+    begun = kinds.index("native:fp32")  # an engine says what it is when its probes are done
+    assert set(kinds[:begun]) == {"early"} and kinds[begun + 1] == "quantisation"
+    assert "early" not in kinds[begun:]
+    figures = [(one["arm"], one["language"], one["x"]) for one in order[:begun]]
+    assert sorted(figures) == sorted(
+        (arm, language, layer) for arm in (BASELINE, INTERMEDIATE) for language in ("sw", "en") for layer in (1, 2)
+    )
+
+
 def test_a_finished_study_is_not_measured_again(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, document = finished
     before = len(lines(folder))
@@ -207,6 +221,27 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
     (group,) = made.groups
     assert group.shared_control and group.arms == (BASELINE, INTERMEDIATE)
     assert "a second copy does not fit" in made.notes[0]
+
+
+def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ceiling", lambda *_, **__: 10.0)
+    large = Settings(sizes=("xl",), engines=("native:fp32", "native:int8"), languages=("sw",))
+    made = run.plan(large, Texts(large), available=200 * GIB)
+    assert all(not group.build.probes for group in made.groups) and len(made.groups) == 2
+    why = {one["what"]: one["why"] for one in made.skipped}
+    assert set(why) == {"probe quantisation of xl native:int8", "probe early of xl"}
+    assert all("2 billion parameters" in reason for reason in why.values())
+    assert [note for note in made.notes if note.startswith("xl: probes are left out")]
+    without = Settings.from_dict({**large.as_dict(), "probes": False})
+    assert not run.plan(without, Texts(without), available=200 * GIB).skipped
+
+    tight = Settings(sizes=("large",), engines=("stock:bf16", "stock:fp32"), languages=("sw",))
+    made = run.plan(tight, Texts(tight), available=8 * GIB + GIB // 2)
+    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [(("quantisation", "early"), 3), ((), 3)]
+    made = run.plan(tight, Texts(tight), available=6 * GIB)
+    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [((), 3), ((), 2)]
+    assert {one["what"] for one in made.skipped} == {"probe quantisation of large stock:bf16", "probe early of large"}
+    assert all("no memory" in one["why"] for one in made.skipped)
 
 
 @pytest.mark.parametrize("engine", ["native:int8", "stock:bf16"])

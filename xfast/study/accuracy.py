@@ -106,7 +106,7 @@ def measure(
                     "examples": found["examples"][language],
                 }
             if kind == SPAN:
-                yield from _answers(Path(folder), arm, task)
+                yield from _answers(Path(folder), engine, arm, task)
 
 
 def _evaluation(
@@ -132,15 +132,15 @@ def _evaluation(
     )
 
 
-def _answers(folder: Path, arm: str, task: str) -> Iterator[Record]:
-    """Mean characters of the predicted answers, by language."""
+def _answers(folder: Path, engine: str, arm: str, task: str) -> Iterator[Record]:
+    """Mean characters of the predicted answers, by language: the engine's own, whose arithmetic may choose others."""
     for path in sorted(folder.rglob(f"*.{scoring.metric_of(task).suffix}")):
         language = path.stem.partition("-")[2]
         texts = [text for text in json.loads(path.read_text(encoding="utf-8")).values() if text]
         if texts:
             lengths = [len(text) for text in texts]
             where = {"kind": "probe", "arm": arm, "size": CHECKPOINT, "task": task, "language": language}
-            yield {**where, "probe": "answers", "x": None, "what": "characters of an answer", "value": fmean(lengths)}
+            yield {**where, "probe": "answers", "x": engine, "what": "characters of an answer", "value": fmean(lengths)}
 
 
 def best_layers(records: Sequence[Record]) -> Iterator[Record]:

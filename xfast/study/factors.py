@@ -52,6 +52,12 @@ STOCK = "stock"
 CHECKPOINT = "checkpoint"
 """The size of models that were given as folders."""
 
+QUANTISATION, EARLY = "quantisation", "early"
+"""Probes of the timed models: what an engine's arithmetic does to them, and at which layer they know the answer.
+
+The first depends on the engine; the second on the weights alone, so that each size has it once, in fp32.
+"""
+
 
 @dataclass(frozen=True)
 class EngineName:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +24,7 @@ from xfast.stilts.tasks import get
 from xfast.study import accuracy, arms, probes, worker
 from xfast.study.arms import Build
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
-from xfast.study.factors import STOCK, Cell, EngineName, Settings, cells_of, pairs_of
+from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.store import Store, visit_name
 from xfast.study.work import Texts, Work, batches_of
 
@@ -134,6 +135,9 @@ def plan(settings: Settings, texts: Texts, available: int | None = None, host: i
             groups.append(group)
             if group.shared_control:
                 notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
+        unprobed = list(_unprobed(settings, [group for group in groups if group.size == size]))
+        skipped += unprobed
+        notes += dict.fromkeys(f"{size}: probes are left out: {one['why']}" for one in unprobed)
     languages = tuple(dict.fromkeys(language for _, language in pairs))
     return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes))
 
@@ -158,21 +162,39 @@ def _group(
     free: int | None,
     host: int | None,
 ) -> Group | str:
-    """One worker's part, or why there is no memory for it."""
+    """One worker's part, or why there is no memory for it: the probes are given up first, then the control's copy."""
     name = EngineName.parse(engine)
-    build = arms.build_of(settings, facts["parameters"], name)
-    needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
+    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
+    why = ""
+    for names, probed in itertools.product(((*wanted, CONTROL), wanted), (True, False)):
+        build = arms.build_of(settings, facts["parameters"], name, probes=probed)
+        needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
+        why = _misfit(needs, len(names), free, host)
+        if not why:
+            cells, memory = tuple(cells_of(settings, size, engine, pairs)), needs.of(len(names)) + _SPARE_BYTES
+            group = Group(size, engine, cells, names, names == wanted, facts, None, memory, build, work)
+            return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
+    return why
+
+
+def _misfit(needs: arms.Footprint, count: int, free: int | None, host: int | None) -> str:
+    """Why there is no memory for so many arms; empty where there is."""
     if host is not None and needs.host + _SPARE_BYTES > host:
         return _too_much("a model is made in host memory, which takes", needs.host, host)
-    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
-    shared = free is not None and needs.of(len(wanted) + 1) + _SPARE_BYTES > free
-    names = wanted if shared else (*wanted, CONTROL)
-    memory = needs.of(len(names)) + _SPARE_BYTES
-    if free is not None and memory > free:
-        return _too_much(f"{len(names)} arms need", needs.of(len(names)), free)
-    cells = tuple(cells_of(settings, size, engine, pairs))
-    group = Group(size, engine, cells, names, shared, facts, None, memory, build, work)
-    return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
+    if free is not None and needs.of(count) + _SPARE_BYTES > free:
+        return _too_much(f"{count} arms need", needs.of(count), free)
+    return ""
+
+
+def _unprobed(settings: Settings, groups: Sequence[Group]) -> Iterator[dict[str, str]]:
+    """The probes that were asked for of one size and that none of its groups runs, and why."""
+    for group in groups:
+        wanted = arms.probes_of(settings, EngineName.parse(group.engine))
+        if QUANTISATION in wanted and QUANTISATION not in group.build.probes:
+            why = arms.why_unprobed(group.facts["parameters"])
+            yield {"what": f"probe {QUANTISATION} of {group.size} {group.engine}", "why": why}
+    if settings.probes and groups and not any(EARLY in group.build.probes for group in groups):
+        yield {"what": f"probe {EARLY} of {groups[0].size}", "why": arms.why_unprobed(groups[0].facts["parameters"])}
 
 
 def _too_much(what: str, needed: int, free: int) -> str:
@@ -205,9 +227,9 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
         visit = max(2 * tokens * token_s, worker.MIN_VISIT_S)  # forth and back
         seconds += runs * (settings.rounds * visit + tokens * token_s)
     pairs = dict.fromkeys((cell.task, cell.language) for cell in group.cells)
-    if group.build.probed:  # in fp32 and in the engine's arithmetic, in all arms but the control
+    if group.build.probes:  # in fp32 and, for its error, in the engine's arithmetic, in all arms but the control
         tokens = sum(group.work[task, language, False].first(probes.EXAMPLES).tokens for task, language in pairs)
-        seconds += 4 * tokens * token_s
+        seconds += 2 * (1 + (QUANTISATION in group.build.probes)) * tokens * token_s
     for _, _, task in accuracy.jobs(settings, group.engine, list(pairs)):
         passes = accuracy.LAYERS + 1 if get(task).type == BITEXT else 1  # both sides at half the layers on average
         for language in accuracy.languages_of(task, list(pairs)):
@@ -267,6 +289,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
         group.shared_control,
         frozenset(done),
         group.facts,
+        group.build,
         group.work,
     )
     process = context.Process(target=worker.main, args=(job, other), daemon=True)
