@@ -103,7 +103,7 @@ def test_scores_are_the_official_ones(studied: dict[str, Any], settings: Setting
         assert {row["language"]: row["value"] for row in rows} == expected
         assert {row["examples"] for row in rows} == {12}
     assert {row["task"] for row in studied["accuracy"]} == {"xnli", "xquad", "tatoeba"}
-    assert not studied["skipped"] or {one["why"] for one in studied["skipped"]} == {"not in the data"}
+    assert [one["what"] for one in studied["skipped"]] == ["accuracy on tatoeba in en"]
     json.dumps(studied, allow_nan=False)
 
 
@@ -166,6 +166,19 @@ def test_checkpoints_are_found_and_checked(
     with pytest.raises(InvalidOptionError, match="differ in size"):
         arms.resolve(mixed, CHECKPOINT, ["xnli"])
     assert arms.resolve(settings, CHECKPOINT, ["xnli"]).facts["layers"] == 2
+
+
+def test_what_has_no_score_is_said(settings: Settings) -> None:
+    pairs = [("xnli", "sw"), ("tatoeba", "sw"), ("tatoeba", "en"), ("mlm", "sw")]
+    assert [one["what"] for one in accuracy.left_out(settings, pairs)] == [
+        "accuracy on tatoeba in en",
+        "accuracy on mlm",
+    ]
+    assert not list(accuracy.left_out(settings, [("xnli", "en"), ("mewslix", "de")]))
+    without = Settings.from_dict({**settings.as_dict(), "data": None})
+    assert [one["what"] for one in accuracy.left_out(without, pairs)] == ["accuracy"]
+    seeded = Settings.from_dict({**settings.as_dict(), "baseline": {}, "intermediate": {}, "sizes": ["tiny"]})
+    assert not list(accuracy.left_out(seeded, pairs))  # its note says that nothing is claimed
 
 
 # --- arms and probes on seeded models

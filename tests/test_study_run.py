@@ -26,7 +26,7 @@ from xfast.study.factors import EngineName, Settings
 from xfast.study.store import Store
 from xfast.study.work import Texts
 
-TINY = Settings(sizes=("tiny",), languages=("sw", "en"), samples=4, responses=2, rounds=2, threads=1)
+TINY = Settings(sizes=("tiny",), tasks=("panx",), languages=("sw", "en"), samples=4, responses=2, rounds=2, threads=1)
 GIB = 2**30
 
 
@@ -108,7 +108,7 @@ def test_a_finished_study_is_not_measured_again(finished: tuple[Path, dict[str, 
     before = len(lines(folder))
     again = run.start(TINY, folder, resume=True, console=quiet())
     assert again["cells"] == document["cells"]
-    assert [line["kind"] for line in lines(folder)[before:]] == ["ended"]
+    assert [line["kind"] for line in lines(folder)[before:]] == ["plan", "ended"]
     with pytest.raises(InvalidOptionError, match="--resume"):
         run.start(TINY, folder, resume=False, console=quiet())
     with pytest.raises(InvalidOptionError, match="another study"):
@@ -207,7 +207,7 @@ def test_no_gpu_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_does_not_fit_is_skipped_and_said() -> None:
-    settings = Settings(sizes=("base", "13b"), engines=("native:int8",), languages=("sw",))
+    settings = Settings(sizes=("base", "13b"), engines=("native:int8",), tasks=("panx",), languages=("sw",))
     made = run.plan(settings, Texts(settings), available=12 * GIB)
     assert [(group.size, group.arms) for group in made.groups] == [("base", (BASELINE, INTERMEDIATE, CONTROL))]
     (skipped,) = made.skipped
@@ -225,7 +225,7 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
 
 def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ceiling", lambda *_, **__: 10.0)
-    large = Settings(sizes=("xl",), engines=("native:fp32", "native:int8"), languages=("sw",))
+    large = Settings(sizes=("xl",), engines=("native:fp32", "native:int8"), tasks=("panx",), languages=("sw",))
     made = run.plan(large, Texts(large), available=200 * GIB)
     assert all(not group.build.probes for group in made.groups) and len(made.groups) == 2
     why = {one["what"]: one["why"] for one in made.skipped}
@@ -235,7 +235,7 @@ def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> 
     without = Settings.from_dict({**large.as_dict(), "probes": False})
     assert not run.plan(without, Texts(without), available=200 * GIB).skipped
 
-    tight = Settings(sizes=("large",), engines=("stock:bf16", "stock:fp32"), languages=("sw",))
+    tight = Settings(sizes=("large",), engines=("stock:bf16", "stock:fp32"), tasks=("panx",), languages=("sw",))
     made = run.plan(tight, Texts(tight), available=8 * GIB + GIB // 2)
     assert [(group.build.probes, len(group.arms)) for group in made.groups] == [(("quantisation", "early"), 3), ((), 3)]
     made = run.plan(tight, Texts(tight), available=6 * GIB)

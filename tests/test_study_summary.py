@@ -188,6 +188,24 @@ def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
     assert "a note" in made["notes"]
 
 
+def test_what_was_planned_and_not_measured_is_listed() -> None:
+    rows = records()
+    keys = [row["cell"] for row in rows if row["kind"] == "cell"]
+    first = {"kind": "plan", "cells": keys, "skipped": [{"what": "xl", "why": "no memory"}], "notes": ["no probes"]}
+    more = "base/native:int8/udpos/sw/sorted/16"
+    last = {"kind": "plan", "cells": [*keys, more], "skipped": [{"what": "xxl", "why": "no memory"}], "notes": ["now"]}
+    made = summary.document_of([*rows, first, last], Path("x"))
+    stopped = {"what": "5 of 85 visits to cells of base native:int8", "why": "the run was stopped before them"}
+    assert made["skipped"] == [{"what": "xxl", "why": "no memory"}, stopped]  # the last plan counts
+    assert "now" in made["notes"] and "no probes" not in made["notes"]
+    for what in ("base native:int8", "base native:int8 udpos"):
+        known = {"kind": "skipped", "what": what, "why": "no such instruction"}
+        assert stopped not in summary.document_of([*rows, last, known], Path("x"))["skipped"]
+    short = [row for row in rows if row["kind"] != "visit" or row["round"] < 4 or "/te/single" not in row["cell"]]
+    found = summary.document_of([*short, first], Path("x"))["skipped"]
+    assert [one["what"] for one in found[1:]] == [f"1 of 80 visits to cells of base {engine}" for engine in PER_TOKEN]
+
+
 def test_a_stopped_run_has_a_document_too(tmp_path: Path) -> None:
     rows = [row for row in records() if row["kind"] != "ended"]
     made = summary.document_of(rows[: len(rows) // 2], Path("x"))

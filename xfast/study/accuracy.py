@@ -37,6 +37,21 @@ def jobs(settings: Settings, engine: str, pairs: Sequence[tuple[str, str]]) -> l
     return [(_job(engine, arm, task), arm, task) for task in tasks for arm in arms_of(settings)]
 
 
+def left_out(settings: Settings, pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """What was asked for and has no score with any engine, and why."""
+    if not settings.accuracy or not settings.baseline:
+        return
+    if settings.data is None:
+        yield {"what": "accuracy", "why": "there is no data folder, and with it no labels"}
+        return
+    for task in dict.fromkeys(task for task, _ in pairs):
+        if get(task).metric not in scoring.METRICS:
+            yield {"what": f"accuracy on {task}", "why": "the task has no official score"}
+        elif len(languages_of(task, pairs)) < sum(mine == task for mine, _ in pairs):
+            why = "the sentences of each other language are matched with the English ones"
+            yield {"what": f"accuracy on {task} in en", "why": why}
+
+
 def languages_of(task: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Languages of a task that can have a score: not English where sentences are matched with their English ones."""
     found = dict.fromkeys(language for mine, language in pairs if mine == task)

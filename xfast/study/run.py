@@ -111,8 +111,8 @@ def plan(settings: Settings, texts: Texts, available: int | None = None, host: i
     Raises:
         InvalidOptionError: nothing is left to measure, or the checkpoints differ in size.
     """
-    pairs, missing = pairs_of(settings, texts.there)
-    skipped = [{"what": what, "why": "not in the data"} for what in missing]
+    pairs, skipped = pairs_of(settings, texts.there, texts.source, texts.unread)
+    skipped += accuracy.left_out(settings, pairs)
     free = _free(settings.device) if available is None else available
     beside = available_memory() if host is None and settings.device == "cuda" else host
     groups: list[Group] = []
@@ -266,7 +266,7 @@ def execute(plan: Plan, store: Store, console: Console) -> None:
             _work(group, store, lambda: progress.advance(shown))
     if not any(True for _ in store.of("visit")):
         failed = [f"{record['size']} {record['engine']}: {record['why']}" for record in store.of("failed")]
-        reasons = failed + [f"{record['what']}: {record['why']}" for record in store.of("skipped")]
+        reasons = failed + [f"{record['what']}: {record['why']}" for record in (*plan.skipped, *store.of("skipped"))]
         raise BackendUnavailableError(f"engines: nothing could be measured: {'; '.join(reasons) or 'no cells'}")
 
 
@@ -363,8 +363,7 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
     try:
         _prepare(made, store)
         execute(made, store, console)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        store.add({"kind": "ended", "at": now, "seconds": round(time.perf_counter() - began, 1)})
+        store.add({"kind": "ended", "at": _now(), "seconds": round(time.perf_counter() - began, 1)})
         return dict(summary.document_of(store.records, store.path))
     finally:
         store.close()
@@ -372,6 +371,8 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
 
 def _prepare(made: Plan, store: Store) -> None:
     """Store what the plan knows, after what a former run stored of it has been found to be the same.
+
+    The plan itself is stored by every run: what it leaves out may be another time, with other memory.
 
     Raises:
         InvalidOptionError: the data or the checkpoints have changed.
@@ -389,11 +390,12 @@ def _prepare(made: Plan, store: Store) -> None:
         for name, fields in records.items():
             if name not in there:
                 store.add({"kind": kind, kind: name, **fields})
-    for one in made.skipped:
-        if one not in [{"what": r["what"], "why": r["why"]} for r in store.of("skipped")]:
-            store.add({"kind": "skipped", **one})
-    for note in made.notes:
-        store.note(note)
+    cells = [cell.key for group in made.groups for cell in group.cells]
+    store.add({"kind": "plan", "at": _now(), "cells": cells, "skipped": made.skipped, "notes": made.notes})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _require_gpu() -> None:

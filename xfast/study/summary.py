@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
     scores = fronts.scores(records)
     tests = _equivalence(cells, settings)
     ended = [record for record in records if record["kind"] == "ended"]
+    noted = [record["text"] for record in records if record["kind"] == "note"]
     engines = {record["engine"]: record for record in records if record["kind"] == "engine"}
     sizes = {size: arms.size_facts(size) for size in settings.sizes if size != CHECKPOINT}
     sizes |= {record["size"]: record for record in records if record["kind"] == "size"}
@@ -110,8 +111,8 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         trades=fronts.trades(rows, scores, settings, sizes),
         probes=_probes(records),
         memory=_memory(records),
-        skipped=_skipped(records),
-        notes=[*_notes(settings, tests), *(record["text"] for record in records if record["kind"] == "note")],
+        skipped=_skipped(records, cells, settings),
+        notes=list(dict.fromkeys([*_notes(settings, tests), *_plan(records)["notes"], *noted])),
     )
 
 
@@ -343,16 +344,40 @@ def _memory(records: Sequence[Record]) -> list[document.Memory]:
     return [document.Memory(**{k: v for k, v in row.items() if k != "kind"}) for row in last.values()]  # type: ignore[typeddict-item]
 
 
-def _skipped(records: Sequence[Record]) -> list[document.Skipped]:
+def _plan(records: Sequence[Record]) -> Record:
+    """What the last run wanted to measure; nothing where no run has got so far."""
+    nothing: Record = {"cells": [], "skipped": [], "notes": []}
+    return next((record for record in reversed(records) if record["kind"] == "plan"), nothing)
+
+
+def _skipped(records: Sequence[Record], cells: _Cells, settings: Settings) -> list[document.Skipped]:
     done = {record["job"] for record in records if record["kind"] == "done"}  # also what a former run could not do
     missed = [r for r in records if r["kind"] == "skipped" and r.get("job") not in done]
+    missed = [*_plan(records)["skipped"], *missed]
     found = [document.Skipped(what=record["what"], why=record["why"]) for record in missed]
     failed: dict[str, str] = {}
     for record in records:
         if record["kind"] in ("failed", "ended_group"):  # the last run's outcome counts
             failed[f"{record['size']} {record['engine']}"] = record.get("why", "")
     found += [document.Skipped(what=what, why=why) for what, why in failed.items() if why]
+    found += _unvisited(_plan(records)["cells"], cells, {one["what"] for one in found}, settings.rounds)
     return [one for index, one in enumerate(found) if one not in found[:index]]
+
+
+def _unvisited(
+    planned: Iterable[str], cells: _Cells, explained: Container[str], rounds: int
+) -> Iterable[document.Skipped]:
+    """Visits that were planned and are not there, where nothing else says why."""
+    counts: dict[str, list[int]] = {}
+    for key in planned:
+        where = f"{_parts(key)['size']} {_parts(key)['engine']}"
+        if where not in explained and f"{where} {_parts(key)['task']}" not in explained:
+            had, all_ = counts.setdefault(where, [0, 0])
+            counts[where] = [had + min(rounds, len(cells.visits.get(key, ()))), all_ + rounds]
+    for where, (had, all_) in counts.items():
+        if had < all_:
+            what = f"{all_ - had} of {all_} visits to cells of {where}"
+            yield document.Skipped(what=what, why="the run was stopped before them")
 
 
 def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[str]:

@@ -21,7 +21,7 @@ from xfast.errors import DataFileError
 from xfast.stilts.task import CHOICE, SPAN
 from xfast.stilts.tasks import get
 from xfast.study import corpus
-from xfast.study.factors import ARRIVAL, BUDGET, TYPES, Settings
+from xfast.study.factors import ARRIVAL, BUDGET, ONE_TASK, TYPES, Settings
 from xfast.study.profiles import LANGUAGES_WITHOUT_SPACES, LengthProfile, load_profiles, sample_lengths
 
 CHOICES = {"xcopa": 2, "siqa": 3}
@@ -86,6 +86,10 @@ def _unpickled(task: str, language: str, arrays: Any, *others: Any) -> Work:
 class Texts:
     """Where work comes from: a data folder with a tokenizer, or the shipped profiles.
 
+    Attributes:
+        source: which of these, in words.
+        unread: tasks whose files cannot be read, and why, where no task was named.
+
     Raises:
         DataFileError: the folder or its tokenizer cannot be used.
     """
@@ -93,17 +97,35 @@ class Texts:
     def __init__(self, settings: Settings) -> None:
         self.seed = settings.seed
         self.folder = None if settings.data is None else Path(settings.data)
+        self.source = "shipped length profiles" if self.folder is None else "data"
+        self.unread: dict[str, str] = {}
         self._profiles: dict[tuple[str, str], LengthProfile] = {}
         self._samples: corpus.Samples = {}
         if self.folder is None:
             self._profiles = {(one.task, one.language): one for one in load_profiles()}
             return
         self.tokenizer: Any = corpus.load_tokenizer(Path(settings.tokenizer or self.folder / "tokenizer" / "xlmr"))
-        tasks = [None] if len(settings.tasks) != 1 or settings.tasks[0] not in TYPES else [settings.tasks[0]]
-        for task in tasks:
-            self._samples |= corpus.collect(self.folder, task)
+        self._read(self.folder, settings.tasks)
+
+    def _read(self, folder: Path, tasks: Sequence[str]) -> None:
+        """Read the files of the tasks that were named; without names, of all that can be read."""
+        if tasks != (ONE_TASK,):
+            self._samples = corpus.collect(folder, *tasks)
+        else:
+            for task in TYPES:
+                self._samples |= self._readable(folder, task)
         if not self._samples:
-            raise DataFileError(f"data: {self.folder} has no task files; expected XTREME's layout under xtreme/")
+            why = "; ".join(self.unread.values()) or "expected XTREME's layout under xtreme/"
+            named = "" if tasks == (ONE_TASK,) else f" of {', '.join(tasks)}"
+            raise DataFileError(f"data: {folder} has no task files{named}; {why}")
+
+    def _readable(self, folder: Path, task: str) -> corpus.Samples:
+        """A task's samples; none where its files cannot be read, since another task stands for its languages."""
+        try:
+            return corpus.collect(folder, task)
+        except DataFileError as error:
+            self.unread[task] = str(error)
+            return {}
 
     @property
     def there(self) -> list[tuple[str, str]]:
