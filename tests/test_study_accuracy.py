@@ -16,10 +16,13 @@ import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
+from xfast.benchmarks import workloads
 from xfast.errors import InvalidOptionError
+from xfast.stilts import evaluation
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
 from xfast.stilts.evaluation import Evaluation, _Predictor, evaluate
+from xfast.stilts.model import load_task_model
 from xfast.stilts.tasks import get
 from xfast.stilts.tokenizer import load_tokenizer
 from xfast.stilts.training import train
@@ -27,6 +30,7 @@ from xfast.study import accuracy, arms, probes, run
 from xfast.study.document import BASELINE, INTERMEDIATE
 from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, EngineName, Settings
 from xfast.study.timing import Runner
+from xfast.study.work import Texts
 
 LANGUAGES = ("sw", "en")
 
@@ -166,6 +170,60 @@ def test_checkpoints_are_found_and_checked(
     with pytest.raises(InvalidOptionError, match="differ in size"):
         arms.resolve(mixed, CHECKPOINT, ["xnli"])
     assert arms.resolve(settings, CHECKPOINT, ["xnli"]).facts["layers"] == 2
+
+
+def _long(rng: Any, root: Path) -> None:
+    """Texts that need windows or are cut, of one example a task."""
+    first, second, context = (" ".join(rng.choice(stilts.WORDS, count)) for count in (200, 300, 900))
+    stilts.write_lines(root / "xnli/test-sw.tsv", [f"{first}\t{second}"])
+    stilts.write_lines(root / "labels/xnli/test-sw.tsv", ["neutral"])
+    answers = [{"text": context.split()[0], "answer_start": 0}]
+    qas = [{"id": "q", "question": "what follows river", "answers": answers}]
+    document = {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}
+    stilts.write_json(root / "xquad/xquad.sw.json", document)
+
+
+@pytest.mark.parametrize(("task", "sequences", "longest"), [("xnli", 1, 256), ("xquad", 4, 384), ("tatoeba", 1, 0)])
+def test_what_is_timed_is_what_is_scored(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: Any, task: str, sequences: int, longest: int
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    _long(np.random.default_rng(0), tmp_path / "data" / "xtreme")
+    changed = Settings.from_dict({**settings.as_dict(), "data": str(tmp_path / "data")})
+    scored: set[tuple[int, ...]] = set()
+
+    def watched(*arguments: Any) -> Any:
+        model = load_task_model(*arguments)
+        model.register_forward_pre_hook(seen, with_kwargs=True)
+        return model
+
+    def seen(model: Any, _: Any, given: dict[str, torch.Tensor]) -> None:
+        rows = zip(given["input_ids"], given["attention_mask"], strict=True)
+        scored.update(tuple(ids[mask.bool()].tolist()) for ids, mask in rows)
+
+    monkeypatch.setattr(evaluation, "load_task_model", watched)
+    records = list(accuracy.measure(changed, "stock:fp32", BASELINE, task, ["sw"], 1))
+    assert "accuracy" in {record["kind"] for record in records}
+    known = arms.resolve(changed, CHECKPOINT, [task]).facts
+    work = Texts(changed).work(task, "sw", 100, workloads.Model(known["vocab"], known["pad"], known["limit"]))
+    timed = {tuple(ids.tolist()) for example in work.examples for ids in example}
+    if task == "tatoeba":
+        assert timed < scored  # its English side is scored with every language
+    else:
+        assert timed == scored
+        assert len(timed) >= sequences and max(map(len, timed)) == longest
+
+
+def test_the_tokenizer_is_one_for_times_and_scores(settings: Settings, base: Path, tmp_path: Path) -> None:
+    named = arms.tokenizer_of(settings, "xnli")
+    assert named == base
+    own = Settings.from_dict({**settings.as_dict(), "tokenizer": None})
+    folder = arms.folder_of(settings.baseline, "xnli")
+    assert arms.tokenizer_of(own, "xnli") == folder  # a STILTs run leaves it beside the weights
+    assert accuracy._evaluation(own, "native:fp32", folder, "xnli", ["sw"], None, tmp_path).tokenizer == str(folder)
+    assert Texts(own).tokenizers["xnli"].name_or_path == str(folder)
+    bare = Settings.from_dict({**own.as_dict(), "baseline": {"xnli": str(tmp_path)}, "intermediate": {}})
+    assert arms.tokenizer_of(bare, "xnli") == Path(str(settings.data)) / "tokenizer" / "xlmr"
 
 
 def test_what_has_no_score_is_said(settings: Settings) -> None:

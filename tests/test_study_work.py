@@ -11,9 +11,11 @@ import torch
 from xfast.benchmarks import workloads
 from xfast.benchmarks.models import SIZES
 from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts.data import Source
+from xfast.stilts.features import encode
 from xfast.stilts.languages import XTREME, XTREME_R
-from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS
-from xfast.study import factors, languages
+from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS, get
+from xfast.study import factors, inputs, languages
 from xfast.study.factors import BUDGET, ONE_TASK, SINGLE, SORTED, TYPES, EngineName, Settings, cells_of, pairs_of
 from xfast.study.profiles import JOSHI_CLASS, load_profiles
 from xfast.study.work import Texts, Work, batches_of, facts
@@ -216,31 +218,80 @@ def test_facts_by_hand() -> None:
     }
 
 
-def test_real_text_gives_the_tokenizers_ids(data_dir: Path) -> None:
-    texts = Texts(Settings(data=str(data_dir), tasks=("xnli",)))
-    work = texts.work("xnli", "sw", 4, workloads.XLMR)
-    rows = texts._samples["xnli", "sw"]
-    known = {tuple(texts.tokenizer(*row)["input_ids"]) for row in rows}
+@pytest.fixture(scope="module")
+def real(data_dir: Path) -> Texts:
+    return Texts(Settings(data=str(data_dir), tasks=("xnli", "panx", "udpos", "xcopa", "mlqa", "lareqa", "tatoeba")))
+
+
+def test_real_text_gives_the_tokenizers_ids(real: Texts) -> None:
+    work = real.work("xnli", "sw", 4, workloads.XLMR)
+    known = {tuple(real.tokenizers["xnli"](*row)["input_ids"]) for row in real._samples["xnli", "sw"]}
     assert all(tuple(example[0].tolist()) in known for example in work.examples)
     assert work.fertility and 1 < work.fertility < 3
     with pytest.raises(DataFileError, match="the model has 1000 ids"):
-        texts.work("xnli", "sw", 4, workloads.Model(vocab=1000))
+        real.work("xnli", "sw", 4, workloads.Model(vocab=1000))
 
 
-def test_long_contexts_become_windows_that_cover_them(data_dir: Path) -> None:
-    texts = Texts(Settings(data=str(data_dir), tasks=("mlqa",)))
+@pytest.mark.parametrize(
+    ("task", "language", "split"),
+    [
+        ("xnli", "sw", "dev"),
+        ("panx", "te", "test"),
+        ("udpos", "yo", "test"),
+        ("xcopa", "qu", "test"),
+        ("mlqa", "hi", "dev"),
+    ],
+)
+def test_real_text_is_encoded_as_evaluations_encode_it(
+    real: Texts, data_dir: Path, task: str, language: str, split: str
+) -> None:
+    work = real.work(task, language, 10**6, workloads.XLMR)
+    timed = {tuple(ids.tolist()) for example in work.examples for ids in example}
+    examples = Source(folder=data_dir).load(get(task), split, language)
+    del examples.items[60:]
+    features = encode(examples, get(task), real.tokenizers[task], get(task).recipe)
+    assert len(features) >= 60 and {tuple(row.tolist()) for one in features.items for row in one.rows} <= timed
+
+
+def test_retrieval_is_encoded_as_its_search_encodes_it(real: Texts) -> None:
+    tokenizer = real.tokenizers["lareqa"]
+    sentence, paragraph = real._samples["lareqa", "th"][0]
+    ((row,),) = inputs.rows("lareqa", [[(sentence, 30 * paragraph)]], tokenizer, 512)
+    pair = tokenizer(sentence, 30 * paragraph)["input_ids"]
+    assert len(row) == 256 and row.tolist() == [*pair[:255], pair[-1]]  # the paragraph is cut at its end
+    ((query,),) = inputs.rows("mewslix", [["river stone " * 50]], tokenizer, 512)
+    assert len(query) == 64
+    ((short,),) = inputs.rows("mewslix", [["river stone " * 50]], tokenizer, 32)
+    assert len(short) == 32
+    ((text,),) = inputs.rows("tatoeba", [["river stone " * 500]], tokenizer, 512)
+    assert len(text) == 512
+
+
+def test_long_contexts_become_windows_that_cover_them(real: Texts) -> None:
     model = workloads.Model(limit=96)
-    work = texts.work("mlqa", "hi", 12, model)
+    work = real.work("mlqa", "hi", 12, model)
     assert work.windows and work.windows > 1
     assert all(len(ids) <= 96 for example in work.examples for ids in example)
-    question, context = texts._samples["mlqa", "hi"][0]
-    windows = texts._sequences("mlqa", (question, context), workloads.XLMR)
-    whole = texts.tokenizer(context, add_special_tokens=False)["input_ids"]
-    start = len(texts.tokenizer(question, add_special_tokens=False)["input_ids"][:64]) + 3
-    covered = {128 * index + offset for index, ids in enumerate(windows) for offset in range(len(ids) - start - 1)}
-    assert covered == set(range(len(whole)))
-    for index, ids in enumerate(windows):
-        assert ids[start:-1] == whole[128 * index : 128 * index + len(ids) - start - 1]
+    tokenizer = real.tokenizers["mlqa"]
+    question, context = real._samples["mlqa", "hi"][0]
+    whole = tokenizer(context, add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(question.strip(), add_special_tokens=False)["input_ids"][:64]) + 3
+    for positions in (96, 512):
+        (windows,) = inputs.rows("mlqa", [[(question, context)]], tokenizer, positions)
+        stride = min(128, min(positions, 384) - start - 1)
+        covered = {stride * i + offset for i, ids in enumerate(windows) for offset in range(len(ids) - start - 1)}
+        assert covered == set(range(len(whole)))
+        for index, ids in enumerate(windows):
+            assert ids[start:-1].tolist() == whole[stride * index : stride * index + len(ids) - start - 1]
+
+
+def test_random_ids_are_cut_where_texts_are() -> None:
+    texts = Texts(Settings())
+    for task, language, limit in (("xquad", "en", 384), ("lareqa", "th", 256), ("tatoeba", "sw", 512)):
+        work = texts.work(task, language, 400, workloads.XLMR)
+        assert max(len(ids) for example in work.examples for ids in example) <= limit
+    longest = max(len(ids) for example in texts.work("xquad", "en", 400, workloads.XLMR).examples for ids in example)
+    assert longest == 384
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path: Path, data_dir: Path) -> None:

@@ -20,7 +20,7 @@ from xfast.stilts.evaluation import Evaluation, evaluate
 from xfast.stilts.prediction import Progress
 from xfast.stilts.task import BITEXT, MATCHING, SPAN
 from xfast.stilts.tasks import get
-from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder
+from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder, tokenizer_of
 from xfast.study.factors import CHECKPOINT, STOCK, EngineName, Settings
 from xfast.study.store import Record
 
@@ -129,20 +129,18 @@ def _evaluation(
 ) -> Evaluation:
     name = EngineName.parse(engine)
     stock = name.backend == STOCK
-    data = Path(settings.data or "")
-    own = any((model / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return Evaluation(
         model=str(model),
         task=task,
         output=output,
-        source=Source(folder=data),
+        source=Source(folder=Path(settings.data or "")),
         languages=tuple(languages),
         precision="model" if stock else name.precision,
         backend="none" if stock else name.backend,
         device=settings.device,
         layer=layer,
         limit=settings.limit,
-        tokenizer=settings.tokenizer or (None if own else str(data / "tokenizer" / "xlmr")),
+        tokenizer=str(tokenizer_of(settings, task)),
         dtype=name.precision if stock else None,
     )
 

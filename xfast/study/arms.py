@@ -6,6 +6,7 @@ and what the study shows with them is the method and the speeds. Checkpoints mak
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -272,6 +273,20 @@ def folder_of(checkpoints: Mapping[str, str], task: str) -> Path:
     if not (folder / "config.json").is_file():
         raise InvalidOptionError(f"checkpoints: {folder} holds neither config.json nor encoder/ of a STILTs run")
     return folder
+
+
+def tokenizer_of(settings: Settings, task: str) -> Path:
+    """The folder of a task's tokenizer, in timing and in scores: the one named, else the checkpoint's, else the data's.
+
+    The intermediate arm reads the baseline's ids: all arms get the same.
+    """
+    if settings.tokenizer is not None:
+        return Path(settings.tokenizer)
+    with contextlib.suppress(InvalidOptionError):  # a task without a checkpoint, which is skipped
+        folder = folder_of(settings.baseline, task)
+        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+            return folder
+    return Path(settings.data or "") / "tokenizer" / "xlmr"
 
 
 def is_task_folder(folder: Path, task: str) -> bool:
