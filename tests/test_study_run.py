@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -75,9 +76,11 @@ def test_figures_follow_from_the_visits(finished: tuple[Path, dict[str, Any]]) -
             assert cell["throughput"][BASELINE]["tokens_per_s"] == pytest.approx(cell["tokens"] / middle)
         else:
             latency = cell["latency"][BASELINE]
-            assert latency["responses"] == sum(map(len, mine))
-            assert latency["quantiles_ms"][0] == pytest.approx(1e3 * min(map(min, mine)))
-            assert latency["quantiles_ms"][-1] == pytest.approx(1e3 * max(map(max, mine)))
+            assert (latency["texts"], latency["responses"]) == (2, sum(map(len, mine)))
+            texts = [median(seconds for visit in mine for seconds in visit[text::2]) for text in range(2)]
+            assert latency["quantiles_ms"][0] == pytest.approx(1e3 * min(texts))
+            assert latency["quantiles_ms"][-1] == pytest.approx(1e3 * max(texts))
+            assert latency["p99_ms"] is None and "2 texts" in latency["unknown"]["p99_ms"]
 
 
 def test_probes_show_exact_and_coarse_arithmetic(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -159,6 +162,9 @@ def test_a_killed_run_continues_and_loses_nothing(tmp_path: Path) -> None:
     assert len(visits) == len(set(visits)) == 16
     assert [line for line in path.read_bytes().split(b"\n") if b'"visit"' in line][: len(had)] == had
     assert all(cell["rounds"] == 2 for cell in document["cells"])
+    runs = {number: [line["after"] for line in lines(tmp_path) if line["run"] == number] for number in (1, 2)}
+    assert all(times == sorted(times) and times[-1] > 0.3 for times in runs.values())
+    assert document["seconds"] == pytest.approx(runs[1][-1] + runs[2][-1], abs=0.1)
 
 
 def test_a_worker_that_is_killed_costs_only_its_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

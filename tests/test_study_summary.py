@@ -68,11 +68,67 @@ def test_rates_by_hand() -> None:
     assert figures["words_per_s"] == pytest.approx(200 / (tokens * 1e-3))
     assert figures["joules_per_sample"] == pytest.approx(10 / 32)
     latency = next(c for c in made["cells"] if c["language"] == "te" and c["latency"])["latency"][CONTROL]
-    assert latency["p50_ms"] == latency["p99_ms"] == pytest.approx(tokens / 32)
-    assert (latency["responses"], len(latency["quantiles_ms"])) == (20, len(document.PERCENTILES))
+    assert latency["p50_ms"] == latency["quantiles_ms"][-1] == pytest.approx(tokens / 32)
+    assert (latency["texts"], latency["responses"], len(latency["quantiles_ms"])) == (4, 20, len(document.PERCENTILES))
     assert cell["ratios"][CONTROL] == {"ratio": 1.0, "interval95": [1.0, 1.0], "pairs": 5}
     assert made["seconds"] == 60.0 and made["created"].startswith("2026-01-01")
     json.dumps(made, allow_nan=False)
+
+
+def _with_latency(texts: int, passes: int, milliseconds: Any) -> tuple[document.Latency, list[str]]:
+    """Of one cell whose responses take ``milliseconds(visit, pass, text)``; and the notes."""
+    key = "base/native:fp32/panx/sw/single/1"
+    facts = {"samples": texts, "tokens": 10, "sequences": texts, "padding": 0.0, "words": None}
+    rows = [
+        records(rounds=3)[0],
+        {"kind": "cell", "cell": key, **facts, "fertility": None, "windows_per_example": None},
+    ]
+    for number in range(3):
+        times = [1e-3 * milliseconds(number, turn, text) for turn in range(passes) for text in range(texts)]
+        seconds = dict.fromkeys((BASELINE, INTERMEDIATE, CONTROL), times)
+        rows.append({"kind": "visit", "cell": key, "round": number, "seconds": seconds, "joules": {}})
+    made = summary.document_of(rows, Path("x"))
+    return made["cells"][0]["latency"][BASELINE], made["notes"]
+
+
+def test_quantiles_of_latency_are_over_texts_not_over_their_repetitions() -> None:
+    # One text of a hundred is slow, and every first response of a text is interrupted: no quantile of a text.
+    figures, notes = _with_latency(
+        100, 3, lambda _, turn, text: 1000 if turn == 0 else 50 if text == 7 else 1 + text / 100
+    )
+    texts = sorted(50 if text == 7 else 1 + text / 100 for text in range(100))
+    assert (figures["texts"], figures["responses"], figures["unknown"]) == (100, 900, {})
+    for name, percent in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99)):
+        assert figures[name] == pytest.approx(np.percentile(texts, percent))  # type: ignore[literal-required]
+    assert figures["quantiles_ms"][0] == pytest.approx(1.0) and figures["quantiles_ms"][-1] == pytest.approx(50)
+    assert not any("of latency" in note for note in notes)
+
+
+@pytest.mark.parametrize(("texts", "unknown"), [(1, 2), (19, 2), (20, 1), (99, 1), (100, 0)])
+def test_tails_are_null_where_there_are_too_few_texts_however_often_they_are_answered(texts: int, unknown: int) -> None:
+    figures, notes = _with_latency(texts, 200, lambda visit, turn, text: 1 + text)
+    missing = ("p99_ms", "p95_ms")[:unknown]
+    assert [name for name in ("p99_ms", "p95_ms") if figures[name] is None] == list(missing)  # type: ignore[literal-required]
+    assert set(figures["unknown"]) == set(missing)
+    assert all(why.startswith(f"{texts} texts") for why in figures["unknown"].values())
+    assert figures["p50_ms"] == pytest.approx((1 + texts) / 2)
+    for name in ("p95", "p99"):
+        said = [
+            note for note in notes if note.startswith(f"{name} of latency is not given where a cell has {texts} texts")
+        ]
+        assert len(said) == (f"{name}_ms" in missing)
+
+
+def test_the_time_of_runs_that_were_killed_counts() -> None:
+    rows = [row for row in records() if row["kind"] != "ended"]
+    thirds = [rows[: len(rows) // 3], rows[len(rows) // 3 : 2 * len(rows) // 3], rows[2 * len(rows) // 3 :]]
+    timed = [
+        {**row, "run": run, "after": float(at)} for run, part in enumerate(thirds, 1) for at, row in enumerate(part)
+    ]
+    spent = sum(len(part) - 1 for part in thirds)
+    assert summary.document_of(timed, Path("x"))["seconds"] == spent
+    ended = {"kind": "ended", "at": "2026-01-01T00:00:00+00:00", "run": 3, "after": 1e6}
+    assert summary.document_of([*timed, ended], Path("x"))["seconds"] == spent - (len(thirds[2]) - 1) + 1e6
 
 
 def test_low_resource_languages_lead_the_cells() -> None:
@@ -266,8 +322,8 @@ def test_a_document_of_another_format_is_refused(tmp_path: Path) -> None:
     for text, message in [
         ("{", "cannot read"),
         ("[]", "got 'list'"),
-        ('{"format": 2}', "got 2"),
-        ('{"format": 1}', "not a whole study: accuracy"),
+        ('{"format": 1}', "got 1"),
+        ('{"format": 2}', "not a whole study: accuracy"),
     ]:
         path.write_text(text)
         with pytest.raises(DataFileError, match=message):

@@ -108,7 +108,7 @@ class Settings:
         batch_sizes: examples in a batch (arrival and sorted).
         token_budget: padded tokens in a batch (budget).
         samples: examples of a throughput cell.
-        responses: single responses of a latency cell in one visit; 0 leaves latency out.
+        responses: texts of a latency cell, answered one by one; a p95 takes 20, a p99 100, and 0 leaves latency out.
         rounds: visits to each cell.
         margin: of equivalence.
         data: folder in XTREME's layout; None: lengths from the shipped profiles.
@@ -134,7 +134,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (16,)
     token_budget: int = 2048
     samples: int = 64
-    responses: int = 16
+    responses: int = 20
     rounds: int = 5
     margin: float = 0.02
     data: str | None = None

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import itertools
 import multiprocessing
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -359,11 +358,10 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
     announce(settings, made, console)
     store = Store(folder, settings, machine(), resume=resume)
-    began = time.perf_counter()
     try:
         _prepare(made, store)
         execute(made, store, console)
-        store.add({"kind": "ended", "at": _now(), "seconds": round(time.perf_counter() - began, 1)})
+        store.add({"kind": "ended", "at": _now()})
         return dict(summary.document_of(store.records, store.path))
     finally:
         store.close()
