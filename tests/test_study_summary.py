@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xfast.study import document, summary
+from xfast.study import document, summary, view
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.factors import Settings
 from xfast.study.languages import ordered
@@ -242,6 +242,84 @@ def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
     made = summary.document_of(rows, Path("x"))
     assert made["skipped"] == [{"what": "base native:bf16", "why": "no such instruction"}]
     assert "a note" in made["notes"]
+
+
+def test_a_failure_after_timing_is_listed_beside_the_cells_that_were_timed() -> None:
+    # The memory of the timed models is stored before the scores: it does not say that the worker came to its end.
+    failure = {"kind": "failed", "size": "base", "engine": "native:int8", "why": "killed while scoring"}
+    ended = {"kind": "ended_group", "size": "base", "engine": "native:int8"}
+    listed = [{"what": "base native:int8", "why": "killed while scoring"}]
+    for rows, expected in (
+        ([failure], listed),
+        ([ended, failure], listed),  # a later run failed where an earlier one had ended
+        ([failure, ended], []),
+    ):
+        made = summary.document_of([*records(), *rows], Path("x"))
+        assert made["skipped"] == expected
+        timed = [cell for cell in made["cells"] if cell["engine"] == "native:int8"]
+        assert len(timed) == 2 * len(LANGUAGES) and all(cell["rounds"] == 5 for cell in timed)
+        assert {one["engine"] for one in made["memory"]} == set(PER_TOKEN)
+
+
+def test_scores_that_a_later_run_made_are_no_longer_missing() -> None:
+    missed = {"kind": "skipped", "what": "accuracy of baseline on panx", "why": "no folder", "job": "accuracy panx"}
+    withheld = {"kind": "skipped", "what": "accuracy of baseline on panx in te", "why": "no labels"}
+    kept = {name: withheld[name] for name in ("what", "why")}
+    before = summary.document_of([*records(), missed, missed, withheld], Path("x"))["skipped"]
+    assert before == [{name: missed[name] for name in ("what", "why")}, kept]
+    done = {"kind": "done", "job": "accuracy panx"}
+    assert summary.document_of([*records(), missed, withheld, done], Path("x"))["skipped"] == [kept]
+
+
+def test_the_peak_of_memory_is_that_of_the_largest_process() -> None:
+    memory = {"kind": "memory", "size": "base", "engine": "native:int8"}
+    more = [{**memory, "arms": 2, "peak_bytes": peak} for peak in (6_000_000_000, 5_000_000_000)]
+    made = summary.document_of([*records(), *more], Path("x"))
+    assert made["memory"] == [
+        {"size": "base", "engine": "native:fp32", "arms": 3, "peak_bytes": 4_000_000_000},
+        {"size": "base", "engine": "native:int8", "arms": 2, "peak_bytes": 6_000_000_000},
+    ]
+
+
+def test_what_was_not_finite_is_not_known() -> None:
+    probe = {
+        "kind": "probe",
+        "probe": "quantisation",
+        "arm": BASELINE,
+        "size": "base",
+        "task": "panx",
+        "what": "cosine",
+    }
+    score = {"kind": "accuracy", "arm": BASELINE, "size": "base", "engine": "native:fp32", "task": "panx"}
+    score |= {"metric": "f1", "examples": 5}
+    rows = [
+        {**probe, "language": "sw", "x": "native:int8", "value": None},
+        {**probe, "language": "te", "x": "native:int8", "value": 0.9},
+        {**probe, "language": "te", "x": "native:int8", "value": None},  # measured once more, in vain
+        {**score, "language": "sw", "layers": 3, "value": None},
+        {**score, "language": "sw", "layers": 6, "value": 20.0},
+        {**score, "language": "sw", "layers": None, "value": None},
+        {**score, "language": "te", "layers": None, "value": None},
+    ]
+    made = summary.document_of([*records(noise=0.0), *rows], Path("x"))
+    quantised = [one for one in made["probes"] if one["probe"] == "quantisation"]
+    assert [(one["language"], one["value"]) for one in quantised] == [("te", 0.9)]
+    assert [(one["language"], one["layers"], one["value"]) for one in made["accuracy"]] == [("sw", 6, 20.0)]
+    (best,) = [one for one in made["probes"] if one["probe"] == "layer"]
+    assert (best["language"], best["value"]) == ("sw", 6.0)
+    assert {point["layers"] for point in made["pareto"]} == {6}
+    view.check(made)
+
+
+def test_energy_is_the_median_of_the_visits_that_have_it() -> None:
+    rows = records(noise=0.0)
+    key = "base/native:fp32/panx/te/sorted/16"
+    for row in rows:
+        if row["kind"] == "visit" and row["cell"] == key:
+            row["joules"] = {BASELINE: None if row["round"] in (0, 2) else 32.0 * row["round"], CONTROL: None}
+    (cell,) = [cell for cell in summary.document_of(rows, Path("x"))["cells"] if cell["key"] == key]
+    joules = {arm: figures["joules_per_sample"] for arm, figures in cell["throughput"].items()}
+    assert joules == {BASELINE: 3.0, INTERMEDIATE: None, CONTROL: None}
 
 
 def test_what_was_planned_and_not_measured_is_listed() -> None:
