@@ -34,6 +34,9 @@ _BUILD_S_PER_PARAMETER = 1.2e-8
 _SPARE_BYTES = 1_500_000_000
 """Python, torch and the system."""
 
+START_METHOD = "spawn"
+"""A worker begins with none of this process's memory and threads, which a fork would bring along."""
+
 _PATIENCE_S = 1800.0
 """A worker that says nothing for so long, or for four times the estimate of its whole time, is taken to hang."""
 
@@ -277,7 +280,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
     scores = accuracy.jobs(settings, group.engine, [(cell.task, cell.language) for cell in group.cells])
     if all(name in done for name in names) and all(name in done for name, _, _ in scores) and _ended(group, store):
         return
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START_METHOD)
     connection, other = context.Pipe()
     job = worker.Job(
         settings.as_dict(),
