@@ -61,6 +61,20 @@ class PyEncoder {
     tables_ = py::make_tuple(py::none(), old[1], old[2], py::none());
   }
 
+  // Another precision for one product, and divisors of its inputs; before its weights.
+  void choose(int64_t layer, const std::string& name, const std::string& precision, int64_t group,
+              const std::optional<F32>& divisor) {
+    PackedLinear& linear = find_linear(layer, name);
+    require(!linear.owns() && !linear.complete(), "linear: has its weights already");
+    const Precision chosen = precision_of(precision);
+    require_group(group);
+    if (divisor) {
+      require(is_quantised(chosen), "divisor: quantised precisions only");
+      require_array(*divisor, "divisor", {linear.in_features()});
+    }
+    encoder_.choose(linear, chosen, group, divisor ? divisor->data() : nullptr);
+  }
+
   bool set_linear(int64_t layer, const std::string& name, int64_t first, const py::array& weight,
                   const std::optional<F32>& bias, int threads) {
     PackedLinear& linear = find_linear(layer, name);
@@ -78,7 +92,8 @@ class PyEncoder {
 
   // Packed memory of another encoder or of a file, read in place.
   void use_linear(int64_t layer, const std::string& name, const U8& data, const F32& bias,
-                  const std::optional<F32>& scale, const std::optional<I32>& compensation) {
+                  const std::optional<F32>& scale, const std::optional<I32>& compensation,
+                  const std::optional<F32>& column_scale) {
     PackedLinear& linear = find_linear(layer, name);
     require(!linear.owns(), "linear: holds weights of its own");
     const bool int8 = linear.precision() == Precision::kInt8;
@@ -94,14 +109,21 @@ class PyEncoder {
       require_array(*compensation, "compensation", {linear.padded_outputs()});
       require_aligned(*compensation, "compensation", alignof(int32_t));
     }
+    if (column_scale) {
+      require(is_quantised(linear.precision()), "column_scale: quantised precisions only");
+      require_array(*column_scale, "column_scale", {linear.in_features()});
+      require_aligned(*column_scale, "column_scale", alignof(float));
+    }
     py::dict arrays;
     arrays["data"] = data;
     arrays["bias"] = bias;
+    if (column_scale) arrays["column_scale"] = *column_scale;
     if (int8) {
       arrays["scale"] = *scale;
       arrays["compensation"] = *compensation;
     }
-    linear.borrow(data.data(), int8 ? scale->data() : nullptr, bias.data(), int8 ? compensation->data() : nullptr);
+    linear.borrow(data.data(), int8 ? scale->data() : nullptr, bias.data(), int8 ? compensation->data() : nullptr,
+                  column_scale ? column_scale->data() : nullptr);
     borrowed_[py::make_tuple(layer, name)] = arrays;  // keeps the memory alive
   }
 
@@ -119,6 +141,8 @@ class PyEncoder {
       arrays["scale"] = read_only(F32(packed.padded_outputs(), view.scale, self));
       arrays["compensation"] = read_only(I32(packed.padded_outputs(), view.compensation, self));
     }
+    if (packed.smoothed())
+      arrays["column_scale"] = read_only(F32(packed.in_features(), packed.input().column_scale, self));
     return arrays;
   }
 
@@ -361,6 +385,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("panel_outputs") = kPanel;
   m.attr("chunk_bytes") = kChunkBytes;
   m.attr("max_threads") = kMaxThreads;
+  m.attr("default_group") = kDefaultGroup;
   m.def("available_isas", &available_targets);
   m.def("built_isas", &built_targets);
   m.def("check_isa", [](const std::string& name) { return std::string(kernel_table(name).name); });
@@ -371,6 +396,7 @@ PYBIND11_MODULE(_C, m) {
         require(threads >= 1 && threads <= kMaxThreads, "threads: out of range");
         require(seconds > 0.0 && seconds <= 60.0, "seconds: expected 0 to 60");
         const Precision precision = kind == "read" ? Precision::kFp32 : precision_of(kind);
+        require(precision != Precision::kInt4, "kind: int4 has the ceiling of int8");
         py::gil_scoped_release release;
         return kind == "read" ? measure_read(kernels, threads, seconds)
                               : measure_arithmetic(kernels, precision, threads, seconds);
@@ -426,7 +452,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("word_scale").noconvert() = py::none())
       .def("use_linear", &PyEncoder::use_linear, py::arg("layer"), py::arg("name"), py::arg("data").noconvert(),
            py::arg("bias").noconvert(), py::arg("scale").noconvert() = py::none(),
-           py::arg("compensation").noconvert() = py::none())
+           py::arg("compensation").noconvert() = py::none(), py::arg("column_scale").noconvert() = py::none())
+      .def("choose", &PyEncoder::choose, py::arg("layer"), py::arg("name"), py::arg("precision"), py::arg("group"),
+           py::arg("divisor").noconvert())
       .def("linear", &PyEncoder::linear, py::arg("layer"), py::arg("name"))
       .def("word_table", &PyEncoder::word_table)
       .def("set_linear", &PyEncoder::set_linear, py::arg("layer"), py::arg("name"), py::arg("first"), py::arg("weight"),

@@ -14,24 +14,34 @@ namespace {
 
 // An operand with its memory.
 struct OwnedOperand {
-  OwnedOperand(Precision precision, int64_t rows, int64_t cols)
-      : data(operand_bytes(precision, rows, cols)), scale(rows, 0.0f) {
-    view = {data.data(), operand_capacity(rows) * kChunkBytes, scale.data()};
+  OwnedOperand(const InputFormat& format, int64_t rows, int64_t cols)
+      : data(operand_bytes(format.precision, rows, cols)), scale(rows, 0.0f) {
+    const int64_t groups = format.group > 0 ? int4_groups(chunks_for(format.precision, cols), format.group) : 0;
+    sums.assign(groups * operand_capacity(rows), 0);
+    view = {data.data(), operand_capacity(rows) * kChunkBytes, scale.data(), sums.data()};
   }
   AlignedBuffer data;
   std::vector<float> scale;
+  std::vector<int32_t> sums;
   Operand view;
 };
 
 // Packed weights [out, in] and bias of one linear layer, for repeated products.
 class PyLinear {
  public:
-  PyLinear(const std::string& precision, const py::array& weight, const std::optional<F32>& bias)
+  PyLinear(const std::string& precision, const py::array& weight, const std::optional<F32>& bias, int64_t group,
+           const std::optional<F32>& divisor)
       : precision_(precision_of(precision)) {
+    require_group(group);
     require_array(weight, "weight", {-1, -1});
     require(weight.shape(0) > 0 && weight.shape(1) > 0, "weight: must not be empty");
     if (bias) require_array(*bias, "bias", {weight.shape(0)});
-    linear_ = PackedLinear(precision_, weight.shape(0), weight.shape(1));
+    linear_ = PackedLinear(precision_, group, weight.shape(0), weight.shape(1));
+    if (divisor) {
+      require(is_quantised(precision_), "divisor: quantised precisions only");
+      require_array(*divisor, "divisor", {weight.shape(1)});
+      linear_.smooth(divisor->data());
+    }
     const MatrixView view{table_view(weight, "weight"), weight.shape(0), weight.shape(1)};
     require(linear_.set_rows(0, view, bias ? bias->data() : nullptr, 1), "weight: holds NaN or infinity");
   }
@@ -48,8 +58,8 @@ class PyLinear {
     require(kind != Epilogue::kBias || epilogue == "bias", "epilogue: expected bias, gelu or residual");
     require((kind == Epilogue::kBiasResidual) == residual.has_value(), "residual: given exactly for epilogue residual");
     if (residual) require_array(*residual, "residual", {rows, out});
-    OwnedOperand a(precision_, rows, linear_.in_features());
-    kernels.to_operand({precision_, x.data(), linear_.in_features(), 0, rows, linear_.in_features(), a.view});
+    OwnedOperand a(linear_.input(), rows, linear_.in_features());
+    kernels.to_operand({linear_.input(), x.data(), linear_.in_features(), 0, rows, linear_.in_features(), a.view});
     F32 y({rows, out});
     kernels.gemm({precision_,
                   a.view,
@@ -77,8 +87,9 @@ class PyLinear {
 py::tuple quantize(const std::string& isa, const F32& x) {
   require_array(x, "x", {-1, -1});
   const int64_t rows = x.shape(0), cols = x.shape(1);
-  OwnedOperand a(Precision::kInt8, rows, cols);
-  kernel_table(isa).to_operand({Precision::kInt8, x.data(), cols, 0, rows, cols, a.view});
+  const InputFormat format{Precision::kInt8, 0, nullptr};
+  OwnedOperand a(format, rows, cols);
+  kernel_table(isa).to_operand({format, x.data(), cols, 0, rows, cols, a.view});
   py::array_t<int8_t> q({rows, cols});
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t col = 0; col < cols; ++col)
@@ -95,7 +106,7 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
   require_array(beta, "beta", {cols});
   F32 y({rows, cols}, x.data());
   kernel_table(isa).layer_norm(
-      {Precision::kFp32, y.data(), cols, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
+      {{}, y.data(), cols, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
   return y;
 }
 
@@ -144,8 +155,10 @@ F32 embed(const std::string& isa, const py::array& word, const py::array& positi
 void bind_kernels(py::module_& m) {
   py::module_ k = m.def_submodule("kernels", "Single kernels on one thread, for tests and benchmarks.");
   py::class_<PyLinear>(k, "Linear")
-      .def(py::init<const std::string&, const py::array&, const std::optional<F32>&>(), py::arg("precision"),
-           py::arg("weight"), py::arg("bias"))
+      .def(py::init<const std::string&, const py::array&, const std::optional<F32>&, int64_t,
+                    const std::optional<F32>&>(),
+           py::arg("precision"), py::arg("weight"), py::arg("bias"), py::arg("group") = kDefaultGroup,
+           py::arg("divisor").noconvert() = py::none())
       .def("multiply", &PyLinear::multiply, py::arg("isa"), py::arg("x"), py::arg("epilogue"), py::arg("residual"));
   k.def("quantize", &quantize, py::arg("isa"), py::arg("x"));
   k.def("layer_norm", &layer_norm, py::arg("isa"), py::arg("x"), py::arg("gamma"), py::arg("beta"), py::arg("eps"));

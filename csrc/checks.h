@@ -45,11 +45,16 @@ inline TableView table_view(const py::array& array, const char* name) {
   throw py::value_error(std::string(name) + ": expected float32, float16 or uint16 (bf16 bits) values");
 }
 
+inline void require_group(int64_t group) {
+  require(group == 32 || group == 64 || group == 128, "group: expected 32, 64 or 128");
+}
+
 inline Precision precision_of(const std::string& name) {
   if (name == "fp32") return Precision::kFp32;
   if (name == "bf16") return Precision::kBf16;
   if (name == "int8") return Precision::kInt8;
-  throw py::value_error("precision: expected fp32, bf16 or int8, got " + name);
+  if (name == "int4") return Precision::kInt4;
+  throw py::value_error("precision: expected fp32, bf16, int8 or int4, got " + name);
 }
 
 }  // namespace xfast

@@ -10,6 +10,12 @@
 namespace xfast {
 namespace {
 
+// Whether a layer's first FFN product can write the operand of the second itself: no row scale is needed, and both have
+// the same layout.
+bool writes_operand(const Layer& layer) {
+  return layer.ffn_in.precision() == layer.ffn_out.precision() && !is_quantised(layer.ffn_in.precision());
+}
+
 // One thread's part of a forward call; forward.h explains the two modes.
 class Worker {
  public:
@@ -17,7 +23,6 @@ class Worker {
       : encoder_(encoder),
         shape_(encoder.shape()),
         kernels_(encoder.kernels()),
-        precision_(encoder.precision()),
         args_(args),
         plan_(plan),
         member_(member),
@@ -91,22 +96,25 @@ class Worker {
   void prepare(const RowSet& set, const Block& block, Range rows, int64_t done) const {
     const std::vector<Layer>& layers = encoder_.layers();
     const bool more = done < args_.layers;
+    const InputFormat format = more ? layers[done].qkv.input() : InputFormat{};
     if (shape_.pre_norm && more)
-      normalize_apart(set, block, rows, layers[done].attention_norm);
+      normalize_apart(set, block, rows, layers[done].attention_norm, format);
     else if (!shape_.pre_norm || done == shape_.layers)
       normalize(set, block, rows, shape_.pre_norm || done == 0 ? encoder_.outer_norm() : layers[done - 1].ffn_norm,
-                more ? block.operand : Operand{});
+                more ? block.operand : Operand{}, format);
   }
 
-  // x = LN(x), and its operand.
-  void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm, const Operand& operand) const {
+  // x = LN(x), and its operand (or none) in `format`.
+  void normalize(const RowSet& set, const Block& block, Range rows, const Norm& norm, const Operand& operand,
+                 const InputFormat& format) const {
     float* x = set.x + block.begin * plan_.ld;
-    kernels_.layer_norm({precision_, x, plan_.ld, x, plan_.ld, rows.begin, rows.end, shape_.hidden, norm.gamma.data(),
+    kernels_.layer_norm({format, x, plan_.ld, x, plan_.ld, rows.begin, rows.end, shape_.hidden, norm.gamma.data(),
                          norm.beta.data(), shape_.eps, operand});
   }
   // The operand of LN(x); x stays, it is the residual stream.
-  void normalize_apart(const RowSet& set, const Block& block, Range rows, const Norm& norm) const {
-    kernels_.layer_norm({precision_, set.x + block.begin * plan_.ld, plan_.ld, plan_.normed[member_.id], 0, rows.begin,
+  void normalize_apart(const RowSet& set, const Block& block, Range rows, const Norm& norm,
+                       const InputFormat& format) const {
+    kernels_.layer_norm({format, set.x + block.begin * plan_.ld, plan_.ld, plan_.normed[member_.id], 0, rows.begin,
                          rows.end, shape_.hidden, norm.gamma.data(), norm.beta.data(), shape_.eps, block.operand});
   }
 
@@ -114,7 +122,7 @@ class Worker {
   void multiply(const Block& block, const Operand& a, const PackedLinear& linear, Range panels, Epilogue epilogue,
                 float* out, int64_t ldo, const PackedLinear* next, const Operand& out_operand = {}) const {
     if (panels.begin >= panels.end) return;
-    GemmArgs gemm{precision_,
+    GemmArgs gemm{linear.precision(),
                   a,
                   block.end - block.begin,
                   linear.view(),
@@ -130,8 +138,8 @@ class Worker {
                   0};
     if (next != nullptr) {
       const LinearView view = next->view();
-      gemm.next = view.data + first_panel(*next) * view.chunks * kPanelChunkBytes;
-      gemm.next_bytes = view.chunks * kPanelChunkBytes;
+      gemm.next = view.data + first_panel(*next) * view.panel_bytes;
+      gemm.next_bytes = view.panel_bytes;
     }
     kernels_.gemm(gemm);
   }
@@ -247,25 +255,25 @@ class Worker {
     const Layer& layer = encoder_.layers()[index];
     const int64_t hidden = shape_.hidden, inner = shape_.intermediate;
     const Operand& ffn_operand = plan_.ffn_operand[scratch(set)];
-    const bool direct = precision_ != Precision::kInt8;  // no row scale needed: the epilogue writes the operand
+    const bool direct = writes_operand(layer);
     float* ffn = direct ? nullptr : plan_.wide[scratch(set)];
     const Range rows = rows_of(set, block);
     float* x = set.x + block.begin * plan_.ld;
-    kernels_.to_operand({precision_, ctx, plan_.ld, rows.begin, rows.end, hidden, block.operand});
+    kernels_.to_operand({layer.attention_out.input(), ctx, plan_.ld, rows.begin, rows.end, hidden, block.operand});
     sync(set);
     multiply(block, block.operand, layer.attention_out, panels_of(set, layer.attention_out), Epilogue::kBiasResidual, x,
              plan_.ld, &layer.ffn_in);
     sync(set);
     if (shape_.pre_norm)
-      normalize_apart(set, block, rows, layer.ffn_norm);
+      normalize_apart(set, block, rows, layer.ffn_norm, layer.ffn_in.input());
     else
-      normalize(set, block, rows, layer.attention_norm, block.operand);
+      normalize(set, block, rows, layer.attention_norm, block.operand, layer.ffn_in.input());
     sync(set);
     multiply(block, block.operand, layer.ffn_in, panels_of(set, layer.ffn_in), Epilogue::kBiasGelu, ffn, plan_.ld_ffn,
              &layer.ffn_out, direct ? ffn_operand : Operand{});
     sync(set);
     if (!direct) {
-      kernels_.to_operand({precision_, ffn, plan_.ld_ffn, rows.begin, rows.end, inner, ffn_operand});
+      kernels_.to_operand({layer.ffn_out.input(), ffn, plan_.ld_ffn, rows.begin, rows.end, inner, ffn_operand});
       sync(set);
     }
     multiply(block, ffn_operand, layer.ffn_out, panels_of(set, layer.ffn_out), Epilogue::kBiasResidual, x, plan_.ld,
@@ -292,10 +300,10 @@ class Worker {
       for (int64_t i = block.begin + rows.begin; i < block.begin + rows.end; ++i)
         copy_row(set.x + i * plan_.ld, all.x + args_.rows[i] * plan_.ld);
       if (shape_.pre_norm)
-        normalize_apart(set, block, rows, layer.attention_norm);
+        normalize_apart(set, block, rows, layer.attention_norm, layer.qkv.input());
       else
         kernels_.to_operand(
-            {precision_, set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
+            {layer.qkv.input(), set.x + block.begin * plan_.ld, plan_.ld, rows.begin, rows.end, hidden, block.operand});
     });
     sync();
     query_rows(layer.qkv);
@@ -323,7 +331,7 @@ class Worker {
       const Range range = set.by_columns ? share(0, panels) : Range{0, panels};
       if (range.begin >= range.end) return;
       float* out = plan_.selected_q + block.begin * plan_.ld;
-      kernels_.gemm({precision_,
+      kernels_.gemm({linear.precision(),
                      block.operand,
                      block.end - block.begin,
                      queries,
@@ -359,7 +367,6 @@ class Worker {
   const Encoder& encoder_;
   const EncoderShape& shape_;
   const KernelTable& kernels_;
-  const Precision precision_;
   const ForwardArgs& args_;
   const ForwardPlan& plan_;
   const Member& member_;
@@ -372,12 +379,32 @@ Encoder::Encoder(const EncoderShape& shape, Precision precision, const KernelTab
     : shape_(shape), precision_(precision), kernels_(kernels) {
   for (int64_t l = 0; l < shape.layers; ++l) {
     Layer layer;
-    layer.qkv = PackedLinear(precision, 3 * shape.hidden, shape.hidden);
-    layer.attention_out = PackedLinear(precision, shape.hidden, shape.hidden);
-    layer.ffn_in = PackedLinear(precision, shape.intermediate, shape.hidden);
-    layer.ffn_out = PackedLinear(precision, shape.hidden, shape.intermediate);
+    layer.qkv = PackedLinear(precision, kDefaultGroup, 3 * shape.hidden, shape.hidden);
+    layer.attention_out = PackedLinear(precision, kDefaultGroup, shape.hidden, shape.hidden);
+    layer.ffn_in = PackedLinear(precision, kDefaultGroup, shape.intermediate, shape.hidden);
+    layer.ffn_out = PackedLinear(precision, kDefaultGroup, shape.hidden, shape.intermediate);
     layers_.push_back(std::move(layer));
   }
+}
+
+void Encoder::choose(PackedLinear& linear, Precision precision, int64_t group, const float* divisor) {
+  linear = PackedLinear(precision, group, linear.out_features(), linear.in_features());
+  if (divisor != nullptr) linear.smooth(divisor);
+}
+
+OperandNeeds Encoder::needs() const {
+  OperandNeeds needs;
+  for (const Layer& layer : layers_) {
+    needs.apart |= !writes_operand(layer);
+    for (const PackedLinear* linear : {&layer.qkv, &layer.attention_out, &layer.ffn_in, &layer.ffn_out}) {
+      const int64_t bytes = kChunkBytes / chunk_elements(linear->precision());
+      needs.bytes_per_element = std::max(needs.bytes_per_element, bytes);
+      needs.scales |= is_quantised(linear->precision());
+      const int64_t group = linear->group();
+      if (group > 0 && (needs.smallest_group == 0 || group < needs.smallest_group)) needs.smallest_group = group;
+    }
+  }
+  return needs;
 }
 
 void Encoder::set_tables(TableView word, TableView position, TableView type) {
@@ -432,8 +459,9 @@ void Encoder::forward(const ForwardArgs& given) const {
   ForwardArgs args = given;
   args.threads = team.size();
   ForwardPlan plan;
-  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, args, nullptr));
-  plan.build(shape_, precision_, args, workspace.data());
+  const OperandNeeds operands = needs();
+  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, operands, args, nullptr));
+  plan.build(shape_, precision_, operands, args, workspace.data());
   team.run([&](const Member& member) { Worker(*this, args, plan, member).run(); });
   release_workspace(std::move(workspace));
 }

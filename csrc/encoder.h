@@ -31,19 +31,27 @@ struct Layer {
   Norm attention_norm, ffn_norm;  // post-norm: after attention and FFN; pre-norm: before them
 };
 
+// What the workspace of a forward must have room for: the precisions of all products.
+struct OperandNeeds {
+  int64_t bytes_per_element = 0;       // of the widest precision
+  bool scales = false;                 // any quantised precision
+  bool apart = false;  // some FFN's inner values are quantised, or change precision, after its product
+  int64_t smallest_group = 0;  // int4, 0 = none
+};
+
 // One forward call. T = cu_seqlens[sequences] packed tokens.
 struct ForwardArgs {
-  const int32_t* ids;           // [T], or null with embeds
-  const float* embeds;          // [T, hidden], or null with ids
+  const int32_t* ids;  // [T], or null with embeds
+  const float* embeds;  // [T, hidden], or null with ids
   const int32_t* position_ids;  // [T]
-  const int32_t* type_ids;      // [T], or null = all zero
-  const int32_t* cu_seqlens;    // [sequences + 1]
+  const int32_t* type_ids;  // [T], or null = all zero
+  const int32_t* cu_seqlens;  // [sequences + 1]
   int64_t sequences;
-  const int32_t* rows;          // packed rows wanted from the last layer, ascending; null = all
+  const int32_t* rows;  // packed rows wanted from the last layer, ascending; null = all
   int64_t row_count;
-  int64_t layers;               // how many layers to run, 0 .. shape.layers
-  float* out;                   // [rows or T, hidden]
-  float* hidden_states;         // [layers + 1, T, hidden] or null
+  int64_t layers;  // how many layers to run, 0 .. shape.layers
+  float* out;  // [rows or T, hidden]
+  float* hidden_states;  // [layers + 1, T, hidden] or null
   int threads;
 };
 
@@ -52,7 +60,12 @@ class Encoder {
   Encoder(const EncoderShape& shape, Precision precision, const KernelTable& kernels);
 
   const EncoderShape& shape() const { return shape_; }
+  // That of products for which choose() was not called.
   Precision precision() const { return precision_; }
+  // Another precision for one product: before its weights are set. `group`: int4 only. `divisor`: see
+  // PackedLinear::smooth, or null.
+  void choose(PackedLinear& linear, Precision precision, int64_t group, const float* divisor);
+  OperandNeeds needs() const;
   const KernelTable& kernels() const { return kernels_; }
   std::vector<Layer>& layers() { return layers_; }
   const std::vector<Layer>& layers() const { return layers_; }

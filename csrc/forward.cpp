@@ -6,7 +6,7 @@ namespace xfast {
 namespace {
 
 // fp32 attention costs this many times more per multiply-add than the products of the precision do.
-double attention_weight(Precision p) { return p == Precision::kInt8 ? 5.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
+double attention_weight(Precision p) { return is_quantised(p) ? 5.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
 
 // Ends of `threads` runs of rows of about equal cost. A row's cost: its share of the products, plus attention over
 // its sequence (2 * 2 * length * hidden against 24 * hidden^2 operations a layer). An end that comes close to the end
@@ -88,18 +88,21 @@ size_t add_groups(RowSet& set, int owner, int64_t begin, int64_t end, size_t seg
   return segment;
 }
 
-Operand take_operand(Carver& carver, Precision precision, int64_t rows, int64_t features) {
+Operand take_operand(Carver& carver, const OperandNeeds& needs, int64_t rows, int64_t features) {
+  const int64_t capacity = operand_capacity(rows);
   Operand operand;
-  operand.chunk_stride = operand_capacity(rows) * kChunkBytes;
-  operand.data = carver.take<uint8_t>(operand_bytes(precision, rows, features));
-  if (precision == Precision::kInt8) operand.scale = carver.take<float>(rows);
+  operand.chunk_stride = capacity * kChunkBytes;
+  operand.data = carver.take<uint8_t>(operand.chunk_stride * ceil_div(features * needs.bytes_per_element, kChunkBytes));
+  if (needs.scales) operand.scale = carver.take<float>(rows);
+  if (needs.smallest_group > 0)
+    operand.sums =
+        carver.take<int32_t>(capacity * int4_groups(chunks_for(Precision::kInt4, features), needs.smallest_group));
   return operand;
 }
 
-void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, Precision precision) {
+void lay_out(RowSet& set, Carver& carver, const EncoderShape& shape, const OperandNeeds& needs) {
   set.x = carver.take<float>(set.rows * row_stride(shape.hidden));
-  for (Block& block : set.blocks)
-    block.operand = take_operand(carver, precision, block.end - block.begin, shape.hidden);
+  for (Block& block : set.blocks) block.operand = take_operand(carver, needs, block.end - block.begin, shape.hidden);
 }
 
 void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precision precision) {
@@ -123,7 +126,8 @@ void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precis
 
 }  // namespace
 
-int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const ForwardArgs& args, uint8_t* base) {
+int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const OperandNeeds& needs,
+                           const ForwardArgs& args, uint8_t* base) {
   Carver carver(base);
   ld = row_stride(shape.hidden), ld_qkv = row_stride(3 * shape.hidden), ld_ffn = row_stride(shape.intermediate);
   all.rows = args.cu_seqlens[args.sequences];
@@ -132,7 +136,7 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
     if (args.cu_seqlens[s + 1] > args.cu_seqlens[s])
       all.segments.push_back({args.cu_seqlens[s], args.cu_seqlens[s + 1], s});
   cut(all, args, shape, precision);
-  lay_out(all, carver, shape, precision);
+  lay_out(all, carver, shape, needs);
 
   selected.rows = args.rows != nullptr ? args.row_count : 0;
   if (selected.rows > 0) {
@@ -147,7 +151,7 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
         selected.segments.push_back({i, i + 1, id});
     }
     cut(selected, args, shape, precision);
-    lay_out(selected, carver, shape, precision);
+    lay_out(selected, carver, shape, needs);
     selected_q = carver.take<float>(selected.rows * ld);
     selected.q = selected_q;
     selected.ldq = ld;
@@ -161,8 +165,7 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
     for (const Group& group : set->groups) group_rows = std::max(group_rows, group.end - group.begin);
     for (const Segment& segment : set->segments) segment_rows = std::max(segment_rows, segment.end - segment.begin);
   }
-  const int64_t wide_floats =
-      std::max(group_rows * ld_qkv, precision == Precision::kInt8 ? block_rows * ld_ffn : int64_t{0});
+  const int64_t wide_floats = std::max(group_rows * ld_qkv, needs.apart ? block_rows * ld_ffn : int64_t{0});
   wide.clear();
   ctx.clear();
   normed.clear();
@@ -172,7 +175,7 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
     wide.push_back(carver.take<float>(wide_floats));
     ctx.push_back(carver.take<float>(group_rows * ld));
     normed.push_back(carver.take<float>(shape.pre_norm ? ld : 0));
-    ffn_operand.push_back(take_operand(carver, precision, block_rows, shape.intermediate));
+    ffn_operand.push_back(take_operand(carver, needs, block_rows, shape.intermediate));
     attention.push_back(carver.take<float>(attention_scratch_floats(shape.head_dim, segment_rows)));
   }
   return carver.used();

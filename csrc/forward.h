@@ -61,14 +61,15 @@ struct ForwardPlan {
   float* qkv[2];      // [T, ld_qkv] each: a fast thread may be one layer ahead
   float* selected_q;  // [row_count, ld]
   // Per thread. `wide`: a group's QKV [group rows, ld_qkv], then, once its attention is done, a block's FFN
-  // [block rows, ld_ffn] (int8 only). `ctx`: attention output of a group [group rows, ld].
+  // [block rows, ld_ffn] (needs.apart only). `ctx`: attention output of a group [group rows, ld].
   std::vector<float*> wide, ctx;
   std::vector<float*> normed;  // [ld], pre-norm only: a normalised row on its way into an operand
   std::vector<Operand> ffn_operand;
   std::vector<float*> attention;  // scratch of the kernel
 
   // Lays everything out from `base` (null: only counts) and returns the bytes needed.
-  int64_t build(const EncoderShape& shape, Precision precision, const ForwardArgs& args, uint8_t* base);
+  int64_t build(const EncoderShape& shape, Precision precision, const OperandNeeds& needs, const ForwardArgs& args,
+                uint8_t* base);
 };
 
 }  // namespace xfast

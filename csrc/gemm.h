@@ -1,4 +1,5 @@
-// Packed matrix product with fused epilogues: y = epilogue(x . W^T). Layouts: layout.h. Arithmetic: gemm_dot.h.
+// Packed matrix product with fused epilogues: y = epilogue(x . W^T). Layouts: layout.h. Arithmetic: gemm_dot.h. What is
+// done with finished tiles: gemm_epilogue.h. int4 weights: gemm_int4.h.
 #pragma once
 
 namespace xfast {
@@ -12,7 +13,6 @@ namespace XFAST_TARGET {
 // Three streams are prefetched: from memory, PrefetchLines cache lines in two groups of the weights that come next;
 // from L2, this panel's weights a little ahead (they have left L1 since the last row tile) and the operand's next
 // chunk, which lies a whole stride further, where no hardware prefetcher looks for it.
-constexpr int64_t kAheadInL2 = 1024;
 template <class Dot, int R, int PrefetchLines>
 void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chunks, const void* start,
           int64_t start_stride, void* out, const uint8_t* prefetch) {
@@ -79,74 +79,9 @@ TileFn tile_for(int rows, int prefetch_lines) {
   return kTiles[prefetch_lines];
 }
 
-// Rows [0, rows) cut into the fewest tiles of at most max_rows, all within one row of each other (32 = 11 + 11 + 10).
-struct RowTiles {
-  int64_t count, base, extra;
-  RowTiles(int64_t rows, int64_t max_rows)
-      : count(ceil_div(rows, max_rows)), base(count ? rows / count : 0), extra(count ? rows % count : 0) {}
-  int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
-};
-
-// Epilogue of one tile: acc [rows][32] -> args.out or args.out_operand. Everything that is the same for all rows is a
-// template argument or stays in registers.
-template <Precision P, Epilogue E, bool Direct>
-void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t rows, int64_t panel) {
-  const int64_t col = panel * kPanel, valid = args.w.out_features - col;
-  V16 bias[2], scale[2];
-  for (int v = 0; v < 2; ++v) {
-    bias[v] = load(args.w.bias + col + 16 * v);
-    scale[v] = P == Precision::kInt8 ? load(args.w.scale + col + 16 * v) : set1(1.0f);
-  }
-  for (int64_t r = 0; r < rows; ++r, acc += kPanel * 4) {
-    const int64_t row = row0 + r;
-    V16 y[2];
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      if constexpr (P == Precision::kInt8) {
-        const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(acc) + 16 * v));
-        y[v] = fma(sum, mul(scale[v], set1(args.a.scale[row])), bias[v]);
-      } else {
-        y[v] = add(load(reinterpret_cast<const float*>(acc) + 16 * v), bias[v]);
-      }
-      if constexpr (E == Epilogue::kBiasGelu) y[v] = P == Precision::kFp32 ? gelu(y[v]) : gelu_rounded(y[v]);
-      if constexpr (E == Epilogue::kBiasResidual)
-        y[v] = add(y[v], load_n(args.residual + row * args.ldr + col + 16 * v, valid - 16 * v));
-      if constexpr (!Direct) store_n(args.out + row * args.ldo + col + 16 * v, y[v], valid - 16 * v);
-    }
-    // A panel of 32 outputs is two fp32 chunks or one bf16 chunk; padded outputs are zero (weights and bias are).
-    if constexpr (Direct && P == Precision::kFp32) {
-      uint8_t* dst = args.out_operand.data + row * kChunkBytes + 2 * panel * args.out_operand.chunk_stride;
-      store(reinterpret_cast<float*>(dst), y[0]);
-      if (valid > 16) store(reinterpret_cast<float*>(dst + args.out_operand.chunk_stride), y[1]);
-    } else if constexpr (Direct) {
-      uint16_t* dst = reinterpret_cast<uint16_t*>(args.out_operand.data + row * kChunkBytes +
-                                                  panel * args.out_operand.chunk_stride);
-      store_bf16(dst, y[0]);
-      store_bf16(dst + 16, y[1]);
-    }
-  }
-}
-
-using FinishFn = void (*)(const GemmArgs&, const uint8_t*, int64_t, int64_t, int64_t);
-
-template <Precision P>
-FinishFn finish_for(const GemmArgs& args) {
-  constexpr bool kCanBeDirect = P != Precision::kInt8;  // an int8 row's scale is known only at its end
-  const bool direct = kCanBeDirect && args.out_operand.data != nullptr;
-  switch (args.epilogue) {
-    case Epilogue::kBias:
-      return direct ? finish_tile<P, Epilogue::kBias, kCanBeDirect> : finish_tile<P, Epilogue::kBias, false>;
-    case Epilogue::kBiasResidual: return finish_tile<P, Epilogue::kBiasResidual, false>;
-    case Epilogue::kBiasGelu:
-      return direct ? finish_tile<P, Epilogue::kBiasGelu, kCanBeDirect> : finish_tile<P, Epilogue::kBiasGelu, false>;
-  }
-  return nullptr;
-}
-
 // Chunks of `in` that one pass over the rows takes: 48 KiB of weights, so that they and the operand's part stay in L2
 // however long `in` is.
 constexpr int64_t kPassChunks = 24;
-constexpr int64_t kPassRows = 112;  // rows whose accumulators wait between passes
 
 // Rows [row_begin, row_end) of one panel. `next` is where the weights continue after this panel, or null.
 template <class Dot, Precision P>
@@ -154,7 +89,7 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
                     const uint8_t* next) {
   alignas(64) uint8_t acc[kPassRows * kPanel * 4];
   const RowTiles tiles(row_end - row_begin, Dot::kMaxRows);
-  const uint8_t* weights = args.w.data + panel * args.w.chunks * kPanelChunkBytes;
+  const uint8_t* weights = args.w.data + panel * args.w.panel_bytes;
   const void* start = nullptr;
   if constexpr (P == Precision::kInt8) start = Dot::kSigned ? nullptr : args.w.compensation + panel * kPanel;
   int64_t start_stride = 0;
@@ -183,26 +118,28 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
   }
 }
 
-template <class Dot, Precision P>
-void gemm_with(const GemmArgs& args) {
-  const int64_t panel_bytes = args.w.chunks * kPanelChunkBytes;
-  const FinishFn finish = finish_for<P>(args);
+using PanelFn = void (*)(const GemmArgs&, FinishFn, int64_t, int64_t, int64_t, const uint8_t*);
+
+inline void gemm_with(const GemmArgs& args, FinishFn finish, PanelFn multiply) {
+  const int64_t bytes = args.w.panel_bytes;
   for (int64_t begin = 0; begin < args.rows; begin += kPassRows) {
     const int64_t end = args.rows - begin < kPassRows ? args.rows : begin + kPassRows;
     for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       const bool last = panel + 1 == args.panel_end;
-      const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * panel_bytes;
-      if (last && args.next_bytes < panel_bytes) next = nullptr;
-      multiply_panel<Dot, P>(args, finish, begin, end, panel, next);
+      const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * bytes;
+      if (last && args.next_bytes < bytes) next = nullptr;
+      multiply(args, finish, begin, end, panel, next);
     }
   }
 }
 
 inline void gemm(const GemmArgs& args) {
+  constexpr Precision F = Precision::kFp32, B = Precision::kBf16, I = Precision::kInt8;
   switch (args.precision) {
-    case Precision::kFp32: return gemm_with<DotF32, Precision::kFp32>(args);
-    case Precision::kBf16: return gemm_with<DotBf16, Precision::kBf16>(args);
-    case Precision::kInt8: return gemm_with<DotInt8, Precision::kInt8>(args);
+    case F: return gemm_with(args, finish_for<F>(args), multiply_panel<DotF32, F>);
+    case B: return gemm_with(args, finish_for<B>(args), multiply_panel<DotBf16, B>);
+    case I: return gemm_with(args, finish_for<I>(args), multiply_panel<DotInt8, I>);
+    case Precision::kInt4: return gemm_with(args, finish_for<Precision::kInt4>(args), multiply_panel_int4);
   }
 }
 

@@ -8,21 +8,33 @@
 
 namespace xfast {
 
-// Activations in operand layout (layout.h). `scale` has one entry per row (int8 only).
+// Activations in operand layout (layout.h). `scale` has one entry per row (int8 and int4).
 struct Operand {
   uint8_t* data = nullptr;
   int64_t chunk_stride = 0;  // bytes between chunks = row capacity * 64
   float* scale = nullptr;
+  int32_t* sums = nullptr;   // [group][row capacity], int4 only: -8 * sum of the row's values in the group
+  int64_t capacity() const { return chunk_stride / kChunkBytes; }
+};
+
+// How a linear layer wants its input. Quantised precisions may have it smoothed: multiplied by `column_scale` [cols]
+// (null = all 1), which the weights were divided by.
+struct InputFormat {
+  Precision precision = Precision::kFp32;
+  int64_t group = 0;  // int4 only
+  const float* column_scale = nullptr;
 };
 
 // Packed weights of one linear layer, as the kernels read them. scale/bias/compensation have panels * 32 entries.
 struct LinearView {
   const uint8_t* data;
-  const float* scale;           // per output, int8 only
+  const float* scale;           // per output, int8 only (int4: in the data)
   const float* bias;            // zeros when the layer has none
   const int32_t* compensation;  // per output, int8 only
   int64_t out_features;
   int64_t chunks;
+  int64_t panel_bytes;
+  int64_t group;                // int4 only
 };
 
 enum class Epilogue : int {
@@ -48,9 +60,9 @@ struct GemmArgs {
   int64_t next_bytes;
 };
 
-// x[rows, cols] -> operand layout, converting (fp32, bf16) or quantising per row (int8).
+// x[rows, cols] -> operand layout, converting (fp32, bf16) or quantising per row (int8, int4).
 struct OperandArgs {
-  Precision precision;
+  InputFormat format;
   const float* x;
   int64_t ldx;
   int64_t row_begin, row_end;  // rows of x and of the operand
@@ -60,7 +72,7 @@ struct OperandArgs {
 
 // y = layer_norm(x) * gamma + beta over rows [row_begin, row_end), then the operand of y if out.data is set.
 struct NormArgs {
-  Precision precision;
+  InputFormat format;  // of the operand
   const float* x;
   int64_t ldx;
   float* y;  // x itself, or elsewhere; ldy 0 = one row that each row overwrites, when only the operand is wanted

@@ -29,7 +29,7 @@ inline void layer_norm(const NormArgs& args) {
   for (int64_t row = args.row_begin; row < args.row_end; ++row) {
     float* y = args.y + row * args.ldy;
     layer_norm_row(args.x + row * args.ldx, args.cols, args.gamma, args.beta, args.eps, y);
-    if (args.out.data != nullptr) operand_row(args.precision, y, args.cols, args.out, row);
+    if (args.out.data != nullptr) operand_row(args.format, y, args.cols, args.out, row);
   }
 }
 

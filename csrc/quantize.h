@@ -19,33 +19,74 @@ inline void operand_row_bf16(const float* x, int64_t cols, const Operand& out, i
   }
 }
 
-// Symmetric per-row int8: scale = max|x| / 127, q = round-to-nearest-even(x / scale), stored as q + 128.
-// The clamp only matters for NaN and infinities, which it makes harmless integers.
-inline void operand_row_int8(const float* x, int64_t cols, const Operand& out, int64_t row) {
+// The 16 values of a row from column c on, smoothed if they are to be. Beyond `cols` zero.
+template <bool Scaled>
+V16 input_values(const float* x, const float* column_scale, int64_t c, int64_t cols) {
+  const V16 values = load_n(x + c, cols - c);
+  if constexpr (Scaled) return mul(values, load_n(column_scale + c, cols - c));
+  return values;
+}
+
+// Symmetric per row: scale = max|x| / 127, q = round-to-nearest-even(x / scale), stored as q + 128 (int8) or as it is
+// (int4, whose weights are the unsigned side). The clamp only matters for NaN and infinities, which it makes harmless
+// integers.
+template <bool Signed, bool Scaled>
+void operand_row_quantised(const float* x, const float* column_scale, int64_t cols, const Operand& out, int64_t row) {
   V16 largest = set1(0.0f);
-  for (int64_t c = 0; c < cols; c += 16) largest = max(abs(load_n(x + c, cols - c)), largest);
+  for (int64_t c = 0; c < cols; c += 16) largest = max(abs(input_values<Scaled>(x, column_scale, c, cols)), largest);
   const float absmax = reduce_max(largest);
   out.scale[row] = absmax / 127.0f;
   const V16 inverse = set1(absmax > 1e-30f ? 127.0f / absmax : 0.0f);
   uint8_t* dst = out.data + row * kChunkBytes;
   for (int64_t c = 0; c < cols; c += 64, dst += out.chunk_stride)
     for (int64_t g = 0; g < 64; g += 16) {
-      const V16 scaled = mul(load_n(x + c + g, cols - c - g), inverse);
-      store_u8(dst + g, round_to_int(min(max(scaled, set1(-127.0f)), set1(127.0f))));
+      const V16 scaled = mul(input_values<Scaled>(x, column_scale, c + g, cols), inverse);
+      const I16 q = round_to_int(min(max(scaled, set1(-127.0f)), set1(127.0f)));
+      if constexpr (Signed)
+        store_i8(dst + g, q);
+      else
+        store_u8(dst + g, q);
     }
 }
 
-inline void operand_row(Precision precision, const float* x, int64_t cols, const Operand& out, int64_t row) {
-  switch (precision) {
+template <bool Signed>
+void operand_row_quantised(const InputFormat& format, const float* x, int64_t cols, const Operand& out, int64_t row) {
+  if (format.column_scale != nullptr)
+    operand_row_quantised<Signed, true>(x, format.column_scale, cols, out, row);
+  else
+    operand_row_quantised<Signed, false>(x, nullptr, cols, out, row);
+}
+
+// What layout.h calls "sums", of one quantised row.
+inline void group_sums(int64_t group, int64_t cols, const Operand& out, int64_t row) {
+  const uint8_t* chunk = out.data + row * kChunkBytes;
+  int32_t* sums = out.sums + row;
+  const int64_t units = ceil_div(cols, 64) * 2, per_group = group / 32;
+  int32_t sum = 0;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const int8_t* values = reinterpret_cast<const int8_t*>(chunk + unit / 2 * out.chunk_stride + unit % 2 * 32);
+    for (int i = 0; i < 32; ++i) sum += values[i];
+    if ((unit + 1) % per_group != 0 && unit + 1 != units) continue;
+    *sums = -8 * sum;
+    sums += out.capacity();
+    sum = 0;
+  }
+}
+
+inline void operand_row(const InputFormat& format, const float* x, int64_t cols, const Operand& out, int64_t row) {
+  switch (format.precision) {
     case Precision::kFp32: return operand_row_f32(x, cols, out, row);
     case Precision::kBf16: return operand_row_bf16(x, cols, out, row);
-    case Precision::kInt8: return operand_row_int8(x, cols, out, row);
+    case Precision::kInt8: return operand_row_quantised<false>(format, x, cols, out, row);
+    case Precision::kInt4:
+      operand_row_quantised<true>(format, x, cols, out, row);
+      return group_sums(format.group, cols, out, row);
   }
 }
 
 inline void to_operand(const OperandArgs& args) {
   for (int64_t row = args.row_begin; row < args.row_end; ++row)
-    operand_row(args.precision, args.x + row * args.ldx, args.cols, args.out, row);
+    operand_row(args.format, args.x + row * args.ldx, args.cols, args.out, row);
 }
 
 }  // namespace XFAST_TARGET

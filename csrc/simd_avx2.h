@@ -77,11 +77,14 @@ inline V16 scale_by_power(V16 a, I16 n) {
   const __m256 fhi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23));
   return {_mm256_mul_ps(a.lo, flo), _mm256_mul_ps(a.hi, fhi)};
 }
-inline void store_u8(uint8_t* p, I16 a) {
+inline __m128i to_bytes(I16 a) {
   // packs work within 128-bit halves; the permute puts the four groups of four back in order
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xD8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
+  return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bytes(a)); }
+inline void store_u8(uint8_t* p, I16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(to_bytes(a), _mm_set1_epi8(static_cast<char>(0x80))));
 }
 inline __m256i to_bf16_bits(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);

@@ -49,6 +49,7 @@ inline V16 scale_by_power(V16 a, I16 n) {
   const I16 bits = _mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23);
   return _mm512_mul_ps(a, _mm512_castsi512_ps(bits));
 }
+inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 inline void store_u8(uint8_t* p, I16 a) {
   const __m128i bytes = _mm512_cvtepi32_epi8(a);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));

@@ -117,6 +117,7 @@ inline V16 scale_by_power(V16 a, I16 n) {
   return a;
 }
 // 16 values in [-127, 127] -> bytes + 128
+inline void store_i8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(static_cast<int8_t>(a.v[i])); }
 inline void store_u8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(a.v[i] + 128); }
 // round to nearest even bf16; NaN stays NaN
 inline void store_bf16(uint16_t* p, V16 a) {

@@ -34,6 +34,52 @@ struct Scale {
   int8_t quantize(float value) const { return static_cast<int8_t>(std::nearbyintf(value * inverse)); }
 };
 
+// Symmetric 4 bits for a group: q = round-to-nearest-even(value / scale), clamped to [-8, 7]. The scale is rounded to
+// bf16 first; its sign is such that the value of largest size lies on the side of -8. Of several sizes the one with the
+// least squared error is taken: cutting off the largest value a little makes the others' steps finer.
+struct GroupScale {
+  static constexpr float kSteps[] = {8.0f, 8.4f, 8.8f, 9.3f, 9.9f, 10.6f, 7.5f};
+  uint16_t bits = 0;
+  float inverse = 0.0f;
+
+  // `values` [kInt4MaxGroup], zeros beyond the group.
+  explicit GroupScale(const float* values) {
+    float low = 0.0f, high = 0.0f;
+    for (int64_t i = 0; i < kInt4MaxGroup; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
+    const float extreme = -low >= high ? low : high;
+    if (std::fabs(extreme) <= 1e-30f) return;
+    float least = 0.0f;
+    for (const float steps : kSteps) {
+      const uint16_t tried = float_to_bf16(-extreme / steps);
+      const float inverted = 1.0f / bf16_to_float(tried), error = squared_error(values, bf16_to_float(tried), inverted);
+      if (bits != 0 && !(error < least)) continue;
+      least = error;
+      bits = tried;
+      inverse = inverted;
+    }
+  }
+  int quantize(float value) const { return static_cast<int>(round_clamped(value * inverse)); }
+
+ private:
+  // Adding and taking away 1.5 * 2^23 rounds to nearest even, and vectorises on every CPU.
+  static float round_clamped(float value) {
+    constexpr float kMagic = 12582912.0f;
+    return (std::min(std::max(value, -8.0f), 7.0f) + kMagic) - kMagic;
+  }
+  static float squared_error(const float* values, float scale, float inverted) {
+    constexpr int64_t kLanes = 8;  // independent sums, so that the compiler may use vectors
+    float sums[kLanes] = {};
+    for (int64_t i = 0; i < kInt4MaxGroup; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float d = values[i + lane] - scale * round_clamped(values[i + lane] * inverted);
+        sums[lane] += d * d;
+      }
+    float total = 0.0f;
+    for (const float sum : sums) total += sum;
+    return total;
+  }
+};
+
 }  // namespace
 
 void read_values(const TableView& table, int64_t begin, int64_t count, float* out) {
@@ -122,7 +168,8 @@ uint64_t checksum(const uint8_t* data, int64_t bytes, int threads) {
 
 void PackedLinear::allocate() {
   data_ = AlignedBuffer(data_bytes());
-  if (out_features_ % kPanel != 0 || in_features_ % chunk_elements(precision_) != 0)  // else every byte is set
+  // Else every byte is set; but int4 sets half bytes.
+  if (precision_ == Precision::kInt4 || out_features_ % kPanel != 0 || in_features_ % chunk_elements(precision_) != 0)
     std::memset(data_.data(), 0, data_.bytes());
   set_.assign(out_features_, 0);
   bias_.assign(padded_outputs(), 0.0f);
@@ -132,8 +179,22 @@ void PackedLinear::allocate() {
   }
 }
 
-void PackedLinear::borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation) {
-  borrowed_ = {data, scale, bias, compensation, out_features_, chunks_};
+void PackedLinear::smooth(const float* divisor) {
+  divisor_.assign(divisor, divisor + in_features_);
+  column_scale_.resize(in_features_);
+  for (int64_t k = 0; k < in_features_; ++k) column_scale_[k] = 1.0f / divisor[k];
+}
+
+void PackedLinear::borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation,
+                          const float* column_scale) {
+  const int64_t bytes = panel_bytes(precision_, chunks_, group_);
+  borrowed_ = {data, scale, bias, compensation, out_features_, chunks_, bytes, group_};
+  borrowed_column_scale_ = column_scale;
+}
+
+InputFormat PackedLinear::input() const {
+  const float* own = column_scale_.empty() ? nullptr : column_scale_.data();
+  return {precision_, group_, borrowed_.data != nullptr ? borrowed_column_scale_ : own};
 }
 
 bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bias, int threads) {
@@ -158,7 +219,12 @@ bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bia
 
 bool PackedLinear::set_row(int64_t n, const MatrixView& w, int64_t row, float* values) {
   read_values(w.table, row * w.cols, w.cols, values);
+  for (int64_t k = 0; k < static_cast<int64_t>(divisor_.size()); ++k) values[k] *= divisor_[k];
   if (!finite(values, w.cols)) return false;
+  if (precision_ == Precision::kInt4) {
+    set_row_int4(n, values);
+    return true;
+  }
   uint8_t* lane = data_.data() + n / kPanel * chunks_ * kPanelChunkBytes + n % kPanel * 4;
   constexpr int64_t kGroupStride = kPanel * 4;  // consecutive groups, chunk after chunk
   if (precision_ == Precision::kFp32) {
@@ -182,9 +248,35 @@ bool PackedLinear::set_row(int64_t n, const MatrixView& w, int64_t row, float* v
   return true;
 }
 
+void PackedLinear::set_row_int4(int64_t n, const float* values) {
+  uint8_t* record = data_.data() + n / kPanel * panel_bytes(precision_, chunks_, group_);
+  for (int64_t begin = 0; begin < chunks_ * 64; begin += group_) {
+    const int64_t count = std::min(group_, std::max<int64_t>(0, in_features_ - begin));
+    const int64_t stored = std::min(group_, chunks_ * 64 - begin);
+    float group[kInt4MaxGroup] = {};
+    std::copy_n(values + begin, count, group);
+    const GroupScale scale(group);
+    std::memcpy(record + n % kPanel * 2, &scale.bits, 2);
+    uint8_t* lane = record + kInt4ScaleBytes + n % kPanel * 4;
+    for (int64_t k = 0; k < stored; ++k) {
+      const int value = 8 + (k < count ? scale.quantize(group[k]) : 0);
+      uint8_t& byte = lane[k / 8 * kPanel * 4 + k % 4];
+      byte = static_cast<uint8_t>(k % 8 < 4 ? value : byte | value << 4);
+    }
+    record += kInt4ScaleBytes + stored * kPanel / 2;
+  }
+}
+
 LinearView PackedLinear::view() const {
   if (borrowed_.data != nullptr) return borrowed_;
-  return {data_.data(), scale_.data(), bias_.data(), compensation_.data(), out_features_, chunks_};
+  return {data_.data(),
+          scale_.data(),
+          bias_.data(),
+          compensation_.data(),
+          out_features_,
+          chunks_,
+          panel_bytes(precision_, chunks_, group_),
+          group_};
 }
 
 }  // namespace xfast

@@ -21,26 +21,41 @@ struct MatrixView {
 class PackedLinear {
  public:
   PackedLinear() = default;
-  PackedLinear(Precision precision, int64_t out_features, int64_t in_features)
+  // `group`: int4 only.
+  PackedLinear(Precision precision, int64_t group, int64_t out_features, int64_t in_features)
       : precision_(precision),
+        group_(precision == Precision::kInt4 ? group : 0),
         out_features_(out_features),
         in_features_(in_features),
         chunks_(chunks_for(precision, in_features)) {}
 
+  // Inputs are divided by `divisor` [in_features] when they are quantised, weights multiplied when they are packed:
+  // the same product, with outliers moved to where they do less harm. Quantised precisions, before set_rows.
+  void smooth(const float* divisor);
+
   // Packs w [rows, in_features] and bias [rows] (null = zeros) as outputs [first, first + w.rows), on `threads`
   // threads. Returns false, leaving those outputs unusable, when w or bias holds a NaN or infinity.
   bool set_rows(int64_t first, const MatrixView& w, const float* bias, int threads);
-  // Reads packed memory in place: data_bytes() at `data`, padded_outputs() entries in the others (`scale` and
-  // `compensation`: int8 only). It stays the caller's. Not after set_rows.
-  void borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation);
+  // Reads packed memory in place: data_bytes() at `data`, in_features() entries in `column_scale` (null = not smoothed)
+  // and padded_outputs() in the others (`scale` and `compensation`: int8 only). It stays the caller's. Not after
+  // set_rows.
+  void borrow(const uint8_t* data, const float* scale, const float* bias, const int32_t* compensation,
+              const float* column_scale);
 
   LinearView view() const;
+  // How inputs are to be laid out.
+  InputFormat input() const;
   Precision precision() const { return precision_; }
   int64_t out_features() const { return out_features_; }
   int64_t in_features() const { return in_features_; }
   int64_t padded_outputs() const { return panels_for(out_features_) * kPanel; }
-  int64_t data_bytes() const { return panels_for(out_features_) * chunks_ * kPanelChunkBytes; }
-  int64_t bytes() const { return data_bytes() + padded_outputs() * (precision_ == Precision::kInt8 ? 12 : 4); }
+  int64_t group() const { return group_; }
+  bool smoothed() const { return input().column_scale != nullptr; }
+  int64_t data_bytes() const { return panels_for(out_features_) * panel_bytes(precision_, chunks_, group_); }
+  int64_t bytes() const {
+    return data_bytes() + padded_outputs() * (precision_ == Precision::kInt8 ? 12 : 4) +
+           (smoothed() ? in_features_ * 4 : 0);
+  }
   bool owns() const { return !set_.empty(); }
   bool complete() const {
     return borrowed_.data != nullptr ||
@@ -50,14 +65,17 @@ class PackedLinear {
  private:
   void allocate();
   bool set_row(int64_t n, const MatrixView& w, int64_t row, float* values);
+  void set_row_int4(int64_t n, const float* values);
 
   Precision precision_ = Precision::kFp32;
-  int64_t out_features_ = 0, in_features_ = 0, chunks_ = 0;
+  int64_t group_ = 0, out_features_ = 0, in_features_ = 0, chunks_ = 0;
+  std::vector<float> divisor_, column_scale_;  // one the inverse of the other; empty = not smoothed
   AlignedBuffer data_;
   std::vector<float> scale_, bias_;
   std::vector<int32_t> compensation_;
   std::vector<uint8_t> set_;  // per output: packed and usable; empty = no memory of its own
   LinearView borrowed_{};
+  const float* borrowed_column_scale_ = nullptr;
 };
 
 // `table` [rows, cols], which must hold finite values, in 8 bits a value: symmetric, one scale a row.

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from reference import quantize_groups
 from torch import nn
 
 import xfast
@@ -233,13 +235,17 @@ def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 class _SimulatedLinear(nn.Linear):
-    """Plain 8-bit products: weights per output channel, activations per token, both symmetric."""
+    """Plain 8-bit products: weights per output channel (int4: 4 bits, per 64 inputs), activations per token."""
 
     precision: str
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        operands = _quantised(x, self.precision), _quantised(self.weight, self.precision)
-        return nn.functional.linear(*operands, self.bias)
+        if self.precision != "int4":
+            operands = _quantised(x, self.precision), _quantised(self.weight, self.precision)
+            return nn.functional.linear(*operands, self.bias)
+        q, scale = quantize_groups(self.weight.detach().numpy(), 64)
+        weight = torch.from_numpy((q * scale[..., None]).astype(np.float32)).flatten(1)[:, : self.in_features]
+        return nn.functional.linear(_quantised(x, "int8"), weight, self.bias)
 
 
 def _quantised(x: torch.Tensor, precision: str) -> torch.Tensor:
@@ -251,7 +257,7 @@ def _quantised(x: torch.Tensor, precision: str) -> torch.Tensor:
 
 
 def simulated(model: nn.Module, precision: str) -> Any:
-    """A copy whose encoder layers round products' operands to ``"int8"`` or ``"fp8"`` in plain PyTorch."""
+    """A copy whose encoder layers round products' operands to ``"int8"``, ``"int4"`` or ``"fp8"`` in plain PyTorch."""
     clone = copy.deepcopy(model)
     for module in encoder_of(clone).encoder.modules():
         if type(module) is nn.Linear:
@@ -281,6 +287,11 @@ def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
     done.set()
     watcher.join()
     return result, peak - start
+
+
+def simulated_int4(model: nn.Module) -> Any:
+    """What xfast's int4 is measured against."""
+    return simulated(model, "int4")
 
 
 def simulated_int8(model: nn.Module) -> Any:

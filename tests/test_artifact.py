@@ -37,8 +37,8 @@ import xfast
 from xfast import _C, artifact
 
 quick = pytest.fixture(autouse=True)(quick_settings)
-PRECISIONS = ("fp32", "bf16", "int8")
-GOLDEN = Path(__file__).parent / "golden" / "format1"
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def accelerated(family: str = "xlm-roberta", head: str = "base", precision: str = "int8", **changes: Any) -> Any:
@@ -271,9 +271,11 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     xfast.load(tmp_path)(**ragged())
 
 
-def test_the_golden_artifact_of_format_1() -> None:
-    expected = json.loads((GOLDEN.parent / "format1-expected.json").read_text())
-    model = xfast.load(GOLDEN, verify=True)
+@pytest.mark.parametrize("name", ["format1", "format2"])
+def test_the_golden_artifact_of_every_format(name: str) -> None:
+    """format1: int8. format2: int8 and int4 in one layer, with divided inputs."""
+    expected = json.loads((GOLDEN / f"{name}-expected.json").read_text())
+    model = xfast.load(GOLDEN / name, verify=True)
     out = model(input_ids=torch.tensor(expected["input_ids"])).last_hidden_state
     assert out.numpy().astype("<f4").tobytes().hex() == expected["last_hidden_state"]
 
@@ -281,7 +283,7 @@ def test_the_golden_artifact_of_format_1() -> None:
 @pytest.mark.parametrize("verify", [0, 1, "full", "no"])
 def test_verify_takes_three_values(verify: Any) -> None:
     with pytest.raises(xfast.InvalidOptionError, match="verify"):
-        xfast.load(GOLDEN, verify=verify)
+        xfast.load(GOLDEN / "format1", verify=verify)
 
 
 class Other(transformers.XLMRobertaModel):

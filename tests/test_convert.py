@@ -38,7 +38,7 @@ def checkpoint(folder: Path, family: str = "xlm-roberta", head: str = "masked-lm
     return model
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_converting_writes_what_saving_writes(family: str, head: str, precision: str, tmp_path: Path) -> None:

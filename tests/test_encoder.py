@@ -33,6 +33,7 @@ from models import (
     peak_growth,
     quick_settings,
     ragged,
+    simulated_int4,
     simulated_int8,
 )
 
@@ -40,7 +41,7 @@ import xfast
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 FP32_ERROR = 1e-5  # ten times tighter than promised; about 1e-6 is what it is
 FLOOR = 2e-3  # of bf16, whose unit of rounding is 4e-3
 # (hidden size, heads, intermediate size): head dims 1 to 256, none or all of the sizes multiples of the tile
@@ -122,6 +123,19 @@ def test_int8_errs_no_more_than_its_simulation(family: str, head: str) -> None:
         assert ours <= 8e-2, name
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_int4_errs_no_more_than_its_simulation(family: str, head: str) -> None:
+    c = case(family, head)
+    plain = outputs_of(simulated_int4(c.model)(**c.batch))
+    with xfast.accelerated(c.model, precision="int4") as model:
+        got = outputs_of(model(**c.batch))
+    for name, want in c.want.items():
+        ours, theirs = (norm_error(c.tokens(values[name]), c.tokens(want)) for values in (got, plain))
+        slack = 1.1 if want.numel() > 4 else 1.5
+        assert 1e-2 < ours <= slack * theirs + 1e-3, name  # below 1e-2 it was not computed in int4
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_any_size_is_computed(sizes: tuple[int, int, int], precision: str) -> None:
@@ -130,10 +144,12 @@ def test_any_size_is_computed(sizes: tuple[int, int, int], precision: str) -> No
     model, batch = build(head="base-no-pooler", num_hidden_layers=2, **sizes_of), ragged()
     mask = batch["attention_mask"]
     want = at_tokens(model(**batch)[0], mask)
-    plain = {"bf16": copy.deepcopy(model).to(torch.bfloat16), "int8": simulated_int8(model)}.get(precision, model)
+    simulations = {"int8": simulated_int8, "int4": simulated_int4}
+    plain = simulations[precision](model) if precision in simulations else copy.deepcopy(model)
+    plain = plain.to(torch.bfloat16) if precision == "bf16" else plain
     theirs = norm_error(at_tokens(plain(**batch)[0], mask), want)
     got = xfast.accelerate(model, precision=precision)(**batch)[0]
-    limit = {"fp32": FP32_ERROR, "bf16": 2 * theirs, "int8": 1.2 * theirs}[precision]
+    limit = {"fp32": FP32_ERROR, "bf16": 2 * theirs, "int8": 1.2 * theirs, "int4": 1.2 * theirs}[precision]
     assert norm_error(at_tokens(got, mask), want) <= limit
 
 
@@ -148,11 +164,12 @@ def test_bits_do_not_depend_on_threads(precision: str) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_int8_bits_do_not_depend_on_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integer_bits_do_not_depend_on_the_instruction_set(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, results = build(), ragged(lengths=(38, 3, 1, 37)), []
     for isa in xfast.available_isas():
         monkeypatch.setenv("XFAST_ISA", isa)
-        xfast.accelerate(model, precision="int8")
+        xfast.accelerate(model, precision=precision)
         assert f"instruction set: {isa}\n" in str(xfast.explain(model))
         results.append(model(**batch).last_hidden_state)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -354,7 +371,7 @@ def test_longest_sequence_equals_the_original(family: str, positions: int, preci
     model, batch = build(family, max_position_embeddings=positions, num_hidden_layers=1), ragged(family, (512, 5, 511))
     want = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
     got = at_tokens(xfast.accelerate(model, precision=precision)(**batch).last_hidden_state, batch["attention_mask"])
-    assert norm_error(got, want) <= {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2}[precision]
+    assert norm_error(got, want) <= {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2, "int4": 0.2}[precision]
     assert fallbacks(model) == {}
 
 
@@ -385,5 +402,5 @@ def test_attention_memory_is_linear_in_length(precision: str) -> None:
     got, growth = peak_growth(lambda: model(**batch).last_hidden_state)
     assert growth < 64 * 2**20, f"{growth / 2**20:.0f} MiB"  # one head's scores alone would be 256 MiB
     tokens = batch["attention_mask"]
-    limit = {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2}[precision]
+    limit = {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2, "int4": 0.2}[precision]
     assert norm_error(at_tokens(got, tokens), at_tokens(want, tokens)) <= limit

@@ -25,7 +25,7 @@ from models import (
     peak_growth,
     quick_settings,
     ragged,
-    simulated_int8,
+    simulated,
 )
 
 import xfast
@@ -36,7 +36,7 @@ from xfast.stilts.tasks import TASKS
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
 XL = "xlm-roberta-xl"
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 FP32_ERROR = 1e-5
 # (hidden size, heads, intermediate size): head dims 16, 80 (XL's) and 128 (XXL's), then sizes that fit no tile
 SIZES = ((32, 2, 64), (160, 2, 640), (80, 1, 33), (256, 2, 1024), (7, 1, 5), (60, 3, 37), (144, 2, 40))
@@ -75,9 +75,10 @@ def test_any_size_on_every_instruction_set_equals_the_original(
     sizes: tuple[int, int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sized(sizes)
-    plain = {"bf16": copy.deepcopy(model).to(torch.bfloat16), "int8": simulated_int8(model)}.get(precision, model)
+    plain = simulated(model, precision) if precision in ("int8", "int4") else copy.deepcopy(model)
+    plain = plain.to(torch.bfloat16) if precision == "bf16" else plain
     wants = {name: model(**batch)[0] for name, batch in masks().items()}
-    simulated = {name: plain(**batch)[0] for name, batch in masks().items()}
+    roundings = {name: plain(**batch)[0] for name, batch in masks().items()}
     results = []
     for isa in xfast.available_isas():
         monkeypatch.setenv("XFAST_ISA", isa)
@@ -87,14 +88,14 @@ def test_any_size_on_every_instruction_set_equals_the_original(
         assert fallbacks(model) == {}
         tokens = {name: batch["attention_mask"] for name, batch in masks().items()}
         all_got, all_want, all_plain = (
-            torch.cat([at_tokens(values[name], tokens[name]) for name in tokens]) for values in (got, wants, simulated)
+            torch.cat([at_tokens(values[name], tokens[name]) for name in tokens]) for values in (got, wants, roundings)
         )
         theirs = norm_error(all_plain, all_want)
-        limit = {"fp32": FP32_ERROR, "bf16": 2 * theirs, "int8": 1.2 * theirs}[precision]
+        limit = {"fp32": FP32_ERROR, "bf16": 2 * theirs, "int8": 1.2 * theirs, "int4": 1.2 * theirs}[precision]
         assert norm_error(all_got, all_want) <= limit, isa
         assert not any(got[name][tokens[name] == 0].any() for name in tokens), isa
         results.append(all_got)
-    assert precision != "int8" or all(torch.equal(result, results[0]) for result in results)
+    assert precision not in ("int8", "int4") or all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -131,11 +132,15 @@ def test_sixty_layers(precision: str) -> None:
     model, batch = sized((32, 2, 64), num_hidden_layers=60), ragged()
     tokens = batch["attention_mask"]
     want = at_tokens(model(**batch)[0], tokens)
-    plain = {"bf16": copy.deepcopy(model).to(torch.bfloat16), "int8": simulated_int8(model)}.get(precision, model)
+    plain = simulated(model, precision) if precision in ("int8", "int4") else copy.deepcopy(model)
+    plain = plain.to(torch.bfloat16) if precision == "bf16" else plain
     theirs = norm_error(at_tokens(plain(**batch)[0], tokens), want)
     got = at_tokens(xfast.accelerate(model, precision=precision)(**batch)[0], tokens)
     assert fallbacks(model) == {}
-    assert norm_error(got, want) <= {"fp32": 1e-5, "bf16": 2 * theirs, "int8": 1.2 * theirs}[precision]
+    assert (
+        norm_error(got, want)
+        <= {"fp32": 1e-5, "bf16": 2 * theirs, "int8": 1.2 * theirs, "int4": 1.2 * theirs}[precision]
+    )
 
 
 # --- layers and hidden states ----------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ def test_given_up_weights_are_not_needed(precision: str) -> None:
     want = xfast.accelerate(kept, precision=precision)(**ragged()).logits
     xfast.accelerate(freed, precision=precision, keep_weights=False)
     assert all(freed.base_model.encoder.layer[i].output.dense.weight.is_meta for i in range(3))
-    if precision == "int8":  # words in 8 bits from here on
+    if precision in ("int8", "int4"):  # words in 8 bits from here on
         assert freed.base_model.embeddings.word_embeddings.weight.is_meta
         assert norm_error(freed(**ragged()).logits, want) <= 2e-2
     else:

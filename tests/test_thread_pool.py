@@ -17,7 +17,7 @@ from reference import assert_same_bits
 import xfast
 from xfast import _C
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 THREADS = (2, 3, 5, 8)
 VOCAB, PAD = 60, 1
 # Up to 112 packed tokens the outputs are split between threads, above that the tokens (csrc/forward.h).

@@ -22,6 +22,7 @@ from xfast.packed_model import check_saveable, parameters_outside
 from xfast.packed_model import load as load_model
 from xfast.packed_model import save as save_model
 from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
+from xfast.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -38,13 +39,14 @@ def accelerate(
     calibration: Sequence[dict[str, Any]] | None = None,
     tolerance: float | None = None,
     training: bool = False,
+    recipe: Recipe | None = None,
 ) -> T:
     """Makes every supported encoder inside ``model`` fast, in place, and returns the same object.
 
     Args:
         model: a transformers model with or without a task head, a pipeline, a SentenceTransformer or CrossEncoder, or
             any ``nn.Module`` that holds a supported encoder.
-        backend, precision, layers, keep_weights, calibration, tolerance, training: see :class:`xfast.Options`.
+        backend, precision, layers, keep_weights, calibration, tolerance, training, recipe: see :class:`xfast.Options`.
 
     Calls that cannot be accelerated (gradients without ``training=True``, attention weights, 4-D masks, ...) run the
     original code; ``explain(model)`` counts them. Hidden states at padded positions are zeros, the only difference in
@@ -54,7 +56,7 @@ def accelerate(
         UnsupportedModelError: no supported encoder inside, or one that differs from its family.
         InvalidOptionError, InvalidWeightsError, BackendUnavailableError: see :mod:`xfast.errors`.
     """
-    options = Options(backend, precision, layers, keep_weights, calibration, tolerance, training)
+    options = Options(backend, precision, layers, keep_weights, calibration, tolerance, training, recipe)
     root = _module_of(model)
     before = _patches(root)
     _refuse_freed("accelerate", before)

@@ -11,15 +11,15 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from xfast import _C
 from xfast.architecture import EncoderSpec
-from xfast.backends.native import LINEARS
 from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
+from xfast.recipe import GROUP_SIZES, LINEARS, QUANTISED, StoredFormat
 from xfast.tensor_files import (
     FileRecord,
     Mapped,
@@ -32,13 +32,13 @@ from xfast.tensor_files import (
     writing,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1, which is read too, has no recipe
 MANIFEST = "xfast.json"
 CONFIG = "config.json"
 PARAMETERS = "parameters.safetensors"
 WORDS = "words.safetensors"
 STAGING = ".xfast-partial"
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 _JOURNAL = "journal.json"
 _HARMLESS = {".git", ".gitattributes", ".gitignore", "README.md", ".cache", STAGING}
@@ -51,20 +51,54 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"
 
 
-def layer_tensors(spec: EncoderSpec, precision: str) -> Shapes:
+def layer_tensors(spec: EncoderSpec, formats: Mapping[str, StoredFormat]) -> Shapes:
     """(dtype, shape) by name of a layer's file, large blocks first: each then starts at a whole 64 bytes."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     sizes = {"qkv": (3 * hidden, hidden), "attention_out": (hidden, hidden)}
     sizes |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
-    panel, chunk, (dtype, width) = _C.panel_outputs, _C.chunk_bytes, _DATA_DTYPE[precision]
+    panel, chunk = _C.panel_outputs, _C.chunk_bytes
     data: Shapes = {}
     others: Shapes = {}
     for name in LINEARS:
-        panels, chunks = -(-sizes[name][0] // panel), -(-sizes[name][1] * width // chunk)
-        data[f"{name}.data"] = (dtype, (panels, chunks, chunk // 4, panel, 4 // width))
-        for part in ("bias", "scale", "compensation") if precision == "int8" else ("bias",):
+        stored, (outputs, inputs) = formats[name], sizes[name]
+        panels = -(-outputs // panel)
+        if stored.precision == "int4":  # 4 bits a value and 16 a group's scale, in one stream
+            padded = -(-inputs // chunk) * chunk
+            data[f"{name}.data"] = ("U8", (panels, panel * (padded // 2 + 2 * -(-padded // stored.group_size))))
+        else:
+            dtype, width = _DATA_DTYPE[stored.precision]
+            data[f"{name}.data"] = (dtype, (panels, -(-inputs * width // chunk), chunk // 4, panel, 4 // width))
+        for part in ("bias", "scale", "compensation") if stored.precision == "int8" else ("bias",):
             others[f"{name}.{part}"] = ("I32" if part == "compensation" else "F32", (panels * panel,))
+        if stored.smoothed:
+            others[f"{name}.column_scale"] = ("F32", (inputs,))
     return {**data, **others}
+
+
+def recipe_content(precision: str, formats: Sequence[Mapping[str, StoredFormat]]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the products that differ from ``precision`` alone, by "layer.name"."""
+    plain = StoredFormat(precision)
+    return {
+        f"{layer}.{name}": asdict(stored)
+        for layer, products in enumerate(formats)
+        for name, stored in products.items()
+        if stored != plain
+    }
+
+
+def formats_of(manifest: Manifest, layers: int) -> list[dict[str, StoredFormat]]:
+    """The formats of every layer's products. Raises ArtifactError: the recipe names something that cannot be."""
+    formats = [dict.fromkeys(LINEARS, StoredFormat(manifest.precision)) for _ in range(layers)]
+    for key, value in manifest.recipe.items():
+        layer, _, name = key.partition(".")
+        good = layer.isascii() and layer.isdigit() and int(layer) < layers and name in LINEARS
+        good = good and isinstance(value, dict) and value.keys() == {"precision", "group_size", "smoothed"}
+        good = good and value["precision"] in PRECISIONS and type(value["smoothed"]) is bool
+        good = good and type(value["group_size"]) is int and value["group_size"] in GROUP_SIZES
+        if not good or (value["smoothed"] and value["precision"] not in QUANTISED):
+            raise ArtifactError(f"{MANIFEST}: recipe: {key!r:.100}: {value!r:.100} is not accepted")
+        formats[int(layer)][name] = StoredFormat(**value)
+    return formats
 
 
 def word_tensors(spec: EncoderSpec) -> Shapes:
@@ -78,7 +112,8 @@ class Manifest:
 
     model_class: "package.module:Class"; arguments: of its constructor beside the config; encoder: the dotted path of
     the encoder inside it. layers: how many run, None = all. linear_dtype, word_dtype: what the original weights were.
-    aliases: parameters that are others under a second name. files: what each file must be.
+    aliases: parameters that are others under a second name. files: what each file must be. recipe: the products that
+    differ from ``precision``, see ``recipe_content``.
     """
 
     layout: int
@@ -93,6 +128,7 @@ class Manifest:
     packed_words: bool
     aliases: dict[str, str]
     files: dict[str, FileRecord]
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """With a hash over everything else in it."""
@@ -111,13 +147,15 @@ def read_manifest(folder: Path) -> Manifest:
         content = strict_json(path.read_bytes(), path)
     if not isinstance(content, dict) or type(content.get("format")) is not int:
         raise ArtifactError(f"{path}: is not the manifest of a packed artifact: it names no format")
-    if content["format"] != FORMAT:
-        raise ArtifactError(f"{path}: format {content['format']}; this version reads format {FORMAT}: upgrade xfast")
+    if content["format"] not in (1, FORMAT):
+        raise ArtifactError(f"{path}: format {content['format']}; this version reads 1 and {FORMAT}: upgrade xfast")
     if content.pop("sha256", None) != digest(content):
         raise ArtifactError(f"{path}: was changed: it does not have the hash that it names")
-    del content["format"]
-    if content.keys() != {field.name for field in fields(Manifest)}:
-        raise ArtifactError(f"{path}: has the fields {sorted(content)}, which are not those of format {FORMAT}")
+    version = content.pop("format")
+    if version == 1:
+        content.setdefault("recipe", {})
+    if content.keys() != {one.name for one in fields(Manifest)}:
+        raise ArtifactError(f"{path}: has the fields {sorted(content)}, which are not those of format {version}")
     manifest = Manifest(**{**content, "files": _records(content["files"], path)})
     _check(manifest, path)
     return manifest
@@ -134,6 +172,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         and (m.layers is None or type(m.layers) is int)
         and isinstance(m.arguments, dict)
         and all(type(value) is bool for value in m.arguments.values())
+        and isinstance(m.recipe, dict)
         and isinstance(m.aliases, dict)
         and all(isinstance(name, str) for name in m.aliases.values())
     )

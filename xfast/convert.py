@@ -22,6 +22,7 @@ from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+from xfast.recipe import Recipe
 from xfast.tensor_files import DTYPES, as_bytes
 from xfast.threads import get_num_threads
 
@@ -34,6 +35,7 @@ def convert(
     folder: Path,
     precision: str = "int8",
     architecture: str | None = None,
+    group_size: int = 64,
     advance: Advance = lambda name: None,
     announce: Callable[[int], None] = lambda files: None,
 ) -> Manifest:
@@ -44,8 +46,9 @@ def convert(
     Args:
         model: folder, or Hub id whose files are in the cache.
         folder: new or empty, or an artifact, which is replaced once the new one is complete.
-        precision: "fp32", "bf16" or "int8".
+        precision: "fp32", "bf16", "int8" or "int4".
         architecture: a class of transformers; None: the one that config.json names.
+        group_size: consecutive inputs that share a scale in int4: 32, 64 or 128.
         advance: told each file's name before it is written.
         announce: told once how many files there will be.
 
@@ -53,9 +56,9 @@ def convert(
         XfastError: no such checkpoint, damaged, not supported, or the folder cannot be written.
     """
     if precision not in artifact.PRECISIONS:
-        raise InvalidOptionError(
-            f"precision: {precision!r} is not accepted; accepted: {', '.join(artifact.PRECISIONS)}"
-        )
+        accepted = ", ".join(artifact.PRECISIONS)
+        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
+    recipe = Recipe(group_size)
     checkpoint = Checkpoint(model)
     if folder.resolve() == checkpoint.folder.resolve():
         raise InvalidOptionError(f"dir: {folder} is the checkpoint itself; expected another folder")
@@ -65,6 +68,7 @@ def convert(
         "config": hashlib.sha256(packed_model.config_json(source.root)).hexdigest(),
         "class": type(source.root).__name__,
         "precision": precision,
+        "group_size": group_size,
         "format": artifact.FORMAT,
         "layout": _C.pack_version,
     }
@@ -77,7 +81,8 @@ def convert(
             source.root,
             precision,
             None,
-            packed_layer=lambda layer: source.packed_layer(layer, precision),
+            formats=[recipe.stored(layer, precision) for layer in range(source.weights.spec.num_layers)],
+            packed_layer=lambda layer: source.packed_layer(layer, precision, recipe),
             packed_words=source.packed_words,
             value=source.value,
             advance=advance,
@@ -151,7 +156,7 @@ class _Source:
     def _full(self, inner: str) -> str:
         return f"{self._path}.{inner}" if self._path else inner
 
-    def packed_layer(self, layer: int, precision: str) -> dict[str, dict[str, np.ndarray]]:
+    def packed_layer(self, layer: int, precision: str, recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
         """Reads a layer, packs it and lets it go."""
         roles = [key for key in self.weights.modules if key[0] == layer]
         for key in roles:
@@ -159,7 +164,7 @@ class _Source:
                 values = self._checkpoint.read(self._names[self._full(f"{self.weights.names[key]}.{parameter}")])
                 setattr(self.weights.modules[key], parameter, nn.Parameter(values, requires_grad=False))
                 del held
-        packed = pack_layer(self.weights, layer, precision)
+        packed = pack_layer(self.weights, layer, precision, recipe)
         for key in roles:
             self.weights.modules[key].to("meta")
         return packed
@@ -211,7 +216,8 @@ def _skeleton(checkpoint: Checkpoint, architecture: str | None) -> nn.Module:
 def run(
     model: Annotated[str, typer.Argument(help="Folder or cached Hub id of a checkpoint; with --check an artifact.")],
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The artifact: a new or empty folder.")] = None,
-    precision: Annotated[str, typer.Option(help="int8, bf16 or fp32.")] = "int8",
+    precision: Annotated[str, typer.Option(help="int8, int4, bf16 or fp32.")] = "int8",
+    group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")] = 64,
     architecture: Annotated[
         str | None, typer.Option(help="Class of transformers, XLMRobertaModel for example.")
     ] = None,
@@ -229,7 +235,7 @@ def run(
             folder, manifest = Path(model), artifact.read_manifest(Path(model))
         else:
             manifest = convert(
-                *(model, folder, precision, architecture),
+                *(model, folder, precision, architecture, group_size),
                 advance=lambda name: bar.update(task, description=name, advance=1),
                 announce=lambda files: bar.update(task, total=files),
             )

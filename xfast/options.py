@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from xfast.errors import InvalidOptionError
+from xfast.recipe import Recipe
 
-PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "fp8", "auto")
+PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "int4", "fp8", "auto")
 BACKENDS = ("auto", "native", "triton", "tensorrt")
 
 
@@ -19,16 +20,18 @@ class Options:
     Attributes:
         backend: ``"auto"`` (first backend that supports the case) or a backend's name.
         precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` (CPU, TensorRT),
-            ``"fp16"``, ``"fp8"`` (GPU) by name;
+            ``"int4"`` (CPU: weights in 4 bits, activations in 8), ``"fp16"``, ``"fp8"`` (GPU) by name;
             ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
-            With int8 the word embeddings go too, replaced by 8 bits a value with one scale a row (which changes
-            results a little), unless a masked-LM head is tied to them.
+            With int8 and int4 the word embeddings go too, replaced by 8 bits a value with one scale a row (which
+            changes results a little), unless a masked-LM head is tied to them.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
             packed tokens with the varlen attention kernel instead of the original code.
+        recipe: how single products differ from ``precision`` (CPU only): see :class:`xfast.recipe.Recipe` and
+            :mod:`xfast.quantization`, which makes them.
 
     Raises:
         InvalidOptionError: a value is not accepted.
@@ -41,6 +44,7 @@ class Options:
     calibration: Sequence[dict[str, Any]] | None = None
     tolerance: float | None = None
     training: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
@@ -57,7 +61,18 @@ class Options:
             raise InvalidOptionError("keep_weights: False is not accepted with training=True, which needs the weights")
         if self.training and self.layers is not None:
             raise InvalidOptionError(f"layers: {self.layers} is not accepted with training=True, which runs all layers")
+        self._check_recipe()
         self._check_auto()
+
+    def _check_recipe(self) -> None:
+        if self.recipe is None:
+            return
+        if not isinstance(self.recipe, Recipe):
+            raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe or None, got {self.recipe!r}")
+        if self.backend not in ("auto", "native"):
+            raise InvalidOptionError(f'recipe: is not accepted with backend="{self.backend}"; it runs on the CPU')
+        if self.precision == "auto":
+            raise InvalidOptionError('recipe: is not accepted with precision="auto", which chooses one for everything')
 
     def _check_auto(self) -> None:
         if self.precision != "auto":

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from xfast import _C, artifact, tokenizer_files
 from xfast.architecture import LINEAR_ROLES, EncoderWeights, describe, find_encoders
 from xfast.artifact import Manifest, Reader, Shapes, Staging
-from xfast.backends.native import LINEARS, NativeEngine, PackedWeights
+from xfast.backends.native import NativeEngine, PackedWeights
 from xfast.errors import ArtifactError, UnsupportedModelError, XfastError
 from xfast.plan import Plan, refuse_state_dict
+from xfast.recipe import LINEARS, QUANTISED, StoredFormat
 from xfast.tensor_files import DTYPES, NAMES, Mapped, as_bytes, strict_json
 from xfast.threads import get_num_threads
 
@@ -111,7 +112,7 @@ def contents_of(root: nn.Module, precision: str) -> Contents:
     weights = describe(encoder, family)
     draft = Contents(path, weights, frozenset(), False, {}, {})
     word = weights.modules[-1, "word"].weight
-    packed_words = precision == "int8" and id(word) not in parameters_outside(root, encoder)
+    packed_words = precision in QUANTISED and id(word) not in parameters_outside(root, encoder)
     packed = {draft.full_name(layer, role) for layer, role in weights.modules if layer >= 0 and role in LINEAR_ROLES}
     packed |= {draft.full_name(-1, "word")} if packed_words else set()
     first: dict[int, str] = {}
@@ -191,6 +192,7 @@ def write(
     precision: str,
     layers: int | None,
     *,
+    formats: Sequence[Mapping[str, StoredFormat]],
     packed_layer: Callable[[int], PackedLayer],
     packed_words: Callable[[], tuple[np.ndarray, np.ndarray]],
     value: Callable[[str], Any],
@@ -201,7 +203,8 @@ def write(
     Args:
         staging: where to.
         root: the model, or a skeleton whose parameters have the types of the weights.
-        precision: "fp32", "bf16" or "int8".
+        precision: "fp32", "bf16", "int8" or "int4".
+        formats: of each layer's products.
         layers: how many layers a loaded model runs, None = all.
         packed_layer: a layer's packed products.
         packed_words: the word table in 8 bits a value, and its scales; asked for only where it is packed.
@@ -211,7 +214,7 @@ def write(
     contents = contents_of(root, precision)
     spec = contents.weights.spec
     for layer in range(spec.num_layers):
-        name, shapes = artifact.layer_file(layer), artifact.layer_tensors(spec, precision)
+        name, shapes = artifact.layer_file(layer), artifact.layer_tensors(spec, formats[layer])
         advance(name)
 
         def pieces(layer: int = layer, shapes: Shapes = shapes) -> Iterable[Any]:
@@ -239,6 +242,7 @@ def write(
         packed_words=contents.packed_words,
         aliases=contents.aliases,
         files={},
+        recipe=artifact.recipe_content(precision, formats),
     )
     return staging.commit(lambda records: dataclasses.replace(draft, files=dict(records)))
 
@@ -264,6 +268,7 @@ def save(root: nn.Module, plan: Plan, engine: NativeEngine, folder: Path, tokeni
             root,
             engine.precision,
             plan.options.layers,
+            formats=engine.formats,
             packed_layer=engine.packed_layer,
             packed_words=words,
             value=lambda name: as_bytes(contents.stored[name]),
@@ -316,8 +321,9 @@ def load(folder: Path, verify: str) -> Loaded:
     _assign(model, contents, reader, mapped, shapes)
     freed = f"the original weights are not in the packed artifact {folder} that this model was loaded from"
     _give_up(contents, manifest, freed, folder)
-    layers = [_packed_layer(reader, artifact.layer_file(i), spec) for i in range(spec.num_layers)]
-    packed = PackedWeights(layers, _packed_words(reader, spec) if contents.packed_words else None, str(folder))
+    formats = artifact.formats_of(manifest, spec.num_layers)
+    layers = [_packed_layer(reader, artifact.layer_file(i), spec, stored) for i, stored in enumerate(formats)]
+    packed = PackedWeights(layers, formats, _packed_words(reader, spec) if contents.packed_words else None, str(folder))
     try:
         engine = NativeEngine(contents.weights, manifest.precision, packed)
     except ValueError as error:  # the bindings check every size and pointer once more
@@ -394,13 +400,14 @@ def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path) -
         refuse_state_dict(leaf, freed)
 
 
-def _packed_layer(reader: Reader, name: str, spec: Any) -> PackedLayer:
-    mapped, _ = reader.tensors(name, artifact.layer_tensors(spec, reader.manifest.precision))
-    int8 = reader.manifest.precision == "int8"
+def _packed_layer(reader: Reader, name: str, spec: Any, formats: Mapping[str, StoredFormat]) -> PackedLayer:
+    mapped, _ = reader.tensors(name, artifact.layer_tensors(spec, formats))
 
     def arrays(linear: str) -> dict[str, np.ndarray]:
         parts = {"data": mapped.bytes_of(f"{linear}.data"), "bias": mapped.bytes_of(f"{linear}.bias").view(np.float32)}
-        if int8:
+        if formats[linear].smoothed:
+            parts["column_scale"] = mapped.bytes_of(f"{linear}.column_scale").view(np.float32)
+        if formats[linear].precision == "int8":
             parts["scale"] = mapped.bytes_of(f"{linear}.scale").view(np.float32)
             parts["compensation"] = mapped.bytes_of(f"{linear}.compensation").view(np.int32)
         return parts

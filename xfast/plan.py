@@ -27,7 +27,8 @@ from xfast.options import Options
 from xfast.packing import PositionOverflowError
 from xfast.watch import InnerWatch, WeightWatch
 
-BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
+NATIVE = NativeBackend()
+BACKENDS = (NATIVE, TritonBackend(), TensorRTBackend())
 
 FREED = "the original weights were given up with keep_weights=False"
 _DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -131,6 +132,10 @@ class Plan:
             return self._choose_precision(module, weights, device)
         else:
             precision = self._resolve(weights, device)
+            recipe = self.options.recipe
+            if recipe is not None:  # only there; the call says why where it cannot be
+                choose(BACKENDS, NATIVE.name, weights.spec, device, precision)
+                return NATIVE.name, NATIVE.compile(weights, precision, recipe)
             backend, reasons = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
             if backend is not None:
                 return backend.name, backend.compile(weights, precision)

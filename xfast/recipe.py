@@ -20,7 +20,7 @@ QUANTISED = ("int8", "int4")
 _PRECISIONS = ("fp32", "bf16", *QUANTISED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
 class LinearFormat:
     """One product.
 
@@ -36,6 +36,15 @@ class LinearFormat:
     precision: str
     group_size: int = 64
     divisor: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a packed product was stored; its divisor, if it had one, lies beside it as ``column_scale`` = 1 / divisor."""
+
+    precision: str
+    group_size: int = 64
+    smoothed: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,14 @@ class Recipe:
     def of(self, layer: int, name: str, precision: str) -> LinearFormat:
         """The format of one product, ``precision`` being what holds where nothing is said."""
         return self.linears.get((layer, name)) or LinearFormat(precision, self.group_size)
+
+    def stored(self, layer: int, precision: str) -> dict[str, StoredFormat]:
+        """The formats of one layer's products by name."""
+        chosen = {name: self.of(layer, name, precision) for name in LINEARS}
+        return {
+            name: StoredFormat(f.precision, f.group_size if f.precision == "int4" else 64, f.divisor is not None)
+            for name, f in chosen.items()
+        }
 
     def check(self, spec: EncoderSpec) -> None:
         """Raises InvalidOptionError unless every product that is named exists and every divisor fits its inputs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
+from xfast.recipe import LINEARS, QUANTISED, LinearFormat, Recipe, StoredFormat
 from xfast.threads import get_num_threads
 
-_PRECISIONS = ("fp32", "bf16", "int8")
+_PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 
 def requested_isa() -> str:
@@ -31,19 +33,17 @@ def requested_isa() -> str:
         raise InvalidOptionError(f"XFAST_ISA: {error}") from None
 
 
-LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
-"""The packed products of a layer; ``qkv``: query, key and value outputs one after another."""
-
-
 @dataclass(frozen=True)
 class PackedWeights:
     """Packed memory that exists already, to be read in place.
 
-    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias`` and, in int8, fp32 ``scale`` and int32 ``compensation``;
-    csrc/layout.h describes them. ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
+    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias``; in int8, fp32 ``scale`` and int32 ``compensation``; where
+    inputs are smoothed, fp32 ``column_scale``. csrc/layout.h describes them. ``formats``: which is what, likewise.
+    ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
     """
 
     layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
+    formats: Sequence[Mapping[str, StoredFormat]]
     words: tuple[np.ndarray, np.ndarray] | None
     origin: str
 
@@ -51,15 +51,25 @@ class PackedWeights:
 class NativeEngine:
     """A packed encoder on the CPU. With ``packed`` only norms and tables are read from the modules of ``weights``."""
 
-    def __init__(self, weights: EncoderWeights, precision: str, packed: PackedWeights | None = None) -> None:
-        spec = weights.spec
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        precision: str,
+        packed: PackedWeights | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        spec, recipe = weights.spec, recipe or Recipe()
+        recipe.check(spec)
+        self.formats: Sequence[Mapping[str, StoredFormat]] = (
+            [recipe.stored(layer, precision) for layer in range(spec.num_layers)] if packed is None else packed.formats
+        )
         self.precision = precision
         self.device = torch.device("cpu")
         self.spec = spec
         self._encoder = _C.Encoder(_shape(spec, spec.num_layers), precision, requested_isa())
         self._owns_words = packed is not None and packed.words is not None
         self._origin = None if packed is None else packed.origin
-        _Packer(self._encoder, weights).pack(packed)
+        _Packer(self._encoder, weights, precision, recipe).pack(packed)
 
     def unpad(
         self,
@@ -101,8 +111,8 @@ class NativeEngine:
         return out, states
 
     def own_word_table(self) -> bool:
-        """See :class:`xfast.backends.base.Engine`. With int8: one byte a value, one scale a row."""
-        if self.precision == "int8" and not self._owns_words:
+        """See :class:`xfast.backends.base.Engine`. Quantised: one byte a value, one scale a row."""
+        if self.precision in QUANTISED and not self._owns_words:
             self._encoder.quantize_word_table(get_num_threads())
             self._owns_words = True
         return self._owns_words
@@ -110,6 +120,21 @@ class NativeEngine:
     def packed_layer(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
         """The packed memory of one layer by linear, as :class:`PackedWeights` has it; read-only."""
         return {name: self._encoder.linear(layer, name) for name in LINEARS}
+
+    def _mixed(self) -> list[str]:
+        """What a recipe changed."""
+        formats = [stored for layer in self.formats for stored in layer.values()]
+        counts = Counter(
+            f"int4, groups of {stored.group_size}" if stored.precision == "int4" else stored.precision
+            for stored in formats
+        )
+        smoothed = sum(stored.smoothed for stored in formats)
+        lines = []
+        if len(counts) > 1 or "int4" in next(iter(counts), ""):
+            lines.append("products: " + "; ".join(f"{count} in {name}" for name, count in counts.most_common()))
+        if smoothed:
+            lines.append(f"products with smoothed inputs: {smoothed} of {len(formats)}")
+        return lines
 
     def packed_words(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The word table in 8 bits a value and its scales, where the engine holds it so."""
@@ -123,22 +148,23 @@ class NativeEngine:
             f"packed weights: {self._encoder.packed_bytes / 2**20:.1f} MiB "
             + ("(with the word embeddings, 8 bits a value)" if self._owns_words else "(embeddings are read in place)"),
             "fused: QKV in one product; bias + GELU, bias + residual, LayerNorm and "
-            + ("per-token int8 quantisation" if self.precision == "int8" else "operand conversion")
+            + ("per-token int8 quantisation" if self.precision in QUANTISED else "operand conversion")
             + " where the product leaves its tile; attention over real tokens only",
+            *self._mixed(),
         ]
         if self._origin is not None:
             lines.append(
                 f"packed weights are mapped from {self._origin}; their layout ({_C.pack_version}) is every target's"
             )
-        if self.precision == "bf16":
+        if any(stored.precision == "bf16" for layer in self.formats for stored in layer.values()):
             lines.append(f"bf16: {self._encoder.bf16_note}")
         return lines
 
 
-def pack_layer(weights: EncoderWeights, layer: int, precision: str) -> dict[str, dict[str, np.ndarray]]:
+def pack_layer(weights: EncoderWeights, layer: int, precision: str, recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
     """Packs one layer alone, as :class:`PackedWeights` has it. Raises InvalidWeightsError naming an unusable one."""
     encoder = _C.Encoder(_shape(weights.spec, 1), precision, requested_isa())
-    _Packer(encoder, weights).pack_linears(layer, 0)
+    _Packer(encoder, weights, precision, recipe).pack_linears(layer, 0)
     return {name: encoder.linear(0, name) for name in LINEARS}
 
 
@@ -174,17 +200,19 @@ class NativeBackend:
         """See :class:`xfast.backends.base.Backend`."""
         return True
 
-    def compile(self, weights: EncoderWeights, precision: str) -> NativeEngine:
-        """See :class:`xfast.backends.base.Backend`."""
-        return NativeEngine(weights, precision)
+    def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> NativeEngine:
+        """See :class:`xfast.backends.base.Backend`. ``recipe``: how single products differ."""
+        return NativeEngine(weights, precision, recipe=recipe)
 
 
 class _Packer:
     """Copies an encoder's parameters into the packed layout, refusing unusable values by name."""
 
-    def __init__(self, encoder: _C.Encoder, weights: EncoderWeights) -> None:
+    def __init__(self, encoder: _C.Encoder, weights: EncoderWeights, precision: str, recipe: Recipe) -> None:
         self._encoder = encoder
         self._weights = weights
+        self._precision = precision
+        self._recipe = recipe
 
     def pack(self, packed: PackedWeights | None) -> None:
         spec = self._weights.spec
@@ -195,16 +223,24 @@ class _Packer:
                 self.pack_linears(layer, layer)
             else:
                 for name, arrays in packed.layers[layer].items():
+                    stored = packed.formats[layer][name]
+                    self._choose(layer, name, LinearFormat(stored.precision, stored.group_size))
                     self._encoder.use_linear(layer, name, **arrays)
             for role in ("attention_norm", "ffn_norm"):
                 self._norm(layer, role)
 
     def pack_linears(self, layer: int, into: int) -> None:
         """Packs the products of ``layer`` as the encoder's layer ``into``."""
+        for name in LINEARS:
+            self._choose(into, name, self._recipe.of(layer, name, self._precision))
         for i, role in enumerate(("query", "key", "value")):
             self._linear(layer, role, "qkv", i * self._weights.spec.hidden_size, into)
         for role in ("attention_out", "ffn_in", "ffn_out"):
             self._linear(layer, role, role, 0, into)
+
+    def _choose(self, into: int, name: str, chosen: LinearFormat) -> None:
+        if (chosen.precision, chosen.group_size) != (self._precision, _C.default_group) or chosen.divisor is not None:
+            self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)
 
     def _array(self, layer: int, role: str) -> np.ndarray:
         tensor = self._weights.modules[layer, role].weight.detach().contiguous()

@@ -1,0 +1,77 @@
+// What the tiles of every precision share: how rows are cut, and what happens to finished accumulators.
+#pragma once
+
+namespace xfast {
+namespace XFAST_TARGET {
+
+constexpr int64_t kAheadInL2 = 1024;  // bytes of weights that are fetched from L2 ahead of their use
+constexpr int64_t kPassRows = 112;    // rows whose accumulators wait between passes over `in`
+
+// Rows [0, rows) cut into the fewest tiles of at most max_rows, all within one row of each other (32 = 11 + 11 + 10).
+struct RowTiles {
+  int64_t count, base, extra;
+  RowTiles(int64_t rows, int64_t max_rows)
+      : count(ceil_div(rows, max_rows)), base(count ? rows / count : 0), extra(count ? rows % count : 0) {}
+  int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
+};
+
+// Epilogue of one tile: acc [rows][32] -> args.out or args.out_operand. Everything that is the same for all rows is a
+// template argument or stays in registers.
+template <Precision P, Epilogue E, bool Direct>
+void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t rows, int64_t panel) {
+  const int64_t col = panel * kPanel, valid = args.w.out_features - col;
+  V16 bias[2], scale[2];
+  for (int v = 0; v < 2; ++v) {
+    bias[v] = load(args.w.bias + col + 16 * v);
+    scale[v] = P == Precision::kInt8 ? load(args.w.scale + col + 16 * v) : set1(1.0f);
+  }
+  for (int64_t r = 0; r < rows; ++r, acc += kPanel * 4) {
+    const int64_t row = row0 + r;
+    V16 y[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      if constexpr (P == Precision::kInt8) {
+        const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(acc) + 16 * v));
+        y[v] = fma(sum, mul(scale[v], set1(args.a.scale[row])), bias[v]);
+      } else if constexpr (P == Precision::kInt4) {
+        y[v] = fma(load(reinterpret_cast<const float*>(acc) + 16 * v), set1(args.a.scale[row]), bias[v]);
+      } else {
+        y[v] = add(load(reinterpret_cast<const float*>(acc) + 16 * v), bias[v]);
+      }
+      if constexpr (E == Epilogue::kBiasGelu) y[v] = P == Precision::kFp32 ? gelu(y[v]) : gelu_rounded(y[v]);
+      if constexpr (E == Epilogue::kBiasResidual)
+        y[v] = add(y[v], load_n(args.residual + row * args.ldr + col + 16 * v, valid - 16 * v));
+      if constexpr (!Direct) store_n(args.out + row * args.ldo + col + 16 * v, y[v], valid - 16 * v);
+    }
+    // A panel of 32 outputs is two fp32 chunks or one bf16 chunk; padded outputs are zero (weights and bias are).
+    if constexpr (Direct && P == Precision::kFp32) {
+      uint8_t* dst = args.out_operand.data + row * kChunkBytes + 2 * panel * args.out_operand.chunk_stride;
+      store(reinterpret_cast<float*>(dst), y[0]);
+      if (valid > 16) store(reinterpret_cast<float*>(dst + args.out_operand.chunk_stride), y[1]);
+    } else if constexpr (Direct) {
+      uint16_t* dst = reinterpret_cast<uint16_t*>(args.out_operand.data + row * kChunkBytes +
+                                                  panel * args.out_operand.chunk_stride);
+      store_bf16(dst, y[0]);
+      store_bf16(dst + 16, y[1]);
+    }
+  }
+}
+
+using FinishFn = void (*)(const GemmArgs&, const uint8_t*, int64_t, int64_t, int64_t);
+
+template <Precision P>
+FinishFn finish_for(const GemmArgs& args) {
+  constexpr bool kCanBeDirect = !is_quantised(P);  // a quantised row's scale is known only at its end
+  const bool direct = kCanBeDirect && args.out_operand.data != nullptr;
+  switch (args.epilogue) {
+    case Epilogue::kBias:
+      return direct ? finish_tile<P, Epilogue::kBias, kCanBeDirect> : finish_tile<P, Epilogue::kBias, false>;
+    case Epilogue::kBiasResidual: return finish_tile<P, Epilogue::kBiasResidual, false>;
+    case Epilogue::kBiasGelu:
+      return direct ? finish_tile<P, Epilogue::kBiasGelu, kCanBeDirect> : finish_tile<P, Epilogue::kBiasGelu, false>;
+  }
+  return nullptr;
+}
+
+}  // namespace XFAST_TARGET
+}  // namespace xfast
