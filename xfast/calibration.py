@@ -36,7 +36,6 @@ _ROLES = {"qkv": ("query", "key", "value")}
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
-_LARGEST = {"int8": 127, "int4": 7}
 
 
 @dataclass(frozen=True)
@@ -227,18 +226,22 @@ class Simulation:
         if chosen.divisor is not None:
             divisor = torch.from_numpy(chosen.divisor)
             x, w = x / divisor, w * divisor
-        return (_rounded(x, _LARGEST["int8"]) @ _rounded_weight(w, chosen).T - self._exact).norm(dim=1)
+        return (_rounded(x) @ _rounded_weight(w, chosen).T - self._exact).norm(dim=1)
 
 
 def _rounded_weight(weight: torch.Tensor, chosen: LinearFormat) -> torch.Tensor:
     if chosen.precision == "int8":
-        return _rounded(weight, _LARGEST["int8"])
+        return _rounded(weight)
+    # As csrc/weights.cpp packs int4 but for its search of better steps: a group's largest value becomes -8
     columns = weight.shape[1]
     groups = nn.functional.pad(weight, (0, -columns % chosen.group_size)).unflatten(1, (-1, chosen.group_size))
-    return _rounded(groups, _LARGEST["int4"]).flatten(1)[:, :columns]
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    step = torch.where(-low >= high, low, high) / -8
+    step = torch.where(step.abs() < _TINY, _TINY, step)
+    return (groups / step).round_().clamp_(-8, 7).mul_(step).flatten(1)[:, :columns]
 
 
-def _rounded(x: torch.Tensor, largest: int) -> torch.Tensor:
-    """``x`` in whole steps, symmetric, one step for everything along the last dimension."""
-    step = x.abs().amax(-1, keepdim=True).clamp_min(_TINY) / largest
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in 127 steps either way, one size of step for everything along the last dimension."""
+    step = x.abs().amax(-1, keepdim=True).clamp_min(_TINY) / 127
     return (x / step).round_().mul_(step)

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 
 from xfast.architecture import EncoderSpec
-from xfast.backends.native import requested_isa
+from xfast.backends.native import NativeEngine, PackedWeights, pack_layer, requested_isa
 from xfast.calibration import Batch, Inputs, Product, Simulation, Target, find_target, product_inputs, read_batches
-from xfast.errors import BackendUnavailableError, InvalidOptionError
-from xfast.options import Options
-from xfast.plan import Plan
+from xfast.errors import BackendUnavailableError, InvalidInputError, InvalidOptionError
 from xfast.quantization_reports import (
     Measured,
     MixedReport,
@@ -122,8 +120,9 @@ def sensitivity(
         raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe, got {type(recipe).__name__}")
     recipe.check(target.weights.spec)
     batches = read_batches(target, calibration)
-    trials = _Trials(target, batches)
     formats = {key: _in_precision(recipe.of(*key, precision), precision) for key in target.products()}
+    trials = _Trials(target, batches)
+    trials.pack(formats)
     products = tuple(ProductError(*key, trials.error({key: formats[key]})) for key in formats)
     layers = tuple(
         trials.error({(layer, name): formats[layer, name] for name in LINEARS})
@@ -170,9 +169,10 @@ def mixed(
     for precision in names:
         plain = LinearFormat(precision, group_size)
         smoothed = _calibrated(target, inputs, plain, STRENGTHS) if precision in QUANTISED else {}
-        for key in ladders:
-            chosen = smoothed.get(key, plain)
-            ladders[key].append(_Rung(chosen, trials.error({key: chosen}), _bytes(target.weights.spec, key[1], chosen)))
+        formats = {key: smoothed.get(key, plain) for key in ladders}
+        trials.pack(formats)
+        for key, chosen in formats.items():
+            ladders[key].append(_Rung(chosen, trials.error({key: chosen}), trials.bytes({key: chosen})))
     chosen, uniform, result = _cheapest(trials, ladders, float(tolerance))
     products = tuple(
         ProductChoice(*key, rung.chosen.precision, rung.chosen.divisor is not None, rung.error, rung.bytes)
@@ -276,49 +276,61 @@ def _product_outliers(key: Product, inputs: Inputs, weight: torch.Tensor) -> Pro
 # --- runs of the engine ----------------------------------------------------------------------------------------------
 
 
+_FP32 = LinearFormat("fp32")
+
+
 class _Trials:
-    """Runs formats of single products on the calibration batches, everything else in fp32."""
+    """Runs formats of products on the calibration batches, what is not named in fp32. Each is packed once."""
 
     def __init__(self, target: Target, batches: Sequence[Batch]) -> None:
-        self._target = target
+        self._weights = target.weights
         self._batches = batches
+        self._packed: dict[tuple[Product, LinearFormat], Mapping[str, np.ndarray]] = {}
+        self._plain = dict.fromkeys(target.products(), _FP32)
+        self.pack(self._plain)
         self.runs = 0
         self._exact = self._outputs({})
+        if not bool(torch.isfinite(self._exact).all()):
+            raise InvalidInputError("calibration: the encoder's output holds NaN or infinity")
+
+    def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
+        """Makes formats ready to be run; ``formats`` names every product of the encoder."""
+        for layer in range(self._weights.spec.num_layers):
+            recipe = Recipe(linears={(layer, name): formats[layer, name] for name in LINEARS})
+            for name, arrays in pack_layer(self._weights, layer, _FP32.precision, recipe).items():
+                self._packed[(layer, name), formats[layer, name]] = arrays
+
+    def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
+        """Of these products, packed."""
+        return sum(array.nbytes for each in formats.items() for array in self._packed[each].values())
 
     def error(self, formats: Mapping[Product, LinearFormat]) -> float:
         """||y - y_fp32|| / ||y_fp32|| over all tokens."""
-        return _relative(self._outputs(formats), self._exact)
+        return self._relative(self._outputs(formats))
 
     def measure(self, formats: Mapping[Product, LinearFormat]) -> Measured:
         """Everything that is reported of a recipe; ``formats`` names every product."""
         got = self._outputs(formats)
         cosines = torch.nn.functional.cosine_similarity(got.double(), self._exact.double())
-        spec = self._target.weights.spec
-        size = sum(_bytes(spec, name, chosen) for (_, name), chosen in formats.items())
-        return Measured(_relative(got, self._exact), float(cosines.min()), float(cosines.mean()), size)
+        return Measured(self._relative(got), float(cosines.min()), float(cosines.mean()), self.bytes(formats))
+
+    def _relative(self, got: torch.Tensor) -> float:
+        exact = self._exact.double()
+        return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
     def _outputs(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
         """Hidden states of all tokens [T, hidden_size]."""
         self.runs += 1
-        options = Options(backend="native", precision="fp32", recipe=Recipe(linears=formats))
-        engine = Plan(self._target.module, self._target.family, options).current_engine(self._target.module)
-        assert engine is not None  # asked for by name
+        recipe = Recipe(linears={**self._plain, **formats})
+        layers = range(self._weights.spec.num_layers)
+        packed = PackedWeights(
+            layers=[{name: self._packed[(i, name), recipe.linears[i, name]] for name in LINEARS} for i in layers],
+            formats=[recipe.stored(i, _FP32.precision) for i in layers],
+            words=None,
+            origin="memory",
+        )
+        engine = NativeEngine(self._weights, _FP32.precision, packed)
         return torch.cat([engine.run(batch.packed)[0] for batch in self._batches])
-
-
-def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-
-
-def _bytes(spec: EncoderSpec, name: str, chosen: LinearFormat) -> int:
-    """Of one packed product, without what padding to whole panels adds."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    sizes = {"qkv": (3 * hidden, hidden), "ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
-    outputs, inputs = sizes.get(name, (hidden, hidden))
-    values = outputs * inputs
-    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[chosen.precision]
-    scales = {"int8": outputs, "int4": outputs * -(-inputs // chosen.group_size)}.get(chosen.precision, 0)
-    return values * bits // 8 + 4 * (scales + outputs)
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
