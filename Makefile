@@ -24,7 +24,7 @@ format:
 	clang-format -i $(CXX_FILES)
 
 test:
-	pytest -q
+	pytest -q -n 2 --dist loadfile
 
 # About three minutes: every stem on its most telling shapes.
 bench:

@@ -166,7 +166,7 @@ def test_what_is_not_accepted(tmp_path: Path) -> None:
     checkpoint(tmp_path / "m")
     source = str(tmp_path / "m")
     for call, text in (
-        (lambda: convert(source, tmp_path / "a", "int4"), "precision"),
+        (lambda: convert(source, tmp_path / "a", "int2"), "precision"),
         (lambda: convert(source, tmp_path / "a", architecture="os"), "architecture"),
         (lambda: convert(source, tmp_path / "m"), "checkpoint itself"),
     ):

@@ -116,6 +116,9 @@ def test_bad_thread_counts(threads: Any) -> None:
 class _Wrapper:
     model = "a name, not a module"
 
+    def __str__(self) -> str:  # the same in every process: test ids are made of it
+        return "wrapper"
+
 
 @pytest.mark.parametrize("thing", [3, None, "xlm-roberta-base", [1], transformers.XLMRobertaModel, _Wrapper()], ids=str)
 @pytest.mark.parametrize("call", [xfast.accelerate, xfast.restore, xfast.explain])

@@ -78,7 +78,8 @@ def test_intermediate_training_from_end_to_end(pretrained: Trained, data_dir: Pa
     gold = Counter(tag for line in (data_dir / "xtreme/labels/udpos/test-en.tsv").read_text().split() for tag in [line])
     majority = 100 * gold.most_common(1)[0][1] / gold.total()
     scores = {}
-    for name, start in (("none", pretrained), ("mnli", intermediate)):
+    few = ("en", "sw", "yo", "ta")
+    for name, start, languages in (("none", pretrained, few), ("mnli", intermediate, None)):
         run = RunConfig(
             str(start.folder / "encoder"),
             ("udpos",),
@@ -91,21 +92,20 @@ def test_intermediate_training_from_end_to_end(pretrained: Trained, data_dir: Pa
         )
         trained = train(run)
         model, predictions = str(trained.folder / "tasks" / "udpos"), tmp_path / name / "predictions"
-        result = evaluate(Evaluation(model, "udpos", predictions, source))
-        assert set(result["languages"]) == set(XTREME["udpos"]) - {"de"}  # de: not in the data pack
-        assert result["missing"].keys() == {"de"} and "native" in result["explain"]
-        stock = evaluate(
-            Evaluation(model, "udpos", None, source, backend="none", languages=("en", "sw", "yo", "ta"), limit=50)
-        )
-        fast = evaluate(Evaluation(model, "udpos", None, source, languages=("en", "sw", "yo", "ta"), limit=50))
+        result = evaluate(Evaluation(model, "udpos", predictions, source, languages=languages))
+        assert set(result["languages"]) == set(languages or XTREME["udpos"]) - {"de"}  # de: not in the data pack
+        assert languages or result["missing"].keys() == {"de"}
+        assert "native" in result["explain"]
+        stock = evaluate(Evaluation(model, "udpos", None, source, backend="none", languages=few, limit=50))
+        fast = evaluate(Evaluation(model, "udpos", None, source, languages=few, limit=50))
         assert stock["languages"] == pytest.approx(fast["languages"], abs=0.5)
         scores[name] = result["metrics"]["token_accuracy"]["languages"]
         assert scores[name]["en"] > majority + 5, (scores[name]["en"], majority)
         # the written files give the same figures to the scorer of submissions
         official = score(predictions, data_dir / "xtreme" / "labels", allow_missing=True)
         assert official["tasks"]["udpos"]["languages"] == pytest.approx(result["languages"], abs=1e-9)
-    mean = {name: np.mean(list(values.values())) for name, values in scores.items()}
-    print(json.dumps({"mean token accuracy": mean, "english": {n: s["en"] for n, s in scores.items()}}))
+    mean = {name: np.mean([values[language] for language in few]) for name, values in scores.items()}
+    print(json.dumps({"mean token accuracy of four": mean, "english": {n: s["en"] for n, s in scores.items()}}))
     torch.set_num_threads(threads)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 import xfast
 from xfast.benchmarks import models, workloads
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, XfastError
+from xfast.recipe import QUANTISED
 from xfast.stilts.model import AUTO_CLASSES, DTYPES, load_task_model
 from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING
 from xfast.stilts.tasks import get
@@ -93,10 +94,10 @@ def footprint(parameters: int, embedding: int, engine: EngineName, build: Build)
     if engine.backend == STOCK:
         held = parameters * DTYPES.get(engine.precision, torch.float32).itemsize
         return Footprint(held, original // 10 + original - held + exact, original)
-    width = {"int8": 1.1, "fp8": 1.1, "fp32": 4.0}.get(engine.precision, 2.0)
+    width = {"int4": 0.6, "int8": 1.1, "fp8": 1.1, "fp32": 4.0}.get(engine.precision, 2.0)
     packed = int((parameters - embedding) * width)
     if not build.keep_weights:
-        kept = embedding * (1 if engine.precision == "int8" else 2)
+        kept = embedding * (1 if engine.precision in QUANTISED else 2)
         return Footprint(packed + kept, original, original)
     return Footprint(original + packed, max(packed // 4, exact - packed), original)
 

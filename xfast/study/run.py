@@ -192,7 +192,7 @@ def _free(device: str) -> int | None:
 def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
     """Estimated seconds of a group, from the machine's arithmetic and the tokens of its cells, probes and scores."""
     engine, known = EngineName.parse(group.engine), group.facts
-    kind = engine.precision if engine.precision in ("bf16", "int8") else "fp32"
+    kind = {"bf16": "bf16", "int8": "int8", "int4": "int8"}.get(engine.precision, "fp32")
     rate = 1e9 * _SHARE_OF_CEILING.get(engine.backend, 0.5) * ceiling(kind, settings.threads, seconds=0.1)
     token_s = 2.0 * (known["parameters"] - known["embedding"]) / rate
     runs = len(group.arms) + group.shared_control
