@@ -31,7 +31,7 @@ Product = tuple[int, str]
 
 # Enough for a product's error: tokens differ more than outputs do, and each output has its own scale.
 _TOKENS = 256
-_OUTPUTS = 512
+_OUTPUTS = 256
 _ROLES = {"qkv": ("query", "key", "value")}
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Where rounding a zero row or column would divide by zero.
@@ -210,7 +210,7 @@ class Simulation:
     """One product on sampled tokens, in plain PyTorch.
 
     Attributes:
-        sizes: ||y|| of every token [T], y the product's outputs without bias.
+        sizes: ||y|| of every token [T], y (a sample of) the product's outputs without bias.
     """
 
     def __init__(self, tokens: torch.Tensor, weight: torch.Tensor) -> None:

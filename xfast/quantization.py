@@ -58,12 +58,15 @@ def smooth(
     Args:
         model: with one supported encoder, accelerated or not, on the CPU.
         precision, group_size: what the products will be quantised to, ``"int8"`` or ``"int4"``.
-        calibration: batches as the model takes them. Without: the divisors are the LayerNorms' gains to the power
-            ``strength`` (0.3), at the inputs of qkv and ffn_in. With: SmoothQuant's max|x|^a / max|w|^(1-a) for every
-            product, with the ``a`` of least error on a sample of tokens; none where it hardly helps.
-        strength: one exponent between 0 and 1, or (with calibration) several to choose from.
+        calibration: batches as the model takes them. Without: the divisors are (gain / max|w|)^0.3, at the inputs of
+            qkv and ffn_in, with the gains of the LayerNorm before. With: SmoothQuant's max|x|^a / max|w|^(1-a) for
+            every product, with the ``a`` of least error on a sample of tokens; none where it hardly helps, and none
+            for any qkv (attention_out, ...) where the engine then measures no smaller error of the output.
+        strength: the exponent, between 0 and 1, or (with calibration) several to choose from.
 
-    The other products keep ``accelerate``'s precision, as does every product that no divisor helps.
+    The recipe names only products that get a divisor; the others keep ``accelerate``'s precision. Cost: without
+    calibration, one look at the weights; with it, one run of the original and seven of the engine, whose products are
+    packed in fp32 and twice in ``precision``.
 
     Raises:
         InvalidOptionError, InvalidInputError, InvalidWeightsError, UnsupportedModelError, BackendUnavailableError:
@@ -77,9 +80,10 @@ def smooth(
         [exponent] = _strengths(strength, (GAIN_STRENGTH,), single=True)
         return Recipe(group_size, {key: replace(default, divisor=d) for key, d in _gain_divisors(target, exponent)})
     exponents = _strengths(strength, STRENGTHS)
-    return Recipe(
-        group_size, _calibrated(target, product_inputs(target, read_batches(target, calibration)), default, exponents)
-    )
+    batches = read_batches(target, calibration)
+    inputs = product_inputs(target, batches)
+    formats = _calibrated(target, inputs, default, exponents, _Trials(target, batches))
+    return Recipe(group_size, {key: each for key, each in formats.items() if each.divisor is not None})
 
 
 def outliers(model: Any, calibration: Sequence[Any]) -> OutlierReport:
@@ -168,9 +172,11 @@ def mixed(
     ladders: dict[Product, list[_Rung]] = {key: [] for key in target.products()}
     for precision in names:
         plain = LinearFormat(precision, group_size)
-        smoothed = _calibrated(target, inputs, plain, STRENGTHS) if precision in QUANTISED else {}
-        formats = {key: smoothed.get(key, plain) for key in ladders}
-        trials.pack(formats)
+        if smoothing and precision in QUANTISED:
+            formats = _calibrated(target, inputs, plain, STRENGTHS, trials)
+        else:
+            formats = dict.fromkeys(ladders, plain)
+            trials.pack(formats)
         for key, chosen in formats.items():
             ladders[key].append(_Rung(chosen, trials.error({key: chosen}), trials.bytes({key: chosen})))
     chosen, uniform, result = _cheapest(trials, ladders, float(tolerance))
@@ -187,7 +193,12 @@ def mixed(
 
 def _gain_divisors(target: Target, exponent: float) -> list[tuple[Product, np.ndarray]]:
     keys = [key for key in target.products() if key[1] in _NORM_FED]
-    return [(key, _divisor(_gains(target, key) ** exponent)) for key in keys]
+    return [(key, _gain_divisor(target, key, target.weight(*key), exponent)) for key in keys]
+
+
+def _gain_divisor(target: Target, key: Product, weight: torch.Tensor, exponent: float) -> np.ndarray:
+    # The weights' share matters in trained models, which give small weights to large channels
+    return _divisor((_gains(target, key) / _columns(weight)) ** exponent)
 
 
 def _gains(target: Target, key: Product) -> torch.Tensor:
@@ -210,28 +221,42 @@ def _norm_before(spec: EncoderSpec, layer: int, name: str) -> Product:
 
 
 def _calibrated(
-    target: Target, found: dict[Product, Inputs], default: LinearFormat, exponents: Sequence[float]
+    target: Target, found: dict[Product, Inputs], default: LinearFormat, exponents: Sequence[float], trials: _Trials
 ) -> dict[Product, LinearFormat]:
-    """The formats of the products that a divisor helps."""
-    chosen = {}
-    for key, inputs in found.items():
-        weight = target.weight(*key)
-        simulation = Simulation(inputs.tokens, weight)
-        candidates = [_smoothquant(inputs, weight, exponent) for exponent in exponents]
-        if key[1] in _NORM_FED:  # what holds for all text, should the calibration batches be few
-            candidates.append(_divisor(_gains(target, key) ** GAIN_STRENGTH))
-        formats = [default, *(replace(default, divisor=candidate) for candidate in candidates)]
-        # Relative to each token's own size: large tokens must not decide for all
-        errors = [float((simulation.errors(each) / simulation.sizes).square().mean().sqrt()) for each in formats]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        if errors[best] < (1 - _WORTHWHILE) * errors[0]:
-            chosen[key] = formats[best]
-    return chosen
+    """Formats of all products, ready to be run, with divisors where those help."""
+    formats = dict.fromkeys(found, default)
+    trials.pack(formats)
+    smoothed = {key: _best(target, key, inputs, default, exponents) for key, inputs in found.items()}
+    trials.pack(smoothed)
+    # What helps a product need not help the output: outputs of ffn_out differ in size more than they matter
+    least = trials.error(formats)
+    for name in ("qkv", "ffn_in", "attention_out", "ffn_out"):
+        tried = {key: smoothed[key] if key[1] == name else each for key, each in formats.items()}
+        error = trials.error(tried)
+        if error < least:
+            formats, least = tried, error
+    return formats
 
 
-def _smoothquant(inputs: Inputs, weight: torch.Tensor, exponent: float) -> np.ndarray:
-    largest, weights = _positive(inputs.largest), _positive(weight.abs().amax(0))
-    return _divisor(largest**exponent / weights ** (1 - exponent))
+def _best(
+    target: Target, key: Product, inputs: Inputs, default: LinearFormat, exponents: Sequence[float]
+) -> LinearFormat:
+    """The format of one product with the least error of its own outputs."""
+    weight = target.weight(*key)
+    columns, largest = _columns(weight), _positive(inputs.largest)
+    divisors = [_divisor(largest**exponent / columns ** (1 - exponent)) for exponent in exponents]
+    if key[1] in _NORM_FED:  # what holds for all text, should the calibration batches be few
+        divisors.append(_gain_divisor(target, key, weight, GAIN_STRENGTH))
+    formats = [default, *(replace(default, divisor=divisor) for divisor in divisors)]
+    simulation = Simulation(inputs.tokens, weight)
+    errors = [float(simulation.errors(each).norm()) for each in formats]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return formats[best] if errors[best] < (1 - _WORTHWHILE) * errors[0] else default
+
+
+def _columns(weight: torch.Tensor) -> torch.Tensor:
+    """Largest weight of each input [I]."""
+    return _positive(weight.abs().amax(0))
 
 
 def _positive(size: torch.Tensor) -> torch.Tensor:
