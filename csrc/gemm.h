@@ -98,6 +98,7 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
     const int64_t chunks = last ? args.w.chunks - chunk : kPassChunks, bytes = chunks * kPanelChunkBytes;
     const uint8_t* pass_weights = weights + chunk * kPanelChunkBytes;
     const uint8_t* ahead = last ? next : pass_weights + bytes;
+    if (tiles.count == 1) ahead = pass_weights + kAheadOfOneTile;
     int64_t lines_ahead = ahead == nullptr || kRegBytes > 64 ? 0 : bytes / 64;  // portable code has no use for it
     int64_t row = row_begin;
     for (int64_t t = 0; t < tiles.count; ++t) {

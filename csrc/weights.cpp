@@ -42,40 +42,52 @@ struct GroupScale {
   uint16_t bits = 0;
   float inverse = 0.0f;
 
-  // `values` [kInt4MaxGroup], zeros beyond the group.
-  explicit GroupScale(const float* values) {
+  // `values` [size], size a multiple of 8.
+  GroupScale(const float* values, int64_t size) {
     float low = 0.0f, high = 0.0f;
-    for (int64_t i = 0; i < kInt4MaxGroup; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      low = values[i] < low ? values[i] : low;
+      high = values[i] > high ? values[i] : high;
+    }
     const float extreme = -low >= high ? low : high;
     if (std::fabs(extreme) <= 1e-30f) return;
     float least = 0.0f;
     for (const float steps : kSteps) {
       const uint16_t tried = float_to_bf16(-extreme / steps);
-      const float inverted = 1.0f / bf16_to_float(tried), error = squared_error(values, bf16_to_float(tried), inverted);
+      const float scale = bf16_to_float(tried), inverted = 1.0f / scale;
+      const float error = squared_error(values, size, scale, inverted);
       if (bits != 0 && !(error < least)) continue;
       least = error;
       bits = tried;
       inverse = inverted;
     }
   }
-  int quantize(float value) const { return static_cast<int>(round_clamped(value * inverse)); }
+  int quantize(float value) const { return static_cast<int>(round_clamped(F4{value * inverse})[0]); }
 
  private:
-  // Adding and taking away 1.5 * 2^23 rounds to nearest even, and vectorises on every CPU.
-  static float round_clamped(float value) {
-    constexpr float kMagic = 12582912.0f;
-    return (std::min(std::max(value, -8.0f), 7.0f) + kMagic) - kMagic;
+  // Four at a time, written out: no compiler at hand vectorises the search by itself.
+  typedef float F4 __attribute__((vector_size(16)));
+
+  static F4 splat(float value) { return F4{value, value, value, value}; }
+  // Adding and taking away 1.5 * 2^23 rounds to nearest even.
+  static F4 round_clamped(F4 value) {
+    const F4 low = splat(-8.0f), high = splat(7.0f), magic = splat(12582912.0f);
+    value = value < low ? low : value;
+    value = value > high ? high : value;
+    return (value + magic) - magic;
   }
-  static float squared_error(const float* values, float scale, float inverted) {
-    constexpr int64_t kLanes = 8;  // independent sums, so that the compiler may use vectors
-    float sums[kLanes] = {};
-    for (int64_t i = 0; i < kInt4MaxGroup; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const float d = values[i + lane] - scale * round_clamped(values[i + lane] * inverted);
-        sums[lane] += d * d;
+  static float squared_error(const float* values, int64_t size, float scale, float inverted) {
+    constexpr int64_t kLanes = 8;  // part of the definition: which sums are rounded
+    F4 sums[kLanes / 4] = {};
+    for (int64_t i = 0; i < size; i += kLanes)
+      for (int64_t half = 0; half < kLanes / 4; ++half) {
+        F4 value;
+        std::memcpy(&value, values + i + 4 * half, sizeof value);
+        const F4 d = value - splat(scale) * round_clamped(value * splat(inverted));
+        sums[half] += d * d;
       }
     float total = 0.0f;
-    for (const float sum : sums) total += sum;
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane / 4][lane % 4];
     return total;
   }
 };
@@ -255,7 +267,7 @@ void PackedLinear::set_row_int4(int64_t n, const float* values) {
     const int64_t stored = std::min(group_, chunks_ * 64 - begin);
     float group[kInt4MaxGroup] = {};
     std::copy_n(values + begin, count, group);
-    const GroupScale scale(group);
+    const GroupScale scale(group, group_);
     std::memcpy(record + n % kPanel * 2, &scale.bits, 2);
     uint8_t* lane = record + kInt4ScaleBytes + n % kPanel * 4;
     for (int64_t k = 0; k < stored; ++k) {

@@ -83,7 +83,9 @@ def cell(
         else:
             lengths = np.interp(PERCENTILES, PERCENTS, profile.quantiles).tolist()
             ms = [1000 * seconds(engine, size, length) * slower * 1.15 for length in lengths]
-            latency[arm] = Latency(p50_ms=ms[10], p95_ms=ms[19], p99_ms=ms[20], responses=400, quantiles_ms=ms)
+            latency[arm] = Latency(
+                p50_ms=ms[10], p95_ms=ms[19], p99_ms=ms[20], texts=400, responses=1200, quantiles_ms=ms, unknown={}
+            )
     return Cell(
         key=f"{kind} {size} {engine} {task} {code}",
         kind=kind,

@@ -19,7 +19,7 @@ from xfast.stilts.retrieval import (
     mewslix_pairs,
     tatoeba,
 )
-from xfast.stilts.retrieval_data import CROSSES, NO_SENTENCE, OTHER_LANGUAGE
+from xfast.stilts.retrieval_data import CROSSES, NO_SENTENCE, OTHER_LANGUAGE, mewslix_texts
 
 Write = Callable[[str, str], Path]
 
@@ -267,6 +267,8 @@ def test_mentions(write: Write) -> None:
     assert data.gold == {"a": {"Q1"}, "b": {"Q2"}, "d": {"Q1"}}
     assert data.skipped == {CROSSES: 2, OTHER_LANGUAGE: 1}
     assert mewslix_mentions(path, "de").queries.texts == ("First: { First } (one).",)
+    english, german = ([text for code, text in mewslix_texts(path) if code == wanted] for wanted in ("en", "de"))
+    assert tuple(english) == data.queries.texts and tuple(german) == mewslix_mentions(path, "de").queries.texts
     assert len(mewslix_mentions(path, "ta").queries) == 0
 
 

@@ -11,26 +11,32 @@ from typing import Any
 import numpy as np
 import pytest
 import stilts
+import study_processes as processes
 import torch
 import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
+from xfast.benchmarks import workloads
 from xfast.errors import InvalidOptionError
+from xfast.stilts import evaluation
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
 from xfast.stilts.evaluation import Evaluation, _Predictor, evaluate
+from xfast.stilts.model import load_task_model
 from xfast.stilts.tasks import get
 from xfast.stilts.tokenizer import load_tokenizer
 from xfast.stilts.training import train
 from xfast.study import accuracy, arms, probes, run
 from xfast.study.document import BASELINE, INTERMEDIATE
-from xfast.study.factors import CHECKPOINT, EngineName, Settings
+from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, EngineName, Settings
 from xfast.study.timing import Runner
+from xfast.study.work import Texts
 
 LANGUAGES = ("sw", "en")
 
 base = pytest.fixture(scope="module")(stilts.base)
+_forked = pytest.fixture(scope="module", autouse=True)(processes.forked)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def test_scores_are_the_official_ones(studied: dict[str, Any], settings: Setting
         assert {row["language"]: row["value"] for row in rows} == expected
         assert {row["examples"] for row in rows} == {12}
     assert {row["task"] for row in studied["accuracy"]} == {"xnli", "xquad", "tatoeba"}
-    assert not studied["skipped"] or {one["why"] for one in studied["skipped"]} == {"not in the data"}
+    assert [one["what"] for one in studied["skipped"]] == ["accuracy on tatoeba in en"]
     json.dumps(studied, allow_nan=False)
 
 
@@ -119,12 +125,13 @@ def test_retrieval_is_scored_by_layer_and_the_best_one_named(studied: dict[str, 
     assert all(layers == 1 for _, layers in fronts)  # half the cost at the same accuracy
 
 
-def test_answers_and_windows_are_figures_of_question_answering(studied: dict[str, Any]) -> None:
+def test_answers_and_windows_are_figures_of_question_answering(studied: dict[str, Any], settings: Settings) -> None:
     answers = [one for one in studied["probes"] if one["probe"] == "answers"]
     assert {(one["arm"], one["language"]) for one in answers} <= {
         (arm, language) for arm in (BASELINE, INTERMEDIATE) for language in LANGUAGES
     }
     assert answers and all(one["value"] > 0 for one in answers)
+    assert {one["x"] for one in answers} == set(settings.engines)  # coarse arithmetic may choose other answers
     windows = [cell["windows_per_example"] for cell in studied["cells"] if cell["task"] == "xquad"]
     assert windows and set(windows) == {1.0}
 
@@ -167,6 +174,70 @@ def test_checkpoints_are_found_and_checked(
     assert arms.resolve(settings, CHECKPOINT, ["xnli"]).facts["layers"] == 2
 
 
+def _long(rng: Any, root: Path) -> None:
+    """Texts that need windows or are cut, of one example a task."""
+    first, second, context = (" ".join(rng.choice(stilts.WORDS, count)) for count in (200, 300, 900))
+    stilts.write_lines(root / "xnli/test-sw.tsv", [f"{first}\t{second}"])
+    stilts.write_lines(root / "labels/xnli/test-sw.tsv", ["neutral"])
+    answers = [{"text": context.split()[0], "answer_start": 0}]
+    qas = [{"id": "q", "question": "what follows river", "answers": answers}]
+    document = {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}
+    stilts.write_json(root / "xquad/xquad.sw.json", document)
+
+
+@pytest.mark.parametrize(("task", "sequences", "longest"), [("xnli", 1, 256), ("xquad", 4, 384), ("tatoeba", 20, 0)])
+def test_what_is_timed_is_what_is_scored(
+    settings: Settings, data: Path, tmp_path: Path, monkeypatch: Any, task: str, sequences: int, longest: int
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    _long(np.random.default_rng(0), tmp_path / "data" / "xtreme")
+    changed = Settings.from_dict({**settings.as_dict(), "data": str(tmp_path / "data")})
+    scored: set[tuple[int, ...]] = set()
+
+    def watched(*arguments: Any) -> Any:
+        model = load_task_model(*arguments)
+        model.register_forward_pre_hook(seen, with_kwargs=True)
+        return model
+
+    def seen(model: Any, _: Any, given: dict[str, torch.Tensor]) -> None:
+        rows = zip(given["input_ids"], given["attention_mask"], strict=True)
+        scored.update(tuple(ids[mask.bool()].tolist()) for ids, mask in rows)
+
+    monkeypatch.setattr(evaluation, "load_task_model", watched)
+    records = list(accuracy.measure(changed, "stock:fp32", BASELINE, task, ["sw"], 1))
+    assert "accuracy" in {record["kind"] for record in records}
+    known = arms.resolve(changed, CHECKPOINT, [task]).facts
+    work = Texts(changed).work(task, "sw", 100, workloads.Model(known["vocab"], known["pad"], known["limit"]))
+    timed = {tuple(ids.tolist()) for example in work.examples for ids in example}
+    assert timed == scored  # both sides of Tatoeba have the same texts here
+    assert len(timed) >= sequences and max(map(len, timed)) == (longest or max(map(len, scored)))
+
+
+def test_the_tokenizer_is_one_for_times_and_scores(settings: Settings, base: Path, tmp_path: Path) -> None:
+    named = arms.tokenizer_of(settings, "xnli")
+    assert named == base
+    own = Settings.from_dict({**settings.as_dict(), "tokenizer": None})
+    folder = arms.folder_of(settings.baseline, "xnli")
+    assert arms.tokenizer_of(own, "xnli") == folder  # a STILTs run leaves it beside the weights
+    assert accuracy._evaluation(own, "native:fp32", folder, "xnli", ["sw"], None, tmp_path).tokenizer == str(folder)
+    assert Texts(own).tokenizers["xnli"].name_or_path == str(folder)
+    bare = Settings.from_dict({**own.as_dict(), "baseline": {"xnli": str(tmp_path)}, "intermediate": {}})
+    assert arms.tokenizer_of(bare, "xnli") == Path(str(settings.data)) / "tokenizer" / "xlmr"
+
+
+def test_what_has_no_score_is_said(settings: Settings) -> None:
+    pairs = [("xnli", "sw"), ("tatoeba", "sw"), ("tatoeba", "en"), ("mlm", "sw")]
+    assert [one["what"] for one in accuracy.left_out(settings, pairs)] == [
+        "accuracy on tatoeba in en",
+        "accuracy on mlm",
+    ]
+    assert not list(accuracy.left_out(settings, [("xnli", "en"), ("mewslix", "de")]))
+    without = Settings.from_dict({**settings.as_dict(), "data": None})
+    assert [one["what"] for one in accuracy.left_out(without, pairs)] == ["accuracy"]
+    seeded = Settings.from_dict({**settings.as_dict(), "baseline": {}, "intermediate": {}, "sizes": ["tiny"]})
+    assert not list(accuracy.left_out(seeded, pairs))  # its note says that nothing is claimed
+
+
 # --- arms and probes on seeded models
 
 
@@ -194,15 +265,20 @@ def test_probes_know_exact_arithmetic_from_coarse() -> None:
 
     ids = torch.randint(5, 1000, (4, 12))
     inputs = {("panx", "sw"): (ids, torch.ones_like(ids))}
-    worst = {}
+    worst, early = {}, {}
     for engine in ("native:fp32", "native:int8"):
         model = arms.with_head(random_model("tiny"), "panx", 0)
-        found = list(probes.compare(model, EngineName.parse(engine), inputs))
-        assert {one["probe"] for one in found} == {"quantisation", "early"}
+        found = list(probes.compare(model, EngineName.parse(engine), inputs, (QUANTISATION, EARLY)))
+        assert {one["probe"] for one in found} == {QUANTISATION, EARLY}
         assert all(0 <= one["value"] <= 1 + 1e-6 for one in found)
         worst[engine] = next(one["value"] for one in found if "worst" in one["what"])
+        early[engine] = [one for one in found if one["probe"] == EARLY]
+        for wanted in (QUANTISATION, EARLY):
+            alone = list(probes.compare(model, EngineName.parse(engine), inputs, (wanted,)))
+            assert alone == [one for one in found if one["probe"] == wanted]
     assert worst["native:fp32"] == pytest.approx(1, abs=1e-6)
     assert 0.99 < worst["native:int8"] < worst["native:fp32"]
+    assert early["native:fp32"] == early["native:int8"]  # the weights' own, whatever runs them
 
 
 def test_text_towers_have_no_head_and_are_studied_whole() -> None:
@@ -218,8 +294,9 @@ def test_text_towers_have_no_head_and_are_studied_whole() -> None:
     ids = torch.randint(5, 100, (3, 2, 6))
     batch = ids, torch.ones_like(ids)
     assert Runner(tower, "cpu")(batch).last_hidden_state.shape == (6, 6, 16)  # projected, choices as sequences
-    found = list(probes.compare(tower, EngineName.parse("native:int8"), {("xcopa", "sw"): batch}))
-    assert {one["probe"] for one in found} == {"quantisation"}
+    inputs = {("xcopa", "sw"): batch}
+    found = list(probes.compare(tower, EngineName.parse("native:int8"), inputs, (QUANTISATION, EARLY)))
+    assert {one["probe"] for one in found} == {QUANTISATION}
 
 
 def test_a_head_that_brought_a_pooler_takes_it_along() -> None:

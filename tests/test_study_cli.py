@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import study_processes as processes
 from typer.testing import CliRunner
 
 from xfast.cli import BAD_INPUT, app
 from xfast.study import document, store
 from xfast.study.profiles import load_profiles
+
+_forked = pytest.fixture(scope="module", autouse=True)(processes.forked)
 
 
 def invoke(*arguments: object) -> Any:

@@ -12,12 +12,21 @@ from xfast.errors import DataFileError
 from xfast.study import corpus
 from xfast.study.profiles import load_profiles
 
+ELSEWHERE = (
+    '{"context": {"language": "xx", "text": "a", "sentence_spans": [{"start": 0, "end": 1}]}, "mention": '
+    '{"example_id": "m", "entity_id": "Q", "mention_span": {"start": 0, "end": 1, "text": "a"}}}\n'
+)
+"""A mention of Mewsli-X in a language that there is not."""
+
 
 def test_corpus_reads_every_layout(tmp_path: Path) -> None:
     squad = {"data": [{"paragraphs": [{"context": "C", "qas": [{"question": "Q1"}, {"question": "Q2"}]}]}]}
     lareqa = {"data": [{"paragraphs": [{"context": "S1 S2", "sentences": ["S1", "S2"], "qas": []}]}]}
     xcopa = {"premise": "P.", "choice1": "A", "choice2": "B", "question": "cause"}
     siqa = {"context": "C.", "question": "Q?", "answerA": "1", "answerB": "2", "answerC": "3"}
+    spans = {"text": "In Rome.", "sentence_spans": [{"start": 0, "end": 8}]}
+    mention = {"example_id": "m", "entity_id": "Q", "mention_span": {"start": 3, "end": 7, "text": "Rome"}}
+    mentions = [{"context": {"language": code, **spans}, "mention": mention} for code in ("de", "ta")]
     files = {
         "xtreme/tatoeba/sw-en.sw": "moja\nmbili\u2028 tatu\n\n",
         "xtreme/tatoeba/sw-en.en": "one\n",
@@ -34,11 +43,13 @@ def test_corpus_reads_every_layout(tmp_path: Path) -> None:
         "xtreme/siqa/socialIQa_v1.4_dev.jsonl": json.dumps(siqa) + "\r\n",
         "xtreme/bucc2018/zh-en.dev.zh": "zh-1\tx y\n",
         "xtreme/bucc2018/zh-en.dev.gold": "zh-1\ten-1\n",
+        "xtreme/mewslix/wikinews_mentions-test.jsonl": "".join(f"{json.dumps(row)}\n" for row in mentions),
         "mlm/yo_ytb.txt": "one\n\ntwo\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
+    assert corpus.collect(tmp_path, "xnli", "mlm").keys() == {("xnli", "sw"), ("mlm", "yo")}
     assert corpus.collect(tmp_path) == {
         ("tatoeba", "sw"): ["moja", "mbili\u2028 tatu"],
         ("tatoeba", "en"): ["one"],
@@ -51,6 +62,8 @@ def test_corpus_reads_every_layout(tmp_path: Path) -> None:
         ("xcopa", "qu"): [("P. What was the cause?", "A"), ("P. What was the cause?", "B")],
         ("siqa", "en"): [("C. Q?", "1"), ("C. Q?", "2"), ("C. Q?", "3")],
         ("bucc2018", "zh"): ["x y"],
+        ("mewslix", "de"): ["Rome: In { Rome } ."],
+        ("mewslix", "ta"): ["Rome: In { Rome } ."],
         ("mlm", "yo"): ["one", "two"],
     }
 
@@ -63,6 +76,8 @@ def test_corpus_reads_every_layout(tmp_path: Path) -> None:
         ("xtreme/xquad/xquad.el.json", "{"),
         ("xtreme/xcopa/val-qu.jsonl", "{}\n"),
         ("xtreme/bucc2018/zh-en.dev.zh", "no id\n"),
+        ("xtreme/mewslix/wikinews_mentions-dev.jsonl", '{"context": {}}\n'),
+        ("xtreme/mewslix/wikinews_mentions-test.jsonl", ELSEWHERE),
     ],
 )
 def test_corpus_names_the_file_it_cannot_read(tmp_path: Path, name: str, text: str) -> None:

@@ -189,7 +189,7 @@ def test_little_to_say() -> None:
     empty["cells"] = []
     empty["skipped"] = [{"what": f"size {at}", "why": "time"} for at in range(9)]
     assert "No throughput was measured." in said(empty) and "English: no throughput was measured." in said(empty)
-    assert "9 planned measurements were not made" in said(empty)
+    assert "9 parts were not measured" in said(empty)
 
 
 def test_language_measured_elsewhere_says_where() -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
+import study_processes as processes
 import torch
-from rich.console import Console
+from study_processes import alone, quiet
 
 from xfast import machine as machines
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidInputError, InvalidOptionError
@@ -26,12 +26,12 @@ from xfast.study.factors import EngineName, Settings
 from xfast.study.store import Store
 from xfast.study.work import Texts
 
-TINY = Settings(sizes=("tiny",), languages=("sw", "en"), samples=4, responses=2, rounds=2, threads=1)
+TINY = Settings(sizes=("tiny",), tasks=("panx",), languages=("sw", "en"), samples=4, responses=2, rounds=2, threads=1)
+FEW = replace(TINY, languages=("sw",), responses=0, probes=False)
 GIB = 2**30
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), force_terminal=False, width=200)
+_forked = pytest.fixture(scope="module", autouse=True)(processes.forked)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -75,9 +75,11 @@ def test_figures_follow_from_the_visits(finished: tuple[Path, dict[str, Any]]) -
             assert cell["throughput"][BASELINE]["tokens_per_s"] == pytest.approx(cell["tokens"] / middle)
         else:
             latency = cell["latency"][BASELINE]
-            assert latency["responses"] == sum(map(len, mine))
-            assert latency["quantiles_ms"][0] == pytest.approx(1e3 * min(map(min, mine)))
-            assert latency["quantiles_ms"][-1] == pytest.approx(1e3 * max(map(max, mine)))
+            assert (latency["texts"], latency["responses"]) == (2, sum(map(len, mine)))
+            texts = [median(seconds for visit in mine for seconds in visit[text::2]) for text in range(2)]
+            assert latency["quantiles_ms"][0] == pytest.approx(1e3 * min(texts))
+            assert latency["quantiles_ms"][-1] == pytest.approx(1e3 * max(texts))
+            assert latency["p99_ms"] is None and "2 texts" in latency["unknown"]["p99_ms"]
 
 
 def test_probes_show_exact_and_coarse_arithmetic(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -89,12 +91,26 @@ def test_probes_show_exact_and_coarse_arithmetic(finished: tuple[Path, dict[str,
     assert early and all(one["value"] == 1.0 for one in early)  # the last layer agrees with itself
 
 
+def test_what_no_arithmetic_touches_is_probed_once_and_by_an_exact_engine_too(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    order = [line for line in lines(finished[0]) if line["kind"] in ("probe", "engine")]
+    kinds = [line.get("probe", line.get("engine")) for line in order]
+    begun = kinds.index("native:fp32")  # an engine says what it is when its probes are done
+    assert set(kinds[:begun]) == {"early"} and kinds[begun + 1] == "quantisation"
+    assert "early" not in kinds[begun:]
+    figures = [(one["arm"], one["language"], one["x"]) for one in order[:begun]]
+    assert sorted(figures) == sorted(
+        (arm, language, layer) for arm in (BASELINE, INTERMEDIATE) for language in ("sw", "en") for layer in (1, 2)
+    )
+
+
 def test_a_finished_study_is_not_measured_again(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, document = finished
     before = len(lines(folder))
     again = run.start(TINY, folder, resume=True, console=quiet())
     assert again["cells"] == document["cells"]
-    assert [line["kind"] for line in lines(folder)[before:]] == ["ended"]
+    assert [line["kind"] for line in lines(folder)[before:]] == ["plan", "ended"]
     with pytest.raises(InvalidOptionError, match="--resume"):
         run.start(TINY, folder, resume=False, console=quiet())
     with pytest.raises(InvalidOptionError, match="another study"):
@@ -112,26 +128,19 @@ def _lives(process: str) -> bool:
 
 
 def test_a_killed_run_continues_and_loses_nothing(tmp_path: Path) -> None:
-    script = (
-        "import io, pathlib\n"
-        "from rich.console import Console\n"
-        "from xfast.study import run\n"
-        "from xfast.study.factors import Settings\n"
-        f"settings = Settings.from_dict({TINY.as_dict()!r})\n"
-        f"if __name__ == '__main__':\n    run.start(settings, pathlib.Path({str(tmp_path)!r}), resume=False, "
-        "console=Console(file=io.StringIO()))\n"
-    )
-    (tmp_path / "script.py").write_text(script)
+    settings = replace(TINY, engines=("native:int8",))
     path = tmp_path / store.NAME
-    process = subprocess.Popen([sys.executable, str(tmp_path / "script.py")])
+    # A process that knows nothing of this module's fixtures: its worker is spawned, as a user's is.
+    process = multiprocessing.get_context("forkserver").Process(target=processes.begin, args=(settings, tmp_path))
+    process.start()
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if path.exists() and path.read_bytes().count(b'"visit"') >= 3:
             break
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert children
     while any(_lives(child) for child in children):  # a worker ends with its parent, in the middle of a visit
         assert time.monotonic() < deadline
@@ -140,11 +149,14 @@ def test_a_killed_run_continues_and_loses_nothing(tmp_path: Path) -> None:
     assert len(had) >= 3
     with path.open("ab") as file:
         file.write(b'{"kind": "visit", "cell": "tiny/na')  # what a crash of the machine leaves
-    document = run.start(TINY, tmp_path, resume=True, console=quiet())
+    document = run.start(settings, tmp_path, resume=True, console=quiet())
     visits = [(line["cell"], line["round"]) for line in lines(tmp_path) if line["kind"] == "visit"]
-    assert len(visits) == len(set(visits)) == 16
+    assert len(visits) == len(set(visits)) == 8
     assert [line for line in path.read_bytes().split(b"\n") if b'"visit"' in line][: len(had)] == had
     assert all(cell["rounds"] == 2 for cell in document["cells"])
+    runs = {number: [line["after"] for line in lines(tmp_path) if line["run"] == number] for number in (1, 2)}
+    assert all(times == sorted(times) and times[-1] > 0.3 for times in runs.values())
+    assert document["seconds"] == pytest.approx(runs[1][-1] + runs[2][-1], abs=0.1)
 
 
 def test_a_worker_that_is_killed_costs_only_its_own_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,21 +172,21 @@ def test_a_worker_that_is_killed_costs_only_its_own_cells(tmp_path: Path, monkey
             os.kill(child.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Store, "add", kill_at_the_first_visit)
-    document = run.start(TINY, tmp_path, resume=False, console=quiet())
+    document = run.start(FEW, tmp_path, resume=False, console=quiet())
     (skipped,) = document["skipped"]
     assert skipped["what"] == "tiny native:fp32"
     assert "killed, as the system does when memory runs out" in skipped["why"]
-    whole = [cell for cell in document["cells"] if cell["engine"] == "native:int8"]
-    assert len(whole) == 4 and all(cell["rounds"] == 2 for cell in whole)
+    (whole,) = [cell for cell in document["cells"] if cell["engine"] == "native:int8"]
+    assert whole["rounds"] == 2
 
 
 def test_an_engine_that_cannot_run_says_why(tmp_path: Path) -> None:
-    changed = Settings.from_dict({**TINY.as_dict(), "engines": ["native:fp8", "native:int8"], "probes": False})
+    changed = replace(FEW, engines=("native:fp8", "native:int8"), rounds=1)
     document = run.start(changed, tmp_path / "one", resume=False, console=quiet())
     (skipped,) = document["skipped"]
     assert skipped["what"] == "tiny native:fp8" and "precision fp8 is not available on the CPU" in skipped["why"]
     assert {cell["engine"] for cell in document["cells"]} == {"native:int8"}
-    only = Settings.from_dict({**TINY.as_dict(), "engines": ["stock:int8"], "probes": False})
+    only = replace(FEW, engines=("stock:int8",), rounds=1)
     with pytest.raises(BackendUnavailableError, match="transformers itself runs fp32, fp16 and bf16"):
         run.start(only, tmp_path / "two", resume=False, console=quiet())
 
@@ -193,7 +205,7 @@ def test_no_gpu_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_does_not_fit_is_skipped_and_said() -> None:
-    settings = Settings(sizes=("base", "13b"), engines=("native:int8",), languages=("sw",))
+    settings = Settings(sizes=("base", "13b"), engines=("native:int8",), tasks=("panx",), languages=("sw",))
     made = run.plan(settings, Texts(settings), available=12 * GIB)
     assert [(group.size, group.arms) for group in made.groups] == [("base", (BASELINE, INTERMEDIATE, CONTROL))]
     (skipped,) = made.skipped
@@ -209,27 +221,30 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
     assert "a second copy does not fit" in made.notes[0]
 
 
+def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "ceiling", lambda *_, **__: 10.0)
+    large = Settings(sizes=("xl",), engines=("native:fp32", "native:int8"), tasks=("panx",), languages=("sw",))
+    made = run.plan(large, Texts(large), available=200 * GIB)
+    assert all(not group.build.probes for group in made.groups) and len(made.groups) == 2
+    why = {one["what"]: one["why"] for one in made.skipped}
+    assert set(why) == {"probe quantisation of xl native:int8", "probe early of xl"}
+    assert all("2 billion parameters" in reason for reason in why.values())
+    assert [note for note in made.notes if note.startswith("xl: probes are left out")]
+    without = Settings.from_dict({**large.as_dict(), "probes": False})
+    assert not run.plan(without, Texts(without), available=200 * GIB).skipped
+
+    tight = Settings(sizes=("large",), engines=("stock:bf16", "stock:fp32"), tasks=("panx",), languages=("sw",))
+    made = run.plan(tight, Texts(tight), available=8 * GIB + GIB // 2)
+    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [(("quantisation", "early"), 3), ((), 3)]
+    made = run.plan(tight, Texts(tight), available=6 * GIB)
+    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [((), 3), ((), 2)]
+    assert {one["what"] for one in made.skipped} == {"probe quantisation of large stock:bf16", "probe early of large"}
+    assert all("no memory" in one["why"] for one in made.skipped)
+
+
 @pytest.mark.parametrize("engine", ["native:int8", "stock:bf16"])
-def test_footprints_hold_on_a_real_model(tmp_path: Path, engine: str) -> None:
-    script = (
-        "import sys, torch\n"
-        "from xfast.benchmarks import workloads\n"
-        "from xfast.machine import peak_memory\n"
-        "from xfast.study import arms\n"
-        "from xfast.study.factors import EngineName, Settings\n"
-        "name, facts = EngineName.parse(sys.argv[1]), arms.size_facts('base')\n"
-        "settings = Settings(probes=False)\n"
-        "build = arms.build_of(settings, facts['parameters'], name)\n"
-        "arms.accelerate(arms.model_of(settings, 'tiny', 'baseline', 'panx', build.dtype), name)\n"  # imports it all
-        "before = peak_memory()\n"
-        "made = arms.model_of(settings, 'base', 'baseline', 'panx', build.dtype)\n"
-        "arms.accelerate(made, name)\n"
-        "needs = arms.footprint(facts['parameters'], facts['embedding'], name, build)\n"
-        "print((peak_memory() - before) / needs.of(1))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, engine], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0.7 < float(done.stdout) <= 1.03  # no spare for Python and torch in it
+def test_footprints_hold_on_a_real_model(engine: str) -> None:
+    assert 0.7 < alone(processes.footprint, engine) <= 1.03  # no spare for Python and torch in it
 
 
 def test_stock_engines_are_planned_with_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +252,7 @@ def test_stock_engines_are_planned_with_their_padding(monkeypatch: pytest.Monkey
     seconds = {}
     for policy in ("arrival", "sorted"):
         settings = Settings(engines=("stock:fp32",), languages=("sw",), policies=(policy,), responses=0)
+        settings = replace(settings, probes=False)
         seconds[policy] = run.plan(settings, Texts(settings), 100 * GIB).seconds
     both = Settings.from_dict({**settings.as_dict(), "policies": ("arrival", "sorted")})
     together = run.plan(both, Texts(both), 100 * GIB).seconds
@@ -287,26 +303,7 @@ def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path: Path) -> None:
-    script = (
-        "import pathlib, resource, signal, sys\n"
-        "from xfast.errors import DataFileError\n"
-        "from xfast.machine import machine\n"
-        "from xfast.study.factors import Settings\n"
-        "from xfast.study.store import Store\n"
-        "made = Store(pathlib.Path(sys.argv[1]), Settings(), machine(), resume=False)\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "size = made.path.stat().st_size\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))\n"
-        "made.add({'kind': 'note', 'text': 'a'})\n"
-        "try:\n    made.add({'kind': 'note', 'text': 100 * 'b'})\n"
-        "except DataFileError as error:\n    print(error)\n"
-        "made.add({'kind': 'note', 'text': 'c'})\n"
-        "made.close()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert "File too large; --resume continues" in done.stdout and not done.stderr
+    assert "File too large; --resume continues" in alone(processes.fill_up, tmp_path)
     records, _ = store.read(tmp_path / store.NAME)
     assert [record["text"] for record in records[1:]] == ["a", "c"]
 
@@ -325,6 +322,7 @@ def test_another_machine_or_other_data_do_not_continue(tmp_path: Path) -> None:
         Store(tmp_path, TINY, {**machine(), "cpu": "other"}, resume=True)
     made = Store(tmp_path, TINY, {**machine(), "commit": "newer"}, resume=True)
     assert "Continued with xfast newer" in lines(tmp_path)[-1]["text"]
+    assert [line["run"] for line in lines(tmp_path)] == [1, 2] and lines(tmp_path)[-1]["after"] < 60
     made.add({"kind": "cell", "cell": "a", "digest": "0123"})
     made.match("cell", "cell", {"a": {"digest": "0123"}, "b": {"digest": "new"}})
     with pytest.raises(InvalidOptionError, match=r"a was measured with other data.*'0123' there, '4567' now"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xfast.study import document, summary
+from xfast.study import document, summary, view
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.factors import Settings
 from xfast.study.languages import ordered
@@ -68,11 +68,67 @@ def test_rates_by_hand() -> None:
     assert figures["words_per_s"] == pytest.approx(200 / (tokens * 1e-3))
     assert figures["joules_per_sample"] == pytest.approx(10 / 32)
     latency = next(c for c in made["cells"] if c["language"] == "te" and c["latency"])["latency"][CONTROL]
-    assert latency["p50_ms"] == latency["p99_ms"] == pytest.approx(tokens / 32)
-    assert (latency["responses"], len(latency["quantiles_ms"])) == (20, len(document.PERCENTILES))
+    assert latency["p50_ms"] == latency["quantiles_ms"][-1] == pytest.approx(tokens / 32)
+    assert (latency["texts"], latency["responses"], len(latency["quantiles_ms"])) == (4, 20, len(document.PERCENTILES))
     assert cell["ratios"][CONTROL] == {"ratio": 1.0, "interval95": [1.0, 1.0], "pairs": 5}
     assert made["seconds"] == 60.0 and made["created"].startswith("2026-01-01")
     json.dumps(made, allow_nan=False)
+
+
+def _with_latency(texts: int, passes: int, milliseconds: Any) -> tuple[document.Latency, list[str]]:
+    """Of one cell whose responses take ``milliseconds(visit, pass, text)``; and the notes."""
+    key = "base/native:fp32/panx/sw/single/1"
+    facts = {"samples": texts, "tokens": 10, "sequences": texts, "padding": 0.0, "words": None}
+    rows = [
+        records(rounds=3)[0],
+        {"kind": "cell", "cell": key, **facts, "fertility": None, "windows_per_example": None},
+    ]
+    for number in range(3):
+        times = [1e-3 * milliseconds(number, turn, text) for turn in range(passes) for text in range(texts)]
+        seconds = dict.fromkeys((BASELINE, INTERMEDIATE, CONTROL), times)
+        rows.append({"kind": "visit", "cell": key, "round": number, "seconds": seconds, "joules": {}})
+    made = summary.document_of(rows, Path("x"))
+    return made["cells"][0]["latency"][BASELINE], made["notes"]
+
+
+def test_quantiles_of_latency_are_over_texts_not_over_their_repetitions() -> None:
+    # One text of a hundred is slow, and every first response of a text is interrupted: no quantile of a text.
+    figures, notes = _with_latency(
+        100, 3, lambda _, turn, text: 1000 if turn == 0 else 50 if text == 7 else 1 + text / 100
+    )
+    texts = sorted(50 if text == 7 else 1 + text / 100 for text in range(100))
+    assert (figures["texts"], figures["responses"], figures["unknown"]) == (100, 900, {})
+    for name, percent in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99)):
+        assert figures[name] == pytest.approx(np.percentile(texts, percent))  # type: ignore[literal-required]
+    assert figures["quantiles_ms"][0] == pytest.approx(1.0) and figures["quantiles_ms"][-1] == pytest.approx(50)
+    assert not any("of latency" in note for note in notes)
+
+
+@pytest.mark.parametrize(("texts", "unknown"), [(1, 2), (19, 2), (20, 1), (99, 1), (100, 0)])
+def test_tails_are_null_where_there_are_too_few_texts_however_often_they_are_answered(texts: int, unknown: int) -> None:
+    figures, notes = _with_latency(texts, 200, lambda visit, turn, text: 1 + text)
+    missing = ("p99_ms", "p95_ms")[:unknown]
+    assert [name for name in ("p99_ms", "p95_ms") if figures[name] is None] == list(missing)  # type: ignore[literal-required]
+    assert set(figures["unknown"]) == set(missing)
+    assert all(why.startswith(f"{texts} texts") for why in figures["unknown"].values())
+    assert figures["p50_ms"] == pytest.approx((1 + texts) / 2)
+    for name in ("p95", "p99"):
+        said = [
+            note for note in notes if note.startswith(f"{name} of latency is not given where a cell has {texts} texts")
+        ]
+        assert len(said) == (f"{name}_ms" in missing)
+
+
+def test_the_time_of_runs_that_were_killed_counts() -> None:
+    rows = [row for row in records() if row["kind"] != "ended"]
+    thirds = [rows[: len(rows) // 3], rows[len(rows) // 3 : 2 * len(rows) // 3], rows[2 * len(rows) // 3 :]]
+    timed = [
+        {**row, "run": run, "after": float(at)} for run, part in enumerate(thirds, 1) for at, row in enumerate(part)
+    ]
+    spent = sum(len(part) - 1 for part in thirds)
+    assert summary.document_of(timed, Path("x"))["seconds"] == spent
+    ended = {"kind": "ended", "at": "2026-01-01T00:00:00+00:00", "run": 3, "after": 1e6}
+    assert summary.document_of([*timed, ended], Path("x"))["seconds"] == spent - (len(thirds[2]) - 1) + 1e6
 
 
 def test_low_resource_languages_lead_the_cells() -> None:
@@ -188,6 +244,102 @@ def test_failures_are_listed_unless_a_later_run_mended_them() -> None:
     assert "a note" in made["notes"]
 
 
+def test_a_failure_after_timing_is_listed_beside_the_cells_that_were_timed() -> None:
+    # The memory of the timed models is stored before the scores: it does not say that the worker came to its end.
+    failure = {"kind": "failed", "size": "base", "engine": "native:int8", "why": "killed while scoring"}
+    ended = {"kind": "ended_group", "size": "base", "engine": "native:int8"}
+    listed = [{"what": "base native:int8", "why": "killed while scoring"}]
+    for rows, expected in (
+        ([failure], listed),
+        ([ended, failure], listed),  # a later run failed where an earlier one had ended
+        ([failure, ended], []),
+    ):
+        made = summary.document_of([*records(), *rows], Path("x"))
+        assert made["skipped"] == expected
+        timed = [cell for cell in made["cells"] if cell["engine"] == "native:int8"]
+        assert len(timed) == 2 * len(LANGUAGES) and all(cell["rounds"] == 5 for cell in timed)
+        assert {one["engine"] for one in made["memory"]} == set(PER_TOKEN)
+
+
+def test_scores_that_a_later_run_made_are_no_longer_missing() -> None:
+    missed = {"kind": "skipped", "what": "accuracy of baseline on panx", "why": "no folder", "job": "accuracy panx"}
+    withheld = {"kind": "skipped", "what": "accuracy of baseline on panx in te", "why": "no labels"}
+    kept = {name: withheld[name] for name in ("what", "why")}
+    before = summary.document_of([*records(), missed, missed, withheld], Path("x"))["skipped"]
+    assert before == [{name: missed[name] for name in ("what", "why")}, kept]
+    done = {"kind": "done", "job": "accuracy panx"}
+    assert summary.document_of([*records(), missed, withheld, done], Path("x"))["skipped"] == [kept]
+
+
+def test_the_peak_of_memory_is_that_of_the_largest_process() -> None:
+    memory = {"kind": "memory", "size": "base", "engine": "native:int8"}
+    more = [{**memory, "arms": 2, "peak_bytes": peak} for peak in (6_000_000_000, 5_000_000_000)]
+    made = summary.document_of([*records(), *more], Path("x"))
+    assert made["memory"] == [
+        {"size": "base", "engine": "native:fp32", "arms": 3, "peak_bytes": 4_000_000_000},
+        {"size": "base", "engine": "native:int8", "arms": 2, "peak_bytes": 6_000_000_000},
+    ]
+
+
+def test_what_was_not_finite_is_not_known() -> None:
+    probe = {
+        "kind": "probe",
+        "probe": "quantisation",
+        "arm": BASELINE,
+        "size": "base",
+        "task": "panx",
+        "what": "cosine",
+    }
+    score = {"kind": "accuracy", "arm": BASELINE, "size": "base", "engine": "native:fp32", "task": "panx"}
+    score |= {"metric": "f1", "examples": 5}
+    rows = [
+        {**probe, "language": "sw", "x": "native:int8", "value": None},
+        {**probe, "language": "te", "x": "native:int8", "value": 0.9},
+        {**probe, "language": "te", "x": "native:int8", "value": None},  # measured once more, in vain
+        {**score, "language": "sw", "layers": 3, "value": None},
+        {**score, "language": "sw", "layers": 6, "value": 20.0},
+        {**score, "language": "sw", "layers": None, "value": None},
+        {**score, "language": "te", "layers": None, "value": None},
+    ]
+    made = summary.document_of([*records(noise=0.0), *rows], Path("x"))
+    quantised = [one for one in made["probes"] if one["probe"] == "quantisation"]
+    assert [(one["language"], one["value"]) for one in quantised] == [("te", 0.9)]
+    assert [(one["language"], one["layers"], one["value"]) for one in made["accuracy"]] == [("sw", 6, 20.0)]
+    (best,) = [one for one in made["probes"] if one["probe"] == "layer"]
+    assert (best["language"], best["value"]) == ("sw", 6.0)
+    assert {point["layers"] for point in made["pareto"]} == {6}
+    view.check(made)
+
+
+def test_energy_is_the_median_of_the_visits_that_have_it() -> None:
+    rows = records(noise=0.0)
+    key = "base/native:fp32/panx/te/sorted/16"
+    for row in rows:
+        if row["kind"] == "visit" and row["cell"] == key:
+            row["joules"] = {BASELINE: None if row["round"] in (0, 2) else 32.0 * row["round"], CONTROL: None}
+    (cell,) = [cell for cell in summary.document_of(rows, Path("x"))["cells"] if cell["key"] == key]
+    joules = {arm: figures["joules_per_sample"] for arm, figures in cell["throughput"].items()}
+    assert joules == {BASELINE: 3.0, INTERMEDIATE: None, CONTROL: None}
+
+
+def test_what_was_planned_and_not_measured_is_listed() -> None:
+    rows = records()
+    keys = [row["cell"] for row in rows if row["kind"] == "cell"]
+    first = {"kind": "plan", "cells": keys, "skipped": [{"what": "xl", "why": "no memory"}], "notes": ["no probes"]}
+    more = "base/native:int8/udpos/sw/sorted/16"
+    last = {"kind": "plan", "cells": [*keys, more], "skipped": [{"what": "xxl", "why": "no memory"}], "notes": ["now"]}
+    made = summary.document_of([*rows, first, last], Path("x"))
+    stopped = {"what": "5 of 85 visits to cells of base native:int8", "why": "the run was stopped before them"}
+    assert made["skipped"] == [{"what": "xxl", "why": "no memory"}, stopped]  # the last plan counts
+    assert "now" in made["notes"] and "no probes" not in made["notes"]
+    for what in ("base native:int8", "base native:int8 udpos"):
+        known = {"kind": "skipped", "what": what, "why": "no such instruction"}
+        assert stopped not in summary.document_of([*rows, last, known], Path("x"))["skipped"]
+    short = [row for row in rows if row["kind"] != "visit" or row["round"] < 4 or "/te/single" not in row["cell"]]
+    found = summary.document_of([*short, first], Path("x"))["skipped"]
+    assert [one["what"] for one in found[1:]] == [f"1 of 80 visits to cells of base {engine}" for engine in PER_TOKEN]
+
+
 def test_a_stopped_run_has_a_document_too(tmp_path: Path) -> None:
     rows = [row for row in records() if row["kind"] != "ended"]
     made = summary.document_of(rows[: len(rows) // 2], Path("x"))
@@ -248,8 +400,8 @@ def test_a_document_of_another_format_is_refused(tmp_path: Path) -> None:
     for text, message in [
         ("{", "cannot read"),
         ("[]", "got 'list'"),
-        ('{"format": 2}', "got 2"),
-        ('{"format": 1}', "not a whole study: accuracy"),
+        ('{"format": 1}', "got 1"),
+        ('{"format": 2}', "not a whole study: accuracy"),
     ]:
         path.write_text(text)
         with pytest.raises(DataFileError, match=message):

@@ -11,7 +11,11 @@ import torch
 from xfast.benchmarks import workloads
 from xfast.benchmarks.models import SIZES
 from xfast.errors import DataFileError, InvalidOptionError
-from xfast.study import factors, languages
+from xfast.stilts.data import Source
+from xfast.stilts.features import encode
+from xfast.stilts.languages import XTREME, XTREME_R
+from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS, get
+from xfast.study import factors, inputs, languages
 from xfast.study.factors import BUDGET, ONE_TASK, SINGLE, SORTED, TYPES, EngineName, Settings, cells_of, pairs_of
 from xfast.study.profiles import JOSHI_CLASS, load_profiles
 from xfast.study.work import Texts, Work, batches_of, facts
@@ -72,8 +76,7 @@ def test_settings_survive_json() -> None:
 
 def test_one_task_covers_every_language_of_the_profiles_once() -> None:
     there = [(one.task, one.language) for one in load_profiles()]
-    pairs, missing = pairs_of(Settings(), there)
-    assert not missing
+    pairs, _ = pairs_of(Settings(), there)
     assert sorted(language for _, language in pairs) == sorted({language for _, language in there})
     assert dict(map(reversed, pairs))["qu"] == "xcopa"
     assert [language for _, language in pairs][:7] == list(languages.LOW_RESOURCE)
@@ -83,9 +86,56 @@ def test_what_is_missing_is_said() -> None:
     there = [("xnli", "sw"), ("panx", "te")]
     pairs, missing = pairs_of(Settings(tasks=("xnli", "udpos"), languages=("sw", "te")), there)
     assert pairs == [("xnli", "sw")]
-    assert set(missing) == {"xnli te", "udpos sw", "udpos te", "udpos"}
+    foreign = "no language of the task in XTREME or XTREME-R"
+    assert {one["what"]: one["why"] for one in missing} == {
+        "xnli in te": foreign,
+        "udpos in te": "not in the data",
+        "udpos in sw": foreign,
+    }
     with pytest.raises(InvalidOptionError, match="no data for xquad in any language; it has panx, xnli"):
         pairs_of(Settings(tasks=("xquad",)), there)
+
+
+def _named(missing: list[dict[str, str]]) -> set[str]:
+    return {name for one in missing for name in one["what"].partition(" in ")[0].split(", ")}
+
+
+def test_every_benchmark_task_and_language_is_studied_or_said() -> None:
+    there = [(one.task, one.language) for one in load_profiles()]
+    targets = {*XTREME_TARGETS, *XTREME_R_TARGETS}
+    assert targets <= set(TYPES)
+    pairs, missing = pairs_of(Settings(), there, "profiles")
+    assert targets <= {task for task, _ in pairs} | _named(missing)
+    why = {one["what"]: one["why"] for one in missing}
+    assert why[f"any task in {_gone(there)}"] == "not in the profiles"
+    assert why["mewslix"] == "not in the profiles"
+
+    every = Settings(tasks=tuple(TYPES))
+    pairs, missing = pairs_of(every, there, "profiles")
+    for table in (XTREME, XTREME_R):
+        for task, codes in table.items():
+            for code in codes:
+                lines = [one for one in missing if one["what"].startswith(f"{task} in ")]
+                said = any(code in one["what"].partition(" in ")[2].split(", ") for one in lines)
+                assert ((task, code) in pairs) != said, (task, code)
+
+
+def _gone(there: list[tuple[str, str]]) -> str:
+    return ", ".join(languages.ordered(set(JOSHI_CLASS) - {language for _, language in there}))
+
+
+def test_a_task_that_cannot_be_read_is_said_and_raises_where_it_was_named(tmp_path: Path, data_dir: Path) -> None:
+    tokenizer = str(data_dir / "tokenizer" / "xlmr")
+    for name, text in {"tatoeba/jv-en.jv": "siji\n", "mewslix/wikinews_mentions-test.jsonl": "{}\n"}.items():
+        (tmp_path / "xtreme" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "xtreme" / name).write_text(text)
+    texts = Texts(Settings(data=str(tmp_path), tokenizer=tokenizer))
+    pairs, missing = pairs_of(Settings(), texts.there, texts.source, texts.unread)
+    assert pairs == [("tatoeba", "jv")]
+    assert [one["why"] for one in missing if one["what"] == "mewslix"] == [texts.unread["mewslix"]]
+    assert "wikinews_mentions-test.jsonl:1: expected" in texts.unread["mewslix"]
+    with pytest.raises(DataFileError, match="wikinews_mentions-test"):
+        Texts(Settings(data=str(tmp_path), tokenizer=tokenizer, tasks=("tatoeba", "mewslix")))
 
 
 def test_cells_are_the_product_of_the_factors() -> None:
@@ -104,7 +154,7 @@ def test_engines_are_named() -> None:
 
 
 def test_every_task_of_the_profiles_has_a_type() -> None:
-    assert {one.task for one in load_profiles()} == set(TYPES)
+    assert {one.task for one in load_profiles()} == set(TYPES) - {"mewslix"}  # its texts are the user's to make
     assert set(factors.PREFERRED) == set(TYPES)
 
 
@@ -168,31 +218,80 @@ def test_facts_by_hand() -> None:
     }
 
 
-def test_real_text_gives_the_tokenizers_ids(data_dir: Path) -> None:
-    texts = Texts(Settings(data=str(data_dir), tasks=("xnli",)))
-    work = texts.work("xnli", "sw", 4, workloads.XLMR)
-    rows = texts._samples["xnli", "sw"]
-    known = {tuple(texts.tokenizer(*row)["input_ids"]) for row in rows}
+@pytest.fixture(scope="module")
+def real(data_dir: Path) -> Texts:
+    return Texts(Settings(data=str(data_dir), tasks=("xnli", "panx", "udpos", "xcopa", "mlqa", "lareqa", "tatoeba")))
+
+
+def test_real_text_gives_the_tokenizers_ids(real: Texts) -> None:
+    work = real.work("xnli", "sw", 4, workloads.XLMR)
+    known = {tuple(real.tokenizers["xnli"](*row)["input_ids"]) for row in real._samples["xnli", "sw"]}
     assert all(tuple(example[0].tolist()) in known for example in work.examples)
     assert work.fertility and 1 < work.fertility < 3
     with pytest.raises(DataFileError, match="the model has 1000 ids"):
-        texts.work("xnli", "sw", 4, workloads.Model(vocab=1000))
+        real.work("xnli", "sw", 4, workloads.Model(vocab=1000))
 
 
-def test_long_contexts_become_windows_that_cover_them(data_dir: Path) -> None:
-    texts = Texts(Settings(data=str(data_dir), tasks=("mlqa",)))
+@pytest.mark.parametrize(
+    ("task", "language", "split"),
+    [
+        ("xnli", "sw", "dev"),
+        ("panx", "te", "test"),
+        ("udpos", "yo", "test"),
+        ("xcopa", "qu", "test"),
+        ("mlqa", "hi", "dev"),
+    ],
+)
+def test_real_text_is_encoded_as_evaluations_encode_it(
+    real: Texts, data_dir: Path, task: str, language: str, split: str
+) -> None:
+    work = real.work(task, language, 10**6, workloads.XLMR)
+    timed = {tuple(ids.tolist()) for example in work.examples for ids in example}
+    examples = Source(folder=data_dir).load(get(task), split, language)
+    del examples.items[60:]
+    features = encode(examples, get(task), real.tokenizers[task], get(task).recipe)
+    assert len(features) >= 60 and {tuple(row.tolist()) for one in features.items for row in one.rows} <= timed
+
+
+def test_retrieval_is_encoded_as_its_search_encodes_it(real: Texts) -> None:
+    tokenizer = real.tokenizers["lareqa"]
+    sentence, paragraph = real._samples["lareqa", "th"][0]
+    ((row,),) = inputs.rows("lareqa", [[(sentence, 30 * paragraph)]], tokenizer, 512)
+    pair = tokenizer(sentence, 30 * paragraph)["input_ids"]
+    assert len(row) == 256 and row.tolist() == [*pair[:255], pair[-1]]  # the paragraph is cut at its end
+    ((query,),) = inputs.rows("mewslix", [["river stone " * 50]], tokenizer, 512)
+    assert len(query) == 64
+    ((short,),) = inputs.rows("mewslix", [["river stone " * 50]], tokenizer, 32)
+    assert len(short) == 32
+    ((text,),) = inputs.rows("tatoeba", [["river stone " * 500]], tokenizer, 512)
+    assert len(text) == 512
+
+
+def test_long_contexts_become_windows_that_cover_them(real: Texts) -> None:
     model = workloads.Model(limit=96)
-    work = texts.work("mlqa", "hi", 12, model)
+    work = real.work("mlqa", "hi", 12, model)
     assert work.windows and work.windows > 1
     assert all(len(ids) <= 96 for example in work.examples for ids in example)
-    question, context = texts._samples["mlqa", "hi"][0]
-    windows = texts._sequences("mlqa", (question, context), workloads.XLMR)
-    whole = texts.tokenizer(context, add_special_tokens=False)["input_ids"]
-    start = len(texts.tokenizer(question, add_special_tokens=False)["input_ids"][:64]) + 3
-    covered = {128 * index + offset for index, ids in enumerate(windows) for offset in range(len(ids) - start - 1)}
-    assert covered == set(range(len(whole)))
-    for index, ids in enumerate(windows):
-        assert ids[start:-1] == whole[128 * index : 128 * index + len(ids) - start - 1]
+    tokenizer = real.tokenizers["mlqa"]
+    question, context = real._samples["mlqa", "hi"][0]
+    whole = tokenizer(context, add_special_tokens=False)["input_ids"]
+    start = len(tokenizer(question.strip(), add_special_tokens=False)["input_ids"][:64]) + 3
+    for positions in (96, 512):
+        (windows,) = inputs.rows("mlqa", [[(question, context)]], tokenizer, positions)
+        stride = min(128, min(positions, 384) - start - 1)
+        covered = {stride * i + offset for i, ids in enumerate(windows) for offset in range(len(ids) - start - 1)}
+        assert covered == set(range(len(whole)))
+        for index, ids in enumerate(windows):
+            assert ids[start:-1].tolist() == whole[stride * index : stride * index + len(ids) - start - 1]
+
+
+def test_random_ids_are_cut_where_texts_are() -> None:
+    texts = Texts(Settings())
+    for task, language, limit in (("xquad", "en", 384), ("lareqa", "th", 256), ("tatoeba", "sw", 512)):
+        work = texts.work(task, language, 400, workloads.XLMR)
+        assert max(len(ids) for example in work.examples for ids in example) <= limit
+    longest = max(len(ids) for example in texts.work("xquad", "en", 400, workloads.XLMR).examples for ids in example)
+    assert longest == 384
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path: Path, data_dir: Path) -> None:

@@ -6,7 +6,6 @@ is at hand they are scored with the official metrics.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -150,9 +149,7 @@ class _Predictor:
         self.model = load_task_model(run.model, task, dtype).to(self.device)
         self.tokenizer = load_tokenizer(run.tokenizer or run.model)
         self.padding = padding_of(self.model, self.tokenizer)
-        self.recipe = task.recipe
-        if room := usable_positions(self.model.config):
-            self.recipe = dataclasses.replace(task.recipe, max_length=min(room, task.recipe.max_length))
+        self.recipe = task.recipe.within(usable_positions(self.model.config))
         self._check_labels()
         self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
         self.forward: Any = self.model

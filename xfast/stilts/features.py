@@ -138,7 +138,7 @@ class Encoder:
 
     def single(self, ids: Sequence[int], limit: int | None = None) -> tuple[Ids, int]:
         """``<s> A </s>``, cut at its end, and its length."""
-        room = (limit or self.recipe.max_length) - 2
+        room = min(limit or self.recipe.max_length, self.recipe.max_length) - 2
         if len(ids) > room:
             self.notes[TRUNCATED] += 1
         row = np.asarray([*self.cls, *ids[:room], *self.sep], np.int32)
@@ -216,7 +216,7 @@ def _matches(encoder: Encoder, items: Sequence[MatchExample], labels: Sequence[s
     queries = encoder.ids([e.query for e in items])
     targets = encoder.ids([e.target for e in items])
     contexts = encoder.ids([e.context for e in items])
-    limit = min(encoder.recipe.query_length, encoder.recipe.max_length)
+    limit = encoder.recipe.query_length
     for number, (query, target, context) in enumerate(zip(queries, targets, contexts, strict=True)):
         first, first_end = encoder.single(query, limit)
         second, start = passage(encoder, target, context)

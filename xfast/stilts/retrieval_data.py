@@ -356,21 +356,35 @@ def mewslix_mentions(path: Path | str, language: str) -> Mentions:
     rows: list[tuple[str, str, str]] = []
     gold: dict[str, frozenset[str]] = {}
     skipped: Counter[str] = Counter()
+    for spoken, text, identity, entity in _mentions(path, language):
+        if text is None:
+            skipped[CROSSES if spoken == language else OTHER_LANGUAGE] += 1
+            continue
+        rows.append((identity, text, language))
+        gold[identity] = frozenset({entity})
+    _unique([row[0] for row in rows], path, "mention")
+    return Mentions(Queries(*_columns(rows, 3)), gold, skipped)
+
+
+def mewslix_texts(path: Path | str) -> Iterator[tuple[str, str]]:
+    """(language, text) of Mewsli-X's mentions of all languages, as :func:`mewslix_mentions` has them.
+
+    Raises:
+        DataFileError: likewise.
+    """
+    return ((language, text) for language, text, *_ in _mentions(Path(path)) if text is not None)
+
+
+def _mentions(path: Path, only: str | None = None) -> Iterator[tuple[str, str | None, str, str]]:
+    """(language, text, mention's id, entity's id); text None where no sentence holds it or the language is another."""
     for number, row in json_rows(path):
         with _expecting(f"{path}:{number}", _CONTEXT):
             context = row["context"]
+            language = context["language"]
             for mention in row["mentions"] if "mentions" in row else [row["mention"]]:
-                if context["language"] != language:
-                    skipped[OTHER_LANGUAGE] += 1
-                    continue
-                text = mention_text(context, mention, f"{path}:{number}")
-                if text is None:
-                    skipped[CROSSES] += 1
-                    continue
-                rows.append((mention["example_id"], text, language))
-                gold[mention["example_id"]] = frozenset({mention["entity_id"]})
-    _unique([row[0] for row in rows], path, "mention")
-    return Mentions(Queries(*_columns(rows, 3)), gold, skipped)
+                known = only in (None, language)
+                text = mention_text(context, mention, f"{path}:{number}") if known else None
+                yield language, text, mention["example_id"], mention["entity_id"]
 
 
 def mewslix_entities(path: Path | str) -> Sentences:

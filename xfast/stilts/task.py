@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xfast.stilts import languages
 
@@ -34,6 +34,10 @@ class Recipe:
     query_length: int = 64
     doc_stride: int = 128
     holdout: int = 0
+
+    def within(self, positions: int | None) -> Recipe:
+        """The recipe for a model that takes sequences of so many tokens; None: any length."""
+        return replace(self, max_length=min(positions or self.max_length, self.max_length))
 
 
 @dataclass(frozen=True)

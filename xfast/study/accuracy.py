@@ -20,7 +20,7 @@ from xfast.stilts.evaluation import Evaluation, evaluate
 from xfast.stilts.prediction import Progress
 from xfast.stilts.task import BITEXT, MATCHING, SPAN
 from xfast.stilts.tasks import get
-from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder
+from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder, tokenizer_of
 from xfast.study.factors import CHECKPOINT, STOCK, EngineName, Settings
 from xfast.study.store import Record
 
@@ -35,6 +35,21 @@ def jobs(settings: Settings, engine: str, pairs: Sequence[tuple[str, str]]) -> l
     there = [task for task in dict.fromkeys(task for task, _ in pairs) if languages_of(task, pairs)]
     tasks = [task for task in there if get(task).metric in scoring.METRICS]
     return [(_job(engine, arm, task), arm, task) for task in tasks for arm in arms_of(settings)]
+
+
+def left_out(settings: Settings, pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """What was asked for and has no score with any engine, and why."""
+    if not settings.accuracy or not settings.baseline:
+        return
+    if settings.data is None:
+        yield {"what": "accuracy", "why": "there is no data folder, and with it no labels"}
+        return
+    for task in dict.fromkeys(task for task, _ in pairs):
+        if get(task).metric not in scoring.METRICS:
+            yield {"what": f"accuracy on {task}", "why": "the task has no official score"}
+        elif len(languages_of(task, pairs)) < sum(mine == task for mine, _ in pairs):
+            why = "the sentences of each other language are matched with the English ones"
+            yield {"what": f"accuracy on {task} in en", "why": why}
 
 
 def languages_of(task: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -106,7 +121,7 @@ def measure(
                     "examples": found["examples"][language],
                 }
             if kind == SPAN:
-                yield from _answers(Path(folder), arm, task)
+                yield from _answers(Path(folder), engine, arm, task)
 
 
 def _evaluation(
@@ -114,33 +129,31 @@ def _evaluation(
 ) -> Evaluation:
     name = EngineName.parse(engine)
     stock = name.backend == STOCK
-    data = Path(settings.data or "")
-    own = any((model / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return Evaluation(
         model=str(model),
         task=task,
         output=output,
-        source=Source(folder=data),
+        source=Source(folder=Path(settings.data or "")),
         languages=tuple(languages),
         precision="model" if stock else name.precision,
         backend="none" if stock else name.backend,
         device=settings.device,
         layer=layer,
         limit=settings.limit,
-        tokenizer=settings.tokenizer or (None if own else str(data / "tokenizer" / "xlmr")),
+        tokenizer=str(tokenizer_of(settings, task)),
         dtype=name.precision if stock else None,
     )
 
 
-def _answers(folder: Path, arm: str, task: str) -> Iterator[Record]:
-    """Mean characters of the predicted answers, by language."""
+def _answers(folder: Path, engine: str, arm: str, task: str) -> Iterator[Record]:
+    """Mean characters of the predicted answers, by language: the engine's own, whose arithmetic may choose others."""
     for path in sorted(folder.rglob(f"*.{scoring.metric_of(task).suffix}")):
         language = path.stem.partition("-")[2]
         texts = [text for text in json.loads(path.read_text(encoding="utf-8")).values() if text]
         if texts:
             lengths = [len(text) for text in texts]
             where = {"kind": "probe", "arm": arm, "size": CHECKPOINT, "task": task, "language": language}
-            yield {**where, "probe": "answers", "x": None, "what": "characters of an answer", "value": fmean(lengths)}
+            yield {**where, "probe": "answers", "x": engine, "what": "characters of an answer", "value": fmean(lengths)}
 
 
 def best_layers(records: Sequence[Record]) -> Iterator[Record]:

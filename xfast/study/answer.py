@@ -186,7 +186,7 @@ def _left_out(study: Study) -> Iterator[str]:
     """What is missing: named where it is little, else counted."""
     named = [f"{one['what']} ({one['why']})" for one in study["skipped"]]
     if len(named) > _NAMED:
-        yield f"{len(named)} planned measurements were not made; the last table says which and why."
+        yield f"{len(named)} parts were not measured; the last table says which and why."
     elif named:
         yield f"Not measured: {'; '.join(named)}."
 

@@ -6,6 +6,7 @@ and what the study shows with them is the method and the speeds. Checkpoints mak
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -26,7 +27,17 @@ from xfast.stilts.model import AUTO_CLASSES, DTYPES, load_task_model
 from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING
 from xfast.stilts.tasks import get
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
-from xfast.study.factors import CHECKPOINT, EMBEDDING, STOCK, TYPES, EngineName, Settings, labels_of
+from xfast.study.factors import (
+    CHECKPOINT,
+    EARLY,
+    EMBEDDING,
+    QUANTISATION,
+    STOCK,
+    TYPES,
+    EngineName,
+    Settings,
+    labels_of,
+)
 
 _LARGE = 2_000_000_000
 """Parameters from which on models are made in bf16 and their original weights are freed after packing."""
@@ -42,23 +53,40 @@ class Build:
     Attributes:
         dtype: of the weights as they are made or loaded.
         keep_weights: whether the originals stay beside the packed ones.
-        probed: whether the engine's arithmetic is compared with fp32's on the originals.
+        probes: which of ``QUANTISATION`` and ``EARLY`` are run on the originals, in fp32.
     """
 
     dtype: torch.dtype
     keep_weights: bool
-    probed: bool
+    probes: tuple[str, ...]
 
 
-def build_of(settings: Settings, parameters: int, engine: EngineName) -> Build:
-    """How models of so many parameters are made for an engine."""
+def build_of(settings: Settings, parameters: int, engine: EngineName, *, probes: bool = True) -> Build:
+    """How models of so many parameters are made for an engine; ``probes`` False leaves out what was asked for."""
     large = parameters > _LARGE
-    probed = settings.probes and engine.quantised and not large
-    if engine.backend == STOCK and not probed:
+    wanted = probes_of(settings, engine) if probes and not large else ()
+    if engine.backend == STOCK and QUANTISATION not in wanted:
         dtype = DTYPES.get(engine.precision, torch.float32)
     else:
         dtype = torch.bfloat16 if large else torch.float32
-    return Build(dtype, not large, probed)
+    return Build(dtype, not large, wanted)
+
+
+def probes_of(settings: Settings, engine: EngineName) -> tuple[str, ...]:
+    """What is asked of the models on an engine, whether or not they can bear it."""
+    if not settings.probes:
+        return ()
+    return (QUANTISATION, EARLY) if engine.quantised else (EARLY,)
+
+
+def why_unprobed(parameters: int) -> str:
+    """Why a model of so many parameters is made without the probes that were asked for."""
+    if parameters > _LARGE:
+        return (
+            f"probes run the original weights in fp32; above {_LARGE / 1e9:g} billion parameters these are bf16 and "
+            "given up for the packed ones"
+        )
+    return "there is no memory for the weights that probes pack in fp32"
 
 
 @dataclass(frozen=True)
@@ -90,7 +118,7 @@ def footprint(parameters: int, embedding: int, engine: EngineName, build: Build)
         build: how it is made.
     """
     original = parameters * build.dtype.itemsize
-    exact = 4 * (parameters - embedding) if build.probed else 0  # packed once more, in fp32
+    exact = 4 * (parameters - embedding) if build.probes else 0  # packed once more, in fp32
     if engine.backend == STOCK:
         held = parameters * DTYPES.get(engine.precision, torch.float32).itemsize
         return Footprint(held, original // 10 + original - held + exact, original)
@@ -246,6 +274,20 @@ def folder_of(checkpoints: Mapping[str, str], task: str) -> Path:
     if not (folder / "config.json").is_file():
         raise InvalidOptionError(f"checkpoints: {folder} holds neither config.json nor encoder/ of a STILTs run")
     return folder
+
+
+def tokenizer_of(settings: Settings, task: str) -> Path:
+    """The folder of a task's tokenizer, in timing and in scores: the one named, else the checkpoint's, else the data's.
+
+    The intermediate arm reads the baseline's ids: all arms get the same.
+    """
+    if settings.tokenizer is not None:
+        return Path(settings.tokenizer)
+    with contextlib.suppress(InvalidOptionError):  # a task without a checkpoint, which is skipped
+        folder = folder_of(settings.baseline, task)
+        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+            return folder
+    return Path(settings.data or "") / "tokenizer" / "xlmr"
 
 
 def is_task_folder(folder: Path, task: str) -> bool:

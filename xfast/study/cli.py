@@ -32,7 +32,7 @@ Policies = Annotated[str, typer.Option(help="Comma-separated: arrival, sorted, b
 BatchSizes = Annotated[str, typer.Option(help="Comma-separated examples in a batch.")]
 TokenBudget = Annotated[int, typer.Option(help="Padded tokens in a batch of policy budget.")]
 Samples = Annotated[int, typer.Option(help="Examples of a language in a throughput cell.")]
-Responses = Annotated[int, typer.Option(help="Single responses in a latency cell; 0: no latency.")]
+Responses = Annotated[int, typer.Option(help="Texts of a latency cell, one at a time; p95 takes 20, p99 100; 0: none.")]
 Rounds = Annotated[int, typer.Option(help="Visits to each cell.")]
 Margin = Annotated[float, typer.Option(help="Of equivalence: 0.02 is 2 %.")]
 Data = Annotated[Path | None, typer.Option(help="Folder in XTREME's layout. Default: the shipped length profiles.")]
@@ -65,7 +65,7 @@ def run(
     batch_sizes: BatchSizes = "16",
     token_budget: TokenBudget = 2048,
     samples: Samples = 64,
-    responses: Responses = 16,
+    responses: Responses = 20,
     rounds: Rounds = 5,
     margin: Margin = 0.02,
     data: Data = None,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xfast.study import view
-from xfast.study.document import BASELINE, CONTROL, Cell, Equivalence, Scaling, Study
+from xfast.study.document import BASELINE, CONTROL, TEXTS_NEEDED, Cell, Equivalence, Scaling, Study
 from xfast.study.profiles import GROUPS
 from xfast.study.tables import Column, Table, Value, ends, interval
 
@@ -103,6 +103,7 @@ def languages(study: Study) -> Table:
     speeds = [Column("samples_per_s", "samples/s", "figure"), *interval("tokens_per_s", "tokens/s", "figure")]
     speeds.append(Column("words_per_s", "words/s", "figure"))
     times = [Column(f"p{percent}_ms", f"p{percent}, ms", "figure") for percent in (50, 95, 99)]
+    times.append(Column("texts", "texts", "count", factor=True))
     shape = [Column("padding", "padding, %", "share"), Column("fertility", "tokens/word", "figure")]
     shape.append(Column("windows_per_example", "windows", "figure"))
     energy = Column("joules_per_sample", "J/sample", "figure")
@@ -127,8 +128,9 @@ def languages(study: Study) -> Table:
         rows.append({**row, **accuracy_of.get(_place(cell), {})})
     legend = [
         (
-            "time: of that arm over the baseline's, paired visits; above 1 is slower. p50, p95, p99: one sample at a "
-            "time. padding: share of the slots that transformers computes; xfast computes none."
+            "time: of that arm over the baseline's, paired visits; above 1 is slower. p50, p95, p99: over texts, one "
+            f"at a time, of each the median of its responses; p95 takes {TEXTS_NEEDED['p95_ms']} texts, p99 "
+            f"{TEXTS_NEEDED['p99_ms']}. padding: share of the slots that transformers computes; xfast computes none."
         )
     ]
     return Table("languages", "Every language and engine", columns, rows, legend)

@@ -12,11 +12,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from xfast.errors import DataFileError
 from xfast.stilts import tokenizer as tokenizers
+from xfast.stilts.retrieval_data import mewslix_texts
 from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, LengthProfile, Tokenizer, measure, save_profiles
 
 Sample = str | tuple[str, str]
@@ -26,7 +28,8 @@ Samples = dict[tuple[str, str], list[Any]]
 MEASURED = (
     "XTREME dev, val and test files (sub-sampled) and UD plain text; lengths include special tokens: <s> A </s> or "
     f"<s> A </s></s> B </s>; samples longer than {MAX_LENGTH} tokens count as {MAX_LENGTH} (percent_over_limit says "
-    "how many). Single: tatoeba (en: all English sides), bucc2018, mlm; udpos and panx with words joined by a space. "
+    "how many). Single: tatoeba (en: all English sides), bucc2018, mlm, mewslix mentions in their sentences; udpos and "
+    "panx with words joined by a space. "
     "Pairs: xnli, pawsx; xquad, mlqa, tydiqa question + whole context; xcopa 'premise What was the cause|effect?' + "
     "each choice; siqa 'context question' + each answer; lareqa candidate sentence + its paragraph. Words by "
     "whitespace; fertility is tokens without specials per word, uncut; both null for ja my th zh."
@@ -107,7 +110,8 @@ def answer_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 # (task, file name pattern under the root, reader). The named group ``language`` is the language; without one: English.
 # MLQA files whose question is in another language than the context belong to no single language and are not read.
-SOURCES: tuple[tuple[str, str, Callable[[Path], Iterator[Sample]]], ...] = (
+# The readers of ``MIXED`` tasks, whose files hold all languages, yield (language, sample).
+SOURCES: tuple[tuple[str, str, Callable[[Path], Iterator[Any]]], ...] = (
     ("tatoeba", r"xtreme/tatoeba/[a-z]+-en\.(?P<language>[a-z]+)", sentences),
     ("udpos", r"xtreme/udpos/(dev|test)-(?P<language>[a-z]+)\.tsv", tagged_sentences),
     ("panx", r"xtreme/panx/(dev|test)-(?P<language>[a-z]+)\.tsv", tagged_sentences),
@@ -128,14 +132,16 @@ SOURCES: tuple[tuple[str, str, Callable[[Path], Iterator[Sample]]], ...] = (
     ("xcopa", r"xtreme/xcopa/(val|test)-(?P<language>[a-z]+)\.jsonl", choice_pairs),
     ("siqa", r"xtreme/siqa/socialIQa_v1\.4_dev\.jsonl", answer_pairs),
     ("bucc2018", r"xtreme/bucc2018/[a-z]+-en\.(dev|test)\.(?P<language>(?!gold)[a-z]+)", numbered_sentences),
+    ("mewslix", r"xtreme/mewslix/wikinews_mentions-(dev|test)\.jsonl", mewslix_texts),
     ("mlm", r"mlm/(?P<language>[a-z]+)_[a-z]+\.txt", sentences),
 )
+MIXED = frozenset({"mewslix"})
 
 
-def collect(data_dir: Path, only: str | None = None) -> Samples:
+def collect(data_dir: Path, *only: str) -> Samples:
     """Read every sample of every known task file under ``data_dir`` (which holds ``xtreme/`` and ``mlm/``).
 
-    ``only`` names the one task to read.
+    ``only`` names the tasks to read; without any, all are.
 
     Raises:
         DataFileError: a file cannot be understood, or its language is unknown; nothing is skipped silently.
@@ -145,13 +151,16 @@ def collect(data_dir: Path, only: str | None = None) -> Samples:
         name = path.relative_to(data_dir).as_posix()
         for task, pattern, read in SOURCES:
             match = re.fullmatch(pattern, name)
-            if match is None or only not in (None, task):
+            if match is None or (only and task not in only):
                 continue
             language = match.groupdict().get("language", "en")
-            if language not in JOSHI_CLASS:
-                raise DataFileError(f"{name}: unknown language {language!r}")
             try:
-                samples[task, language].extend(read(path))
+                for spoken, sample in read(path) if task in MIXED else zip(repeat(language), read(path)):
+                    if spoken not in JOSHI_CLASS:
+                        raise DataFileError(f"{name}: unknown language {spoken!r}")
+                    samples[task, spoken].append(sample)
+            except DataFileError:
+                raise  # says more already
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 raise DataFileError(f"{name}: not in XTREME's layout of {task}: {error!r}") from error
     return dict(samples)

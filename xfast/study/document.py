@@ -8,12 +8,13 @@ Languages come low-resource first: Joshi class, then the order of ``profiles.py`
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from xfast.errors import DataFileError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the document; a reader refuses any other."""
 
 BASELINE, INTERMEDIATE, CONTROL = "baseline", "intermediate", "control"
@@ -24,6 +25,9 @@ EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 
 PERCENTILES = tuple(range(0, 101, 5))
 """Where ``Latency.quantiles_ms`` is sampled, in percent."""
+
+TEXTS_NEEDED = {"p95_ms": 20, "p99_ms": 100}
+"""Texts from which on a quantile of ``Latency`` is given: one of them lies beyond it."""
 
 
 class Language(TypedDict):
@@ -71,13 +75,18 @@ class Throughput(TypedDict):
 
 
 class Latency(TypedDict):
-    """One arm of a latency cell: every response on its own (batch 1)."""
+    """One arm of a latency cell: every response on its own (batch 1).
+
+    Quantiles are over texts, of each text the median of its responses: the same text again says nothing about others.
+    """
 
     p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    responses: int
+    p95_ms: float | None  # from TEXTS_NEEDED texts on
+    p99_ms: float | None  # likewise
+    texts: int
+    responses: int  # each text is answered several times
     quantiles_ms: list[float]  # at PERCENTILES
+    unknown: dict[str, str]  # why the fields that are null are
 
 
 class Ratio(TypedDict):
@@ -240,7 +249,7 @@ class Study(TypedDict):
     format: int
     title: str
     created: str  # ISO 8601
-    seconds: float
+    seconds: float  # of all runs; of one that was stopped up to the last thing that it stored
     settings: dict[str, Any]
     text: str  # "profiles" or "real text"
     machine: dict[str, Any]
@@ -260,6 +269,11 @@ class Study(TypedDict):
     memory: list[Memory]
     skipped: list[Skipped]
     notes: list[str]
+
+
+def part(kind: Any, record: Mapping[str, Any]) -> Any:
+    """A part of the document, from a record that has its fields among others."""
+    return kind(**{name: record[name] for name in kind.__annotations__})
 
 
 def passed(control: Equivalence) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from xfast.benchmarks.models import SIZES
 from xfast.errors import InvalidOptionError
 from xfast.options import BACKENDS, PRECISIONS
+from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.task import CHOICE, CLASSIFICATION, SPAN, TAGGING
 from xfast.stilts.tasks import get
 from xfast.study.languages import ordered
@@ -31,6 +32,7 @@ TYPES = {
     "tatoeba": EMBEDDING,
     "bucc2018": EMBEDDING,
     "lareqa": EMBEDDING,
+    "mewslix": EMBEDDING,
     "mlm": EMBEDDING,
 }
 """Type of each task, which says what head the model gets."""
@@ -40,8 +42,11 @@ ONE_TASK = "one"
 
 PREFERRED = (
     *("panx", "tatoeba", "udpos", "xnli", "xquad", "tydiqa", "mlqa"),
-    *("pawsx", "xcopa", "bucc2018", "lareqa", "mlm", "siqa"),
+    *("pawsx", "xcopa", "bucc2018", "lareqa", "mlm", "siqa", "mewslix"),
 )
+
+BENCHMARKS = {task: dict.fromkeys((*XTREME.get(task, ()), *XTREME_R.get(task, ()))) for task in (*XTREME, *XTREME_R)}
+"""Languages of every task of XTREME and XTREME-R: what a study is expected to have."""
 
 ARRIVAL, SORTED, BUDGET, SINGLE = "arrival", "sorted", "budget", "single"
 POLICIES = (ARRIVAL, SORTED, BUDGET)
@@ -51,6 +56,12 @@ STOCK = "stock"
 
 CHECKPOINT = "checkpoint"
 """The size of models that were given as folders."""
+
+QUANTISATION, EARLY = "quantisation", "early"
+"""Probes of the timed models: what an engine's arithmetic does to them, and at which layer they know the answer.
+
+The first depends on the engine; the second on the weights alone, so that each size has it once, in fp32.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Settings:
         batch_sizes: examples in a batch (arrival and sorted).
         token_budget: padded tokens in a batch (budget).
         samples: examples of a throughput cell.
-        responses: single responses of a latency cell in one visit; 0 leaves latency out.
+        responses: texts of a latency cell, answered one by one; a p95 takes 20, a p99 100, and 0 leaves latency out.
         rounds: visits to each cell.
         margin: of equivalence.
         data: folder in XTREME's layout; None: lengths from the shipped profiles.
@@ -123,7 +134,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (16,)
     token_budget: int = 2048
     samples: int = 64
-    responses: int = 16
+    responses: int = 20
     rounds: int = 5
     margin: float = 0.02
     data: str | None = None
@@ -241,32 +252,66 @@ def batch_sizes(settings: Settings, policy: str) -> tuple[int, ...]:
     return (settings.token_budget,) if policy == BUDGET else settings.batch_sizes
 
 
-def pairs_of(settings: Settings, there: Iterable[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Which (task, language) pairs are studied, of those that data or profiles have, and what was asked for in vain.
+def pairs_of(
+    settings: Settings, there: Iterable[tuple[str, str]], source: str = "data", unread: Mapping[str, str] | None = None
+) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
+    """Which (task, language) pairs are studied, and what of XTREME, XTREME-R and the question is not, and why.
+
+    Args:
+        settings: the question.
+        there: the pairs that data or profiles have.
+        source: which of these, in words.
+        unread: tasks whose files cannot be read, and why.
 
     Raises:
         InvalidOptionError: nothing is left.
     """
     known = set(there)
     languages = ordered(settings.languages or {language for _, language in known})
-    missing: list[str] = []
+    tasks = PREFERRED if settings.tasks == (ONE_TASK,) else settings.tasks
     pairs: list[tuple[str, str]] = []
     for language in languages:
-        if settings.tasks == (ONE_TASK,):
-            mine = [(task, language) for task in PREFERRED if (task, language) in known][:1]
-            if not mine:
-                missing.append(language)
-        else:
-            mine = [(task, language) for task in settings.tasks if (task, language) in known]
-            if settings.languages is not None:
-                missing += [f"{task} {language}" for task in settings.tasks if (task, language) not in known]
-        pairs += mine
-    missing += [task for task in settings.tasks if task != ONE_TASK and not any(t == task for t, _ in known)]
+        mine = [(task, language) for task in tasks if (task, language) in known]
+        pairs += mine[:1] if settings.tasks == (ONE_TASK,) else mine
     if not pairs:
         wanted = f"{', '.join(settings.tasks)} in {', '.join(settings.languages or ('any language',))}"
         has = ", ".join(sorted({task for task, _ in known})) or "nothing"
         raise InvalidOptionError(f"tasks, languages: there is no data for {wanted}; it has {has}")
-    return pairs, missing
+    left_out = _not_chosen(settings, known, pairs, source) if tasks is PREFERRED else _absent(settings, known, source)
+    missing = [(what, why) for what, why in left_out if what not in (unread or {})]
+    return pairs, [{"what": what, "why": why} for what, why in (*missing, *(unread or {}).items())]
+
+
+def _absent(settings: Settings, known: set[tuple[str, str]], source: str) -> Iterator[tuple[str, str]]:
+    """Of tasks that were named: the languages, asked for or the benchmarks', that are not there."""
+    for task in settings.tasks:
+        theirs = BENCHMARKS.get(task, {})
+        wanted = ordered(settings.languages or theirs)
+        gone = [language for language in wanted if (task, language) not in known]
+        foreign = [language for language in gone if theirs and language not in theirs]
+        if missed := [language for language in gone if language not in foreign]:
+            yield f"{task} in {', '.join(missed)}", f"not in the {source}"
+        if foreign:
+            yield f"{task} in {', '.join(foreign)}", "no language of the task in XTREME or XTREME-R"
+        if not wanted and not any(mine == task for mine, _ in known):
+            yield task, f"not in the {source}"
+
+
+def _not_chosen(
+    settings: Settings, known: set[tuple[str, str]], pairs: Sequence[tuple[str, str]], source: str
+) -> Iterator[tuple[str, str]]:
+    """Where one task stands for a language: languages without any, tasks that are not there, tasks that stand back."""
+    spoken = {language for languages in BENCHMARKS.values() for language in languages}
+    wanted = ordered(settings.languages or spoken)
+    if missed := [language for language in wanted if language not in {language for _, language in pairs}]:
+        yield f"any task in {', '.join(missed)}", f"not in the {source}"
+    left = [task for task in BENCHMARKS if task not in {task for task, _ in pairs}]
+    left = [task for task in left if any(language in BENCHMARKS[task] for language in wanted)]
+    here = [task for task in left if any((task, language) in known for language in wanted)]
+    where = " in these languages" if settings.languages else ""
+    yield from ((task, f"not in the {source}{where}") for task in left if task not in here)
+    if here:
+        yield ", ".join(here), "one task stands for each language; --tasks names others"
 
 
 def labels_of(task: str) -> int:

@@ -28,7 +28,7 @@ def scores(records: Sequence[Record]) -> list[document.Accuracy]:
             last[tuple(record[n] for n in ("arm", "size", "engine", "task", "language", "layers"))] = record
     order = ordered({record["language"] for record in last.values()})
     rows = sorted(last.values(), key=lambda one: (one["task"], order.index(one["language"]), one["engine"], one["arm"]))
-    return [document.Accuracy(**{k: v for k, v in row.items() if k != "kind"}) for row in rows]  # type: ignore[typeddict-item]
+    return [document.part(document.Accuracy, row) for row in rows]
 
 
 class _Costs:

@@ -144,10 +144,12 @@ def latency(study: Study) -> Drawing | str:
         axes.set_yticks((0, 25, 50, 75, 95))
         axes.set_xlabel("ms")
         axes.grid()
-    all_axes[0].set_ylabel("responses that took at most, %")
+    all_axes[0].set_ylabel("texts that took at most, %")
     legend_above(made, all_axes[0])
     more = f" Of {len(cells)} engines the first {_ENGINES}." if len(cells) > _ENGINES else ""
-    where = f"{chosen.size}, {chosen.task}, one sample at a time"
+    counts = [view.latency(cell)["texts"] for engine in engines for cell in cells[engine].values()]
+    texts = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    where = f"{chosen.size}, {chosen.task}, {texts} texts a language, one at a time, of each the median"
     return Drawing(made, f"Median over the languages of a group, and the range over them ({where}).{more}")
 
 

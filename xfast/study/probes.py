@@ -2,13 +2,13 @@
 at which layer the answer is already there.
 
 Measured without labels, on each language's own inputs: distances between an engine's embeddings and fp32's, agreement
-of predictions, and agreement of every layer's prediction with the last one's. Accuracy is measured where labels exist
-(``accuracy.py``).
+of predictions, and agreement of every layer's prediction with the last one's, which no engine is asked for. Accuracy is
+measured where labels exist (``accuracy.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from xfast.benchmarks.workloads import Batch
 from xfast.errors import XfastError
 from xfast.stilts.task import CHOICE, CLASSIFICATION, SPAN, TAGGING
 from xfast.study import arms
-from xfast.study.factors import STOCK, TYPES, EngineName
+from xfast.study.factors import EARLY, QUANTISATION, STOCK, TYPES, EngineName
 from xfast.study.store import Record
 from xfast.study.work import CHOICES
 
@@ -31,35 +31,37 @@ EXAMPLES = 8
 Inputs = Mapping[tuple[str, str], Batch]
 
 
-def compare(model: nn.Module, engine: EngineName, inputs: Inputs) -> Iterator[Record]:
-    """Yields the figures of one arm: "quantisation" for every language, "early" for tasks with a head.
+def compare(model: nn.Module, engine: EngineName, inputs: Inputs, wanted: Collection[str]) -> Iterator[Record]:
+    """Yields the figures of one arm: ``QUANTISATION`` for every language, ``EARLY`` for tasks with a head.
 
     Args:
         model: not accelerated; it is left as it was.
         engine: whose arithmetic is compared with fp32's.
         inputs: batches by (task, language).
+        wanted: ``QUANTISATION``, ``EARLY`` or both.
     """
     exact = {}
     with _accelerated(model, _exact(model)):
         for key, batch in inputs.items():
-            exact[key] = _run(model, batch, key[0], early=True)
+            exact[key] = _run(model, batch, key[0], early=EARLY in wanted)
+    for (task, language), (_, _, by_layer) in exact.items():
+        for layer, agreeing in enumerate(by_layer, 1):
+            text = "predictions from this layer that agree with the last layer's"
+            where = {"probe": EARLY, "task": task, "language": language}
+            yield {**where, "x": layer, "what": text, "value": agreeing}
+    if QUANTISATION not in wanted:
+        return
     with _accelerated(model, engine):
         for (task, language), batch in inputs.items():
-            where = {"task": task, "language": language}
-            vectors, labels, by_layer = exact[task, language]
+            where = {"probe": QUANTISATION, "task": task, "language": language, "x": str(engine)}
+            vectors, labels, _ = exact[task, language]
             got, got_labels, _ = _run(model, batch, task, early=False)
             cosine = functional.cosine_similarity(vectors, got, dim=-1)
             for what, value in (("mean", cosine.mean()), ("worst", cosine.min())):
-                text = f"cosine of sentence embeddings with fp32's, {what}"
-                yield {"probe": "quantisation", **where, "x": str(engine), "what": text, "value": float(value)}
-            if labels is None or got_labels is None:
-                continue
-            share = float((labels == got_labels).float().mean())
-            text = "predictions that agree with fp32's"
-            yield {"probe": "quantisation", **where, "x": str(engine), "what": text, "value": share}
-            for layer, agreeing in enumerate(by_layer, 1):
-                text = "predictions from this layer that agree with the last layer's"
-                yield {"probe": "early", **where, "x": layer, "what": text, "value": agreeing}
+                yield {**where, "what": f"cosine of sentence embeddings with fp32's, {what}", "value": float(value)}
+            if labels is not None and got_labels is not None:
+                share = float((labels == got_labels).float().mean())
+                yield {**where, "what": "predictions that agree with fp32's", "value": share}
 
 
 def _exact(model: nn.Module) -> EngineName:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +23,7 @@ from xfast.stilts.tasks import get
 from xfast.study import accuracy, arms, probes, worker
 from xfast.study.arms import Build
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
-from xfast.study.factors import STOCK, Cell, EngineName, Settings, cells_of, pairs_of
+from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.store import Store, visit_name
 from xfast.study.work import Texts, Work, batches_of
 
@@ -33,6 +33,9 @@ _SHARE_OF_CEILING = {"native": 0.5, "auto": 0.5, STOCK: 0.25}
 _BUILD_S_PER_PARAMETER = 1.2e-8
 _SPARE_BYTES = 1_500_000_000
 """Python, torch and the system."""
+
+START_METHOD = "spawn"
+"""A worker begins with none of this process's memory and threads, which a fork would bring along."""
 
 _PATIENCE_S = 1800.0
 """A worker that says nothing for so long, or for four times the estimate of its whole time, is taken to hang."""
@@ -110,8 +113,8 @@ def plan(settings: Settings, texts: Texts, available: int | None = None, host: i
     Raises:
         InvalidOptionError: nothing is left to measure, or the checkpoints differ in size.
     """
-    pairs, missing = pairs_of(settings, texts.there)
-    skipped = [{"what": what, "why": "not in the data"} for what in missing]
+    pairs, skipped = pairs_of(settings, texts.there, texts.source, texts.unread)
+    skipped += accuracy.left_out(settings, pairs)
     free = _free(settings.device) if available is None else available
     beside = available_memory() if host is None and settings.device == "cuda" else host
     groups: list[Group] = []
@@ -134,6 +137,9 @@ def plan(settings: Settings, texts: Texts, available: int | None = None, host: i
             groups.append(group)
             if group.shared_control:
                 notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
+        unprobed = list(_unprobed(settings, [group for group in groups if group.size == size]))
+        skipped += unprobed
+        notes += dict.fromkeys(f"{size}: probes are left out: {one['why']}" for one in unprobed)
     languages = tuple(dict.fromkeys(language for _, language in pairs))
     return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes))
 
@@ -158,21 +164,39 @@ def _group(
     free: int | None,
     host: int | None,
 ) -> Group | str:
-    """One worker's part, or why there is no memory for it."""
+    """One worker's part, or why there is no memory for it: the probes are given up first, then the control's copy."""
     name = EngineName.parse(engine)
-    build = arms.build_of(settings, facts["parameters"], name)
-    needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
+    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
+    why = ""
+    for names, probed in itertools.product(((*wanted, CONTROL), wanted), (True, False)):
+        build = arms.build_of(settings, facts["parameters"], name, probes=probed)
+        needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
+        why = _misfit(needs, len(names), free, host)
+        if not why:
+            cells, memory = tuple(cells_of(settings, size, engine, pairs)), needs.of(len(names)) + _SPARE_BYTES
+            group = Group(size, engine, cells, names, names == wanted, facts, None, memory, build, work)
+            return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
+    return why
+
+
+def _misfit(needs: arms.Footprint, count: int, free: int | None, host: int | None) -> str:
+    """Why there is no memory for so many arms; empty where there is."""
     if host is not None and needs.host + _SPARE_BYTES > host:
         return _too_much("a model is made in host memory, which takes", needs.host, host)
-    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
-    shared = free is not None and needs.of(len(wanted) + 1) + _SPARE_BYTES > free
-    names = wanted if shared else (*wanted, CONTROL)
-    memory = needs.of(len(names)) + _SPARE_BYTES
-    if free is not None and memory > free:
-        return _too_much(f"{len(names)} arms need", needs.of(len(names)), free)
-    cells = tuple(cells_of(settings, size, engine, pairs))
-    group = Group(size, engine, cells, names, shared, facts, None, memory, build, work)
-    return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
+    if free is not None and needs.of(count) + _SPARE_BYTES > free:
+        return _too_much(f"{count} arms need", needs.of(count), free)
+    return ""
+
+
+def _unprobed(settings: Settings, groups: Sequence[Group]) -> Iterator[dict[str, str]]:
+    """The probes that were asked for of one size and that none of its groups runs, and why."""
+    for group in groups:
+        wanted = arms.probes_of(settings, EngineName.parse(group.engine))
+        if QUANTISATION in wanted and QUANTISATION not in group.build.probes:
+            why = arms.why_unprobed(group.facts["parameters"])
+            yield {"what": f"probe {QUANTISATION} of {group.size} {group.engine}", "why": why}
+    if settings.probes and groups and not any(EARLY in group.build.probes for group in groups):
+        yield {"what": f"probe {EARLY} of {groups[0].size}", "why": arms.why_unprobed(groups[0].facts["parameters"])}
 
 
 def _too_much(what: str, needed: int, free: int) -> str:
@@ -205,9 +229,9 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
         visit = max(2 * tokens * token_s, worker.MIN_VISIT_S)  # forth and back
         seconds += runs * (settings.rounds * visit + tokens * token_s)
     pairs = dict.fromkeys((cell.task, cell.language) for cell in group.cells)
-    if group.build.probed:  # in fp32 and in the engine's arithmetic, in all arms but the control
+    if group.build.probes:  # in fp32 and, for its error, in the engine's arithmetic, in all arms but the control
         tokens = sum(group.work[task, language, False].first(probes.EXAMPLES).tokens for task, language in pairs)
-        seconds += 4 * tokens * token_s
+        seconds += 2 * (1 + (QUANTISATION in group.build.probes)) * tokens * token_s
     for _, _, task in accuracy.jobs(settings, group.engine, list(pairs)):
         passes = accuracy.LAYERS + 1 if get(task).type == BITEXT else 1  # both sides at half the layers on average
         for language in accuracy.languages_of(task, list(pairs)):
@@ -244,7 +268,7 @@ def execute(plan: Plan, store: Store, console: Console) -> None:
             _work(group, store, lambda: progress.advance(shown))
     if not any(True for _ in store.of("visit")):
         failed = [f"{record['size']} {record['engine']}: {record['why']}" for record in store.of("failed")]
-        reasons = failed + [f"{record['what']}: {record['why']}" for record in store.of("skipped")]
+        reasons = failed + [f"{record['what']}: {record['why']}" for record in (*plan.skipped, *store.of("skipped"))]
         raise BackendUnavailableError(f"engines: nothing could be measured: {'; '.join(reasons) or 'no cells'}")
 
 
@@ -256,7 +280,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
     scores = accuracy.jobs(settings, group.engine, [(cell.task, cell.language) for cell in group.cells])
     if all(name in done for name in names) and all(name in done for name, _, _ in scores) and _ended(group, store):
         return
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START_METHOD)
     connection, other = context.Pipe()
     job = worker.Job(
         settings.as_dict(),
@@ -267,6 +291,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
         group.shared_control,
         frozenset(done),
         group.facts,
+        group.build,
         group.work,
     )
     process = context.Process(target=worker.main, args=(job, other), daemon=True)
@@ -336,12 +361,10 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
     announce(settings, made, console)
     store = Store(folder, settings, machine(), resume=resume)
-    began = time.perf_counter()
     try:
         _prepare(made, store)
         execute(made, store, console)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        store.add({"kind": "ended", "at": now, "seconds": round(time.perf_counter() - began, 1)})
+        store.add({"kind": "ended", "at": _now()})
         return dict(summary.document_of(store.records, store.path))
     finally:
         store.close()
@@ -349,6 +372,8 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
 
 def _prepare(made: Plan, store: Store) -> None:
     """Store what the plan knows, after what a former run stored of it has been found to be the same.
+
+    The plan itself is stored by every run: what it leaves out may be another time, with other memory.
 
     Raises:
         InvalidOptionError: the data or the checkpoints have changed.
@@ -366,11 +391,12 @@ def _prepare(made: Plan, store: Store) -> None:
         for name, fields in records.items():
             if name not in there:
                 store.add({"kind": kind, kind: name, **fields})
-    for one in made.skipped:
-        if one not in [{"what": r["what"], "why": r["why"]} for r in store.of("skipped")]:
-            store.add({"kind": "skipped", **one})
-    for note in made.notes:
-        store.note(note)
+    cells = [cell.key for group in made.groups for cell in group.cells]
+    store.add({"kind": "plan", "at": _now(), "cells": cells, "skipped": made.skipped, "notes": made.notes})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _require_gpu() -> None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Store:
         self.path = folder / NAME
         self.settings = settings
         self.records: list[Record] = []
+        self._run, self._began = 1, time.perf_counter()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -86,6 +88,7 @@ class Store:
                 )
         os.ftruncate(self._file, length)  # what was cut off
         self.records = records
+        self._run = 1 + max(record.get("run", 1) for record in records)
         if before.get("commit") != machine.get("commit"):
             self.note(f"Continued with xfast {machine.get('commit')}; it was begun with {before.get('commit')}.")
 
@@ -110,6 +113,8 @@ class Store:
     def add(self, record: Record) -> None:
         """Append one observation and push it to the disk. Numbers that are not finite are stored as null, with a note.
 
+        Every record has the number of its run and the seconds since that began: a run that is killed cannot say them.
+
         Raises:
             DataFileError: it cannot be written, as on a full disk.
         """
@@ -117,6 +122,7 @@ class Store:
         if finite != record:
             named = ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int))
             self.note(f"Not finite, stored as null: {named}")
+        finite |= {"run": self._run, "after": round(time.perf_counter() - self._began, 1)}
         line = (json.dumps(finite, allow_nan=False) + "\n").encode()
         before = os.fstat(self._file).st_size
         try:

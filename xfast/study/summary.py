@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
     scores = fronts.scores(records)
     tests = _equivalence(cells, settings)
     ended = [record for record in records if record["kind"] == "ended"]
+    noted = [record["text"] for record in records if record["kind"] == "note"]
     engines = {record["engine"]: record for record in records if record["kind"] == "engine"}
     sizes = {size: arms.size_facts(size) for size in settings.sizes if size != CHECKPOINT}
     sizes |= {record["size"]: record for record in records if record["kind"] == "size"}
@@ -92,7 +93,7 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         format=document.FORMAT,
         title="Throughput, latency and accuracy by language",
         created=ended[-1]["at"] if ended else "unfinished",
-        seconds=sum(record["seconds"] for record in ended),
+        seconds=_seconds(records),
         settings=settings.as_dict(),
         text="profiles" if settings.data is None else "real text",
         machine=records[0]["machine"],
@@ -110,9 +111,19 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         trades=fronts.trades(rows, scores, settings, sizes),
         probes=_probes(records),
         memory=_memory(records),
-        skipped=_skipped(records),
-        notes=[*_notes(settings, tests), *(record["text"] for record in records if record["kind"] == "note")],
+        skipped=_skipped(records, cells, settings),
+        notes=list(dict.fromkeys([*_notes(settings, tests), *_tails(rows), *_plan(records)["notes"], *noted])),
     )
+
+
+def _seconds(records: Sequence[Record]) -> float:
+    """Spent by all runs; of one that was killed, until its last record."""
+    spent: dict[int, float] = {}
+    for record in records:
+        if "run" in record:
+            spent[record["run"]] = max(record["after"], spent.get(record["run"], 0.0))
+    before = [record["seconds"] for record in records if record["kind"] == "ended" and "run" not in record]
+    return round(sum(before) + sum(spent.values()), 1)
 
 
 def _size(facts: Record) -> document.Size:
@@ -168,14 +179,24 @@ def _throughput(cells: _Cells, key: str, arm: str) -> document.Throughput:
 
 
 def _latency(cells: _Cells, key: str, arm: str) -> document.Latency:
-    every = [1e3 * second for visit in cells.of(key) for second in visit["seconds"][arm]]
-    p50, p95, p99 = np.percentile(every, [50, 95, 99])
+    """Quantiles over texts; a visit's responses are all texts in their order, then all again."""
+    texts = cells.facts[key]["samples"]
+    every = np.concatenate([np.reshape(visit["seconds"][arm], (-1, texts)) for visit in cells.of(key)])
+    medians = 1e3 * np.median(every, axis=0)
+    p50, p95, p99 = (float(value) for value in np.percentile(medians, [50, 95, 99]))
+    unknown = {
+        name: f"{texts} texts; from {needed} on one lies beyond it"
+        for name, needed in document.TEXTS_NEEDED.items()
+        if texts < needed
+    }
     return document.Latency(
-        p50_ms=float(p50),
-        p95_ms=float(p95),
-        p99_ms=float(p99),
-        responses=len(every),
-        quantiles_ms=[float(value) for value in np.percentile(every, PERCENTILES)],
+        p50_ms=p50,
+        p95_ms=None if "p95_ms" in unknown else p95,
+        p99_ms=None if "p99_ms" in unknown else p99,
+        texts=texts,
+        responses=every.size,
+        quantiles_ms=[float(value) for value in np.percentile(medians, PERCENTILES)],
+        unknown=unknown,
     )
 
 
@@ -331,7 +352,7 @@ def _probes(records: Sequence[Record]) -> list[document.Probe]:
     found += accuracy.best_layers([record for record in known if record["kind"] == "accuracy"])
     for record in found:
         last[tuple(record[n] for n in ("probe", "arm", "size", "task", "language", "x", "what"))] = record
-    return [document.Probe(**{k: v for k, v in row.items() if k != "kind"}) for row in last.values()]  # type: ignore[typeddict-item]
+    return [document.part(document.Probe, row) for row in last.values()]
 
 
 def _memory(records: Sequence[Record]) -> list[document.Memory]:
@@ -340,19 +361,56 @@ def _memory(records: Sequence[Record]) -> list[document.Memory]:
         key = record["kind"] == "memory" and (record["size"], record["engine"])
         if key and record["peak_bytes"] >= last.get(key, record)["peak_bytes"]:
             last[key] = record
-    return [document.Memory(**{k: v for k, v in row.items() if k != "kind"}) for row in last.values()]  # type: ignore[typeddict-item]
+    return [document.part(document.Memory, row) for row in last.values()]
 
 
-def _skipped(records: Sequence[Record]) -> list[document.Skipped]:
+def _plan(records: Sequence[Record]) -> Record:
+    """What the last run wanted to measure; nothing where no run has got so far."""
+    nothing: Record = {"cells": [], "skipped": [], "notes": []}
+    return next((record for record in reversed(records) if record["kind"] == "plan"), nothing)
+
+
+def _skipped(records: Sequence[Record], cells: _Cells, settings: Settings) -> list[document.Skipped]:
     done = {record["job"] for record in records if record["kind"] == "done"}  # also what a former run could not do
     missed = [r for r in records if r["kind"] == "skipped" and r.get("job") not in done]
+    missed = [*_plan(records)["skipped"], *missed]
     found = [document.Skipped(what=record["what"], why=record["why"]) for record in missed]
     failed: dict[str, str] = {}
     for record in records:
         if record["kind"] in ("failed", "ended_group"):  # the last run's outcome counts
             failed[f"{record['size']} {record['engine']}"] = record.get("why", "")
     found += [document.Skipped(what=what, why=why) for what, why in failed.items() if why]
+    found += _unvisited(_plan(records)["cells"], cells, {one["what"] for one in found}, settings.rounds)
     return [one for index, one in enumerate(found) if one not in found[:index]]
+
+
+def _unvisited(
+    planned: Iterable[str], cells: _Cells, explained: Container[str], rounds: int
+) -> Iterable[document.Skipped]:
+    """Visits that were planned and are not there, where nothing else says why."""
+    counts: dict[str, list[int]] = {}
+    for key in planned:
+        where = f"{_parts(key)['size']} {_parts(key)['engine']}"
+        if where not in explained and f"{where} {_parts(key)['task']}" not in explained:
+            had, all_ = counts.setdefault(where, [0, 0])
+            counts[where] = [had + min(rounds, len(cells.visits.get(key, ()))), all_ + rounds]
+    for where, (had, all_) in counts.items():
+        if had < all_:
+            what = f"{all_ - had} of {all_} visits to cells of {where}"
+            yield document.Skipped(what=what, why="the run was stopped before them")
+
+
+def _tails(rows: Sequence[document.Cell]) -> Iterator[str]:
+    """Which quantiles of latency are not given."""
+    found = [figures for row in rows for figures in row["latency"].values()]
+    for name, needed in document.TEXTS_NEEDED.items():
+        few = {figures["texts"] for figures in found if name in figures["unknown"]}
+        if few:
+            counts = f"{min(few)} to {max(few)}" if len(few) > 1 else f"{min(few)}"
+            yield (
+                f"{name.removesuffix('_ms')} of latency is not given where a cell has {counts} texts; it takes "
+                f"{needed}, and answering a text again is no other text."
+            )
 
 
 def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[str]:

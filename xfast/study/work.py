@@ -1,7 +1,8 @@
 """The token ids that cells are measured on: from real text where there is some, else random ids of the right lengths.
 
 Both arms, every engine and every model size get the same ids. An *example* is what a user counts: a sentence, a pair, a
-question (several windows over its context), a multiple-choice item (one sequence a choice).
+question (several windows over its context), a multiple-choice item (one sequence a choice). Ids of texts are made by
+``inputs.py``, as evaluations make them; random ones are cut at the same length, and not parted in windows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from xfast.benchmarks.workloads import Batch
 from xfast.errors import DataFileError
 from xfast.stilts.task import CHOICE, SPAN
 from xfast.stilts.tasks import get
-from xfast.study import corpus
-from xfast.study.factors import ARRIVAL, BUDGET, TYPES, Settings
+from xfast.study import corpus, inputs
+from xfast.study.arms import tokenizer_of
+from xfast.study.factors import ARRIVAL, BUDGET, ONE_TASK, TYPES, Settings
 from xfast.study.profiles import LANGUAGES_WITHOUT_SPACES, LengthProfile, load_profiles, sample_lengths
 
 CHOICES = {"xcopa": 2, "siqa": 3}
@@ -86,6 +88,11 @@ def _unpickled(task: str, language: str, arrays: Any, *others: Any) -> Work:
 class Texts:
     """Where work comes from: a data folder with a tokenizer, or the shipped profiles.
 
+    Attributes:
+        source: which of these, in words.
+        tokenizers: by task.
+        unread: tasks whose files cannot be read, and why, where no task was named.
+
     Raises:
         DataFileError: the folder or its tokenizer cannot be used.
     """
@@ -93,17 +100,38 @@ class Texts:
     def __init__(self, settings: Settings) -> None:
         self.seed = settings.seed
         self.folder = None if settings.data is None else Path(settings.data)
+        self.source = "shipped length profiles" if self.folder is None else "data"
+        self.unread: dict[str, str] = {}
         self._profiles: dict[tuple[str, str], LengthProfile] = {}
         self._samples: corpus.Samples = {}
         if self.folder is None:
             self._profiles = {(one.task, one.language): one for one in load_profiles()}
             return
-        self.tokenizer: Any = corpus.load_tokenizer(Path(settings.tokenizer or self.folder / "tokenizer" / "xlmr"))
-        tasks = [None] if len(settings.tasks) != 1 or settings.tasks[0] not in TYPES else [settings.tasks[0]]
-        for task in tasks:
-            self._samples |= corpus.collect(self.folder, task)
+        tasks = TYPES if settings.tasks == (ONE_TASK,) else settings.tasks
+        folders = {task: tokenizer_of(settings, task) for task in tasks}
+        known = {folder: corpus.load_tokenizer(folder) for folder in dict.fromkeys(folders.values())}
+        self.tokenizers: dict[str, Any] = {task: known[folder] for task, folder in folders.items()}
+        self._read(self.folder, settings.tasks)
+
+    def _read(self, folder: Path, tasks: Sequence[str]) -> None:
+        """Read the files of the tasks that were named; without names, of all that can be read."""
+        if tasks != (ONE_TASK,):
+            self._samples = corpus.collect(folder, *tasks)
+        else:
+            for task in TYPES:
+                self._samples |= self._readable(folder, task)
         if not self._samples:
-            raise DataFileError(f"data: {self.folder} has no task files; expected XTREME's layout under xtreme/")
+            why = "; ".join(self.unread.values()) or "expected XTREME's layout under xtreme/"
+            named = "" if tasks == (ONE_TASK,) else f" of {', '.join(tasks)}"
+            raise DataFileError(f"data: {folder} has no task files{named}; {why}")
+
+    def _readable(self, folder: Path, task: str) -> corpus.Samples:
+        """A task's samples; none where its files cannot be read, since another task stands for its languages."""
+        try:
+            return corpus.collect(folder, task)
+        except DataFileError as error:
+            self.unread[task] = str(error)
+            return {}
 
     @property
     def there(self) -> list[tuple[str, str]]:
@@ -126,7 +154,8 @@ class Texts:
 
     def _from_profile(self, profile: LengthProfile, count: int, model: workloads.Model) -> Work:
         choices = CHOICES.get(profile.task, 1)
-        lengths = [int(length) for length in sample_lengths(profile, count * choices, self.seed)]
+        limit = get(profile.task).recipe.within(model.limit).max_length
+        lengths = [min(int(length), limit) for length in sample_lengths(profile, count * choices, self.seed)]
         batches = workloads.batches_of(lengths, 1, model, self.seed)
         sequences = [ids[0] for ids, _ in batches]
         specials = _SINGLE_SPECIALS if profile.task in _SINGLE_TASKS else _PAIR_SPECIALS
@@ -141,10 +170,8 @@ class Texts:
         choices = CHOICES.get(task, 1)
         groups = [samples[start : start + choices] for start in range(0, len(samples) - choices + 1, choices)]
         chosen = np.random.default_rng(self.seed).permutation(len(groups))[:count]
-        examples = tuple(
-            tuple(torch.tensor(ids) for sample in groups[index] for ids in self._sequences(task, sample, model))
-            for index in chosen
-        )
+        sequences = inputs.rows(task, [groups[index] for index in chosen], self.tokenizers[task], model.limit)
+        examples = tuple(tuple(torch.from_numpy(ids.astype(np.int64)) for ids in mine) for mine in sequences)
         largest = max(int(ids.max()) for example in examples for ids in example)
         if largest >= model.vocab:
             raise DataFileError(
@@ -154,31 +181,13 @@ class Texts:
         windows = sum(map(len, examples)) / len(examples) if TYPES[task] == SPAN else None
         return Work(task, language, examples, words, windows, fertility)
 
-    def _sequences(self, task: str, sample: Any, model: workloads.Model) -> list[list[int]]:
-        """Token ids of one text or pair; a question over a long context gives several windows (SQuAD's doc stride)."""
-        pair: Sequence[str] = (sample,) if isinstance(sample, str) else sample
-        if TYPES[task] != SPAN:
-            return [self.tokenizer(*pair, truncation=True, max_length=model.limit)["input_ids"]]
-        recipe = get(task).recipe
-        limit = min(recipe.max_length, model.limit)
-        question = self.tokenizer(pair[0], add_special_tokens=False)["input_ids"][: recipe.query_length]
-        context = self.tokenizer(pair[1], add_special_tokens=False)["input_ids"]
-        room = limit - len(question) - _PAIR_SPECIALS
-        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        found = []
-        for first in range(0, max(1, len(context)), recipe.doc_stride):
-            found.append([start, *question, end, end, *context[first : first + room], end])
-            if first + room >= len(context):
-                break
-        return found
-
     def _words(self, task: str, language: str, groups: Sequence[Sequence[Any]]) -> tuple[int | None, float | None]:
         if language in LANGUAGES_WITHOUT_SPACES:
             return None, None
         sides = [[sample] if isinstance(sample, str) else sample for group in groups for sample in group]
         texts = [text for side in sides for text in side]
         words = sum(len(text.split()) for text in texts)
-        tokens = sum(len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        tokens = sum(len(ids) for ids in self.tokenizers[task](texts, add_special_tokens=False)["input_ids"])
         return (words, round(tokens / words, 4)) if words else (None, None)
 
 

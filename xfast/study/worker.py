@@ -28,8 +28,9 @@ from xfast.benchmarks.workloads import Batch
 from xfast.errors import XfastError
 from xfast.machine import peak_memory
 from xfast.study import accuracy, arms, probes
+from xfast.study.arms import Build
 from xfast.study.document import BASELINE, CONTROL
-from xfast.study.factors import CHECKPOINT, STOCK, TYPES, Cell, EngineName, Settings, labels_of
+from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, STOCK, TYPES, Cell, EngineName, Settings, labels_of
 from xfast.study.store import Record, visit_name
 from xfast.study.timing import Energy, Runner, seconds_of
 from xfast.study.work import Work, batches_of, facts
@@ -51,6 +52,7 @@ class Job:
         shared_control: the control runs the baseline's own copy, because a second one does not fit in memory.
         done: visits and jobs that a former run has measured.
         facts: of the model, see ``arms.size_facts``.
+        build: how the models are made.
         work: examples by task, language and whether they are answered one by one.
     """
 
@@ -62,6 +64,7 @@ class Job:
     shared_control: bool
     done: frozenset[str]
     facts: dict[str, Any]
+    build: Build
     work: Mapping[tuple[str, str, bool], Work]
 
 
@@ -114,7 +117,7 @@ class _Group:
             xfast.set_num_threads(self.settings.threads)
         known = job.facts
         self.shape = workloads.Model(known["vocab"], known["pad"], known["limit"])
-        self.build = arms.build_of(self.settings, known["parameters"], self.engine)
+        self.build = job.build
         self.encoders: dict[str, nn.Module] = {}
 
     def run(self) -> None:
@@ -122,9 +125,7 @@ class _Group:
         for cell in self.job.cells:
             blocks.setdefault(self._block(cell.task), []).append(cell)
         todo = [
-            cells
-            for cells in blocks.values()
-            if not all(self._is_done(cell) for cell in cells) or not self._probed(cells)
+            cells for cells in blocks.values() if not all(self._is_done(cell) for cell in cells) or self._probes(cells)
         ]
         for cells in todo:
             self._run_block(cells)
@@ -162,11 +163,14 @@ class _Group:
     def _is_done(self, cell: Cell) -> bool:
         return all(visit_name(cell.key, number) in self.job.done for number in range(self.settings.rounds))
 
-    def _probe_name(self, cells: Sequence[Cell]) -> str:
-        return f"probes {self.job.size} {self.job.engine} {cells[0].task}"
+    def _probes(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """The jobs of the probes that are still to be run on a block, by probe.
 
-    def _probed(self, cells: Sequence[Cell]) -> bool:
-        return not self.build.probed or self._probe_name(cells) in self.job.done
+        What does not depend on the engine's arithmetic is one job for all engines: the first that can does it.
+        """
+        where = {QUANTISATION: f"{self.job.size} {self.job.engine}", EARLY: self.job.size}
+        names = {probe: f"probe {probe} {where[probe]} {cells[0].task}" for probe in self.build.probes}
+        return {probe: name for probe, name in names.items() if name not in self.job.done}
 
     def _run_block(self, cells: Sequence[Cell]) -> None:
         models = self._models(cells)
@@ -197,7 +201,8 @@ class _Group:
         With checkpoints that cannot be loaded: none, and the reason is sent.
         """
         task = cells[0].task
-        inputs = {} if self._probed(cells) else self._probe_inputs(cells)
+        wanted = self._probes(cells)
+        inputs = self._probe_inputs(cells) if wanted else {}
         models = {}
         for arm in self.job.arms:
             try:
@@ -212,11 +217,11 @@ class _Group:
                 return {}
             model = made.to(self.settings.device)
             if inputs and arm != CONTROL:
-                for record in probes.compare(model, self.engine, inputs):
+                for record in probes.compare(model, self.engine, inputs, wanted):
                     self.send({"kind": "probe", "arm": arm, "size": self.job.size, **record})
             models[arm] = arms.accelerate(model, self.engine, keep_weights=self.build.keep_weights)
-        if inputs:
-            self.send({"kind": "done", "job": self._probe_name(cells)})
+        for name in wanted.values():
+            self.send({"kind": "done", "job": name})
         return models
 
     def _take_out(self, models: dict[str, nn.Module]) -> None:
@@ -266,7 +271,7 @@ class _Group:
         )
 
     def _probe_inputs(self, cells: Sequence[Cell]) -> dict[tuple[str, str], Batch]:
-        """A batch of each language, for what the engine's arithmetic does to each arm."""
+        """A batch of each language."""
         inputs = {}
         for cell in cells:
             if not cell.is_latency and (cell.task, cell.language) not in inputs:
