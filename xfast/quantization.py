@@ -179,13 +179,13 @@ def mixed(
             trials.pack(formats)
         for key, chosen in formats.items():
             ladders[key].append(_Rung(chosen, trials.error({key: chosen}), trials.bytes({key: chosen})))
-    chosen, uniform, result = _cheapest(trials, ladders, float(tolerance))
+    found, uniform, result = _cheapest(trials, ladders, float(tolerance))
     products = tuple(
         ProductChoice(*key, rung.chosen.precision, rung.chosen.divisor is not None, rung.error, rung.bytes)
-        for key, rung in chosen.items()
+        for key, rung in found.items()
     )
     report = MixedReport(float(tolerance), _tokens(batches), result, products, uniform, trials.runs)
-    return Recipe(group_size, _formats(chosen)), report
+    return Recipe(group_size, _formats(found)), report
 
 
 # --- smoothing -------------------------------------------------------------------------------------------------------

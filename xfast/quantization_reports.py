@@ -22,7 +22,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only, as ``json.dumps`` takes them."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)  # type: ignore[call-overload]
 
     def __rich__(self) -> RenderableType:
         raise NotImplementedError
