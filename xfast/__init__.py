@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xfast import _C
+from xfast import _C, quantization
 from xfast.api import accelerate, accelerated, explain, load, restore, restored, save
 from xfast.errors import (
     ArtifactError,
@@ -51,6 +51,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "load",
+    "quantization",
     "restore",
     "restored",
     "save",
