@@ -5,7 +5,7 @@
 // A policy per target, DotInt4:
 //   unpack(p, low, high)               one register of nibble pairs -> two of weights, unsigned q + 8
 //   step(acc, low, a0, high, a1)       acc[n] += low[n] . a0 + high[n] . a1, each the sum over four bytes
-//   start(p), scales(p), flush(...)    see below
+//   scales(p)                          32 bf16 -> fp32, a register of them
 #pragma once
 
 namespace xfast {
@@ -13,59 +13,58 @@ namespace XFAST_TARGET {
 
 #if defined(XFAST_AVX512)
 
-struct DotInt4 {
-  using Acc = IntReg;
-  static constexpr int kMaxRows = 12;
-  static void unpack(const uint8_t* p, IntReg& low, IntReg& high) {
-    const IntReg pairs = load_group(p);
-    low = and_mask(pairs, 0x0F0F0F0F);
-    high = and_mask(_mm512_srli_epi32(pairs, 4), 0x0F0F0F0F);
-  }
-  static IntReg load_a(const uint8_t* p) { return broadcast_group(p); }
-#if defined(XFAST_VNNI)
-  static void step(IntReg& acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(low), "v"(a0));
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(high), "v"(a1));
-  }
-#else
-  // Four products of at most 15 * 127 fit 16 bits.
-  static void step(IntReg& acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
-    const IntReg pairs = _mm512_add_epi16(_mm512_maddubs_epi16(low, a0), _mm512_maddubs_epi16(high, a1));
-    acc = _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-  }
-#endif
-  static FloatReg scales(const uint8_t* p) {
-    return as_float(shift_left_16(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
-  }
-  static FloatReg to_float(IntReg a) { return _mm512_cvtepi32_ps(a); }
-};
+inline IntReg splat(int32_t value) { return _mm512_set1_epi32(value); }
+inline IntReg shift_right_4(IntReg a) { return _mm512_srli_epi32(a, 4); }
+inline FloatReg int_to_float(IntReg a) { return _mm512_cvtepi32_ps(a); }
+inline IntReg load_words(const uint8_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// Four products of at most 15 * 127 fit 16 bits.
+inline IntReg add_dots(IntReg acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
+  const IntReg pairs = _mm512_add_epi16(_mm512_maddubs_epi16(low, a0), _mm512_maddubs_epi16(high, a1));
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
 
 #elif defined(XFAST_AVX2)
 
+inline IntReg splat(int32_t value) { return _mm256_set1_epi32(value); }
+inline IntReg shift_right_4(IntReg a) { return _mm256_srli_epi32(a, 4); }
+inline FloatReg int_to_float(IntReg a) { return _mm256_cvtepi32_ps(a); }
+inline IntReg load_words(const uint8_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline IntReg add_dots(IntReg acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
+  const IntReg pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, a0), _mm256_maddubs_epi16(high, a1));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#endif
+
+#if defined(XFAST_AVX512) || defined(XFAST_AVX2)
+
 struct DotInt4 {
-  using Acc = IntReg;
-  static constexpr int kMaxRows = 3;
+  static constexpr int kMaxRows = kHalves == 1 ? 12 : 3;
   static void unpack(const uint8_t* p, IntReg& low, IntReg& high) {
     const IntReg pairs = load_group(p);
     low = and_mask(pairs, 0x0F0F0F0F);
-    high = and_mask(_mm256_srli_epi32(pairs, 4), 0x0F0F0F0F);
+    high = and_mask(shift_right_4(pairs), 0x0F0F0F0F);
   }
   static IntReg load_a(const uint8_t* p) { return broadcast_group(p); }
-  // Four products of at most 15 * 127 fit 16 bits.
   static void step(IntReg& acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
-    const IntReg pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, a0), _mm256_maddubs_epi16(high, a1));
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#if defined(XFAST_VNNI)
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(low), "v"(a0));
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(high), "v"(a1));
+#else
+    acc = add_dots(acc, low, a0, high, a1);
+#endif
   }
-  static FloatReg scales(const uint8_t* p) {
-    return as_float(shift_left_16(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-  }
-  static FloatReg to_float(IntReg a) { return _mm256_cvtepi32_ps(a); }
+  static FloatReg scales(const uint8_t* p) { return as_float(shift_left_16(load_words(p))); }
+  static FloatReg to_float(IntReg a) { return int_to_float(a); }
 };
 
 #else
 
 struct DotInt4 {
-  using Acc = IntReg;
   static constexpr int kMaxRows = 4;
   static void unpack(const uint8_t* p, IntReg& low, IntReg& high) {
     const IntReg pairs = load_acc(p, IntReg{});
@@ -110,12 +109,6 @@ inline FloatReg fma_reg(FloatReg a, const FloatReg& b, const FloatReg& c) {
   return a;
 }
 
-#endif
-
-#if defined(XFAST_AVX512)
-inline IntReg splat(int32_t value) { return _mm512_set1_epi32(value); }
-#elif defined(XFAST_AVX2)
-inline IntReg splat(int32_t value) { return _mm256_set1_epi32(value); }
 #endif
 
 // Groups of one panel for R rows; out [R][32] fp32 is added to.

@@ -289,11 +289,6 @@ def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
     return result, peak - start
 
 
-def simulated_int4(model: nn.Module) -> Any:
-    """What xfast's int4 is measured against."""
-    return simulated(model, "int4")
-
-
 def simulated_int8(model: nn.Module) -> Any:
     """What xfast's int8 is measured against."""
     return simulated(model, "int8")

@@ -33,8 +33,7 @@ from models import (
     peak_growth,
     quick_settings,
     ragged,
-    simulated_int4,
-    simulated_int8,
+    simulated,
 )
 
 import xfast
@@ -108,32 +107,22 @@ def test_bf16_errs_no_more_than_twice_the_stock_model(family: str, head: str) ->
         assert 1e-5 < ours <= 2 * theirs + FLOOR, name  # below 1e-5 it was not computed in bf16
 
 
+@pytest.mark.parametrize(("precision", "least", "most"), [("int8", 1e-3, 8e-2), ("int4", 1e-2, 1.0)])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_int8_errs_no_more_than_its_simulation(family: str, head: str) -> None:
+def test_integers_err_no_more_than_their_simulation(
+    family: str, head: str, precision: str, least: float, most: float
+) -> None:
     c = case(family, head)
-    plain = outputs_of(simulated_int8(c.model)(**c.batch))
-    with xfast.accelerated(c.model, precision="int8") as model:
+    plain = outputs_of(simulated(c.model, precision)(**c.batch))
+    with xfast.accelerated(c.model, precision=precision) as model:
         got = outputs_of(model(**c.batch))
     for name, want in c.want.items():
         ours, theirs = (norm_error(c.tokens(values[name]), c.tokens(want)) for values in (got, plain))
         # of a handful of logits, luck decides which of two equally good roundings is closer
         slack = 1.1 if want.numel() > 4 else 1.5
-        assert 1e-3 < ours <= slack * theirs + 1e-3, name  # below 1e-3 it was not computed in int8
-        assert ours <= 8e-2, name
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_int4_errs_no_more_than_its_simulation(family: str, head: str) -> None:
-    c = case(family, head)
-    plain = outputs_of(simulated_int4(c.model)(**c.batch))
-    with xfast.accelerated(c.model, precision="int4") as model:
-        got = outputs_of(model(**c.batch))
-    for name, want in c.want.items():
-        ours, theirs = (norm_error(c.tokens(values[name]), c.tokens(want)) for values in (got, plain))
-        slack = 1.1 if want.numel() > 4 else 1.5
-        assert 1e-2 < ours <= slack * theirs + 1e-3, name  # below 1e-2 it was not computed in int4
+        assert least < ours <= slack * theirs + 1e-3, name  # below that it was not computed in that precision
+        assert ours <= most, name
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -144,8 +133,7 @@ def test_any_size_is_computed(sizes: tuple[int, int, int], precision: str) -> No
     model, batch = build(head="base-no-pooler", num_hidden_layers=2, **sizes_of), ragged()
     mask = batch["attention_mask"]
     want = at_tokens(model(**batch)[0], mask)
-    simulations = {"int8": simulated_int8, "int4": simulated_int4}
-    plain = simulations[precision](model) if precision in simulations else copy.deepcopy(model)
+    plain = simulated(model, precision) if precision in ("int8", "int4") else copy.deepcopy(model)
     plain = plain.to(torch.bfloat16) if precision == "bf16" else plain
     theirs = norm_error(at_tokens(plain(**batch)[0], mask), want)
     got = xfast.accelerate(model, precision=precision)(**batch)[0]
