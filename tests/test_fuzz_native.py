@@ -214,16 +214,18 @@ def test_linear(data: st.DataObject) -> None:
     rows, n_in, n_out = (data.draw(st.integers(0, 4)) for _ in range(3))
     epilogue = data.draw(st.sampled_from(["bias", "gelu", "residual"]))
     given_ = {
-        "precision": data.draw(st.sampled_from(["fp32", "bf16", "int8"])),
+        "precision": data.draw(st.sampled_from(["fp32", "bf16", "int8", "int4"])),
         "weight": np.ones((n_out, n_in), np.float32),
         "bias": np.ones(n_out, np.float32) if data.draw(st.booleans()) else None,
+        "group": data.draw(st.sampled_from([32, 64, 128])),
+        "divisor": data.draw(st.sampled_from([None, np.full(n_in, 4, np.float32)])),
         "isa": data.draw(st.sampled_from(_C.available_isas())),
         "x": np.full((rows, n_in), 2, np.float32),
         "epilogue": epilogue,
         "residual": np.ones((rows, n_out), np.float32) if epilogue == "residual" else None,
     }
     a = data.draw(disturbed(given_))
-    linear = attempt(_C.kernels.Linear, a["precision"], a["weight"], a["bias"])
+    linear = attempt(_C.kernels.Linear, a["precision"], a["weight"], a["bias"], a["group"], a["divisor"])
     if linear is None:
         return
     answer = attempt(linear.multiply, a["isa"], a["x"], a["epilogue"], a["residual"])
@@ -231,7 +233,7 @@ def test_linear(data: st.DataObject) -> None:
         return
     x = as_f32(a["x"])
     assert answer.shape == (x.shape[0], a["weight"].shape[0])
-    plain = _C.kernels.Linear(a["precision"], a["weight"].copy(), a["bias"])
+    plain = _C.kernels.Linear(a["precision"], a["weight"].copy(), a["bias"], a["group"], a["divisor"])
     residual = None if a["residual"] is None else as_f32(a["residual"])
     np.testing.assert_array_equal(answer, plain.multiply(a["isa"], x, a["epilogue"], residual))
 
@@ -319,6 +321,22 @@ def fresh_encoder(pre_norm: bool = False) -> _C.Encoder:
 
 @FUZZ
 @given(data=st.data())
+def test_choosing_formats(data: st.DataObject) -> None:
+    encoder = fresh_encoder(data.draw(st.booleans()))
+    for name, (rows, cols) in LINEARS.items():
+        precision = data.draw(st.sampled_from(["fp32", "bf16", "int8", "int4"]))
+        a = {"layer": 0, "name": name, "precision": precision, "group": data.draw(st.sampled_from([32, 64, 128]))}
+        a["divisor"] = data.draw(st.sampled_from([None, np.full(cols, 2, np.float32)]))
+        a = data.draw(disturbed(a))
+        if attempt(lambda a=a: encoder.choose(*a.values()) or True) and a["divisor"] is not None:
+            assert a["precision"] in ("int8", "int4") and a["divisor"].shape == (LINEARS[a["name"]][1],)
+        attempt(encoder.set_linear, 0, name, 0, np.ones((rows, cols), np.float32), None, 1)
+        with pytest.raises(ValueError, match="weights already"):
+            encoder.choose(0, name, "int8", 64, None)
+
+
+@FUZZ
+@given(data=st.data())
 def test_encoder_weights(data: st.DataObject) -> None:
     encoder, chosen = fresh_encoder(data.draw(st.booleans())), data.draw(st.sampled_from([None, *LINEARS]))
     for name, (rows, cols) in LINEARS.items():
@@ -345,8 +363,12 @@ def test_encoder_weights(data: st.DataObject) -> None:
         assert np.isnan(out).all()
 
 
-def complete_encoder(pre_norm: bool) -> _C.Encoder:
+def complete_encoder(pre_norm: bool, mixed: bool) -> _C.Encoder:
     encoder, rng = fresh_encoder(pre_norm), np.random.default_rng(0)
+    if mixed:
+        for name, precision, group in (("qkv", "int4", 32), ("ffn_in", "bf16", 64), ("ffn_out", "int4", 128)):
+            divisor = np.full(LINEARS[name][1], 2, np.float32) if precision == "int4" else None
+            encoder.choose(0, name, precision, group, divisor)
     encoder.set_tables(*(rng.standard_normal((n, 8)).astype(np.float32) for n in (4, 6, 2)))
     for name, dims in LINEARS.items():
         encoder.set_linear(0, name, 0, rng.standard_normal(dims).astype(np.float32), None, 1)
@@ -355,7 +377,7 @@ def complete_encoder(pre_norm: bool) -> _C.Encoder:
     return encoder
 
 
-ENCODERS = [complete_encoder(pre_norm) for pre_norm in (False, True)]
+ENCODERS = [complete_encoder(pre_norm, mixed) for pre_norm in (False, True) for mixed in (False, True)]
 IDS, TYPES, ENDS = (np.array(v, np.int32) for v in ([3, 1, 0, 2, 2], [0, 1, 1, 0, 0], [0, 3, 3, 5]))
 
 
