@@ -19,6 +19,15 @@ from xfast import _C
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The suite runs in several processes, which must find the same tests."""
+    for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(
+                f"{item.nodeid}: its id holds an address, which differs between processes; set ids="
+            )
+
+
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction-set target that this CPU can run, one after another."""

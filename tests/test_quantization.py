@@ -394,7 +394,7 @@ CALIBRATIONS: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("calibration", "kind", "message"), CALIBRATIONS, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("calibration", "kind", "message"), CALIBRATIONS, ids=range(len(CALIBRATIONS)))
 @pytest.mark.parametrize("call", ["smooth", "outliers", "mixed"])
 def test_bad_calibration(call: str, calibration: Any, kind: type[Exception], message: str) -> None:
     if isinstance(calibration, type(iter([]))):
