@@ -120,7 +120,7 @@ def test_accelerating_twice_keeps_the_last_options_and_one_undo() -> None:
 def test_a_refused_accelerate_keeps_the_previous_one() -> None:
     model, batch = xfast.accelerate(build(), precision="int8"), ragged()
     want = model(**batch).last_hidden_state
-    for options in ({"precision": "fp8"}, {"precision": "int4"}, {"layers": 9}):
+    for options in ({"precision": "fp8"}, {"precision": "int2"}, {"layers": 9}):
         with pytest.raises(xfast.XfastError):
             xfast.accelerate(model, **options)
     assert [encoder.precision for encoder in xfast.explain(model).encoders] == ["int8"]

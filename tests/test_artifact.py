@@ -373,10 +373,10 @@ def _resigned(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": 2}, "format 2; this version reads format 1"),
+        ({"format": 3}, "format 3; this version reads 1 and 2"),
         ({"format": True}, "names no format"),
         ({"layout": 2}, "layout 2"),
-        ({"precision": "int4"}, "field"),
+        ({"precision": "int2"}, "field"),
         ({"layers": 99}, "layers 99"),
         ({"layers": -1}, "layers -1"),
         ({"model_class": "os:system"}, "os:system"),

@@ -35,7 +35,12 @@ def test_info_json_names_versions_cpu_and_instruction_sets() -> None:
 def test_info_json_lists_backends_with_a_reason_for_each_missing_one() -> None:
     rows = json.loads(runner.invoke(cli.app, ["info", "--json"]).stdout)["backends"]
     native = next(row for row in rows if row["name"] == "native")
-    assert native == {"name": "native", "available": True, "precisions": ["fp32", "bf16", "int8"], "reason": None}
+    assert native == {
+        "name": "native",
+        "available": True,
+        "precisions": ["fp32", "bf16", "int8", "int4"],
+        "reason": None,
+    }
     assert [row["name"] for row in rows] == ["native", "triton", "tensorrt"]
     for row in rows:
         assert row["available"] == bool(row["precisions"])

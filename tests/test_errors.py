@@ -28,7 +28,7 @@ def assert_message(error: BaseException, *parts: str) -> None:
 
 BATCH = [{"input_ids": torch.tensor([[5, 6]])}]
 OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
-    ({"precision": "int4"}, xfast.InvalidOptionError, ("precision", "'int4'", "model", "fp32", "bf16", "int8", "auto")),
+    ({"precision": "int2"}, xfast.InvalidOptionError, ("precision", "'int2'", "model", "fp32", "bf16", "int8", "auto")),
     ({"precision": None}, xfast.InvalidOptionError, ("precision", "None", "fp32")),
     ({"precision": ["int8"]}, xfast.InvalidOptionError, ("precision", "['int8']", "fp32")),
     ({"backend": "cuda"}, xfast.InvalidOptionError, ("backend", "'cuda'", "auto", "native")),
@@ -73,7 +73,7 @@ def test_bad_options(options: dict[str, Any], kind: type[Exception], parts: tupl
 
 def test_options_are_checked_when_made() -> None:
     with pytest.raises(xfast.InvalidOptionError, match="precision"):
-        xfast.Options(precision="int4")
+        xfast.Options(precision="int2")
     with pytest.raises(ValueError, match="backend"):  # so that `except ValueError` works, too
         xfast.Options(backend="cuda")
 
