@@ -113,7 +113,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with xtreme/tatoeba and tokenizer/xlmr.")],
     sentences: Annotated[int, typer.Option(help="Of all languages in turn.")] = 20_000,
     model: Annotated[str, typer.Option(help="tiny, base or large, with random weights.")] = "base",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "int8",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, int8 or int4.")] = "int8",
     threads: Annotated[int | None, typer.Option(help="Of the encoder.")] = None,
     rounds: Annotated[int, typer.Option(help="Of all three arms.")] = 3,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch.")] = None,

@@ -53,22 +53,25 @@ _CHUNK = 1 << 22
 
 def random_model(size: str = "base", seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model of a size in ``SIZES``, without pooler; its random weights depend on ``seed`` and ``dtype`` alone."""
-    import transformers
-
-    family = SIZES[size].family
-    config = config_of(size)
     before = torch.get_default_dtype()
     with _NoRandomInit():
         torch.set_default_dtype(dtype)
         try:
-            if family == "AltCLIPText":  # its tower has no pooler to leave out
-                model = transformers.AltCLIPTextModel(config).eval()
-            else:
-                model = getattr(transformers, f"{family}Model")(config, add_pooling_layer=False).eval()
+            model = construct(size)
         finally:
             torch.set_default_dtype(before)
-    fill(model, seed, config.initializer_range)
+    fill(model, seed, model.config.initializer_range)
     return model
+
+
+def construct(size: str) -> Any:
+    """The transformers model of a size in ``SIZES``, without pooler, in eval mode; torch decides about its weights."""
+    import transformers
+
+    family = SIZES[size].family
+    # AltCLIP's tower has no pooler to leave out.
+    arguments = {} if family == "AltCLIPText" else {"add_pooling_layer": False}
+    return getattr(transformers, f"{family}Model")(config_of(size), **arguments).eval()
 
 
 def config_of(size: str) -> Any:

@@ -23,7 +23,8 @@ import typer
 from safetensors.torch import save_file
 
 import xfast
-from xfast.benchmarks.models import SIZES, config_of
+from xfast.benchmarks.metrics import gflop_per_token
+from xfast.benchmarks.models import SIZES, config_of, construct
 from xfast.errors import InvalidOptionError
 from xfast.machine import ceiling, machine, peak_memory
 from xfast.threads import get_num_threads
@@ -31,30 +32,26 @@ from xfast.threads import get_num_threads
 SHAPES = ((1, 8), (1, 32), (8, 64))
 """(sequences, tokens in each)."""
 
-_ROUNDS_OF_CEILING = 0.3  # seconds
+_CEILING_SECONDS = 0.3
 
 
 def write_checkpoint(folder: Path, size: str) -> int:
     """Writes a sharded bf16 checkpoint, a layer at a time; returns its bytes. One that is complete is left alone."""
-    import transformers
-
     index = folder / "model.safetensors.index.json"
-    config = config_of(size)
-    config.architectures = [f"{SIZES[size].family}Model"]
     if not index.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
-            model = getattr(transformers, config.architectures[0])(config, add_pooling_layer=False)
+            model = construct(size)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         shards: dict[str, list[str]] = {}
-        for name, _ in model.named_parameters():
+        for name in shapes:
             part = name.split("encoder.layer.")[1].split(".")[0] if "encoder.layer." in name else "rest"
             shards.setdefault(f"model-{part}.safetensors", []).append(name)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         for shard, names in shards.items():
             save_file({name: _values(name, shapes[name], generator) for name in names}, folder / shard)
-        config.dtype = "bfloat16"
-        config.save_pretrained(folder)
+        model.config.update({"architectures": [type(model).__name__], "dtype": "bfloat16"})
+        model.config.save_pretrained(folder)
         places = {name: shard for shard, names in shards.items() for name in names}
         index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -133,14 +130,8 @@ def speed(folders: dict[str, str], size: str, rounds: int) -> dict[str, Any]:
                     if turn > 0:
                         seconds[precision].setdefault(f"{rows}x{length}", []).append(took)
             if turn > 0:
-                ceilings.append(ceiling("int8", seconds=_ROUNDS_OF_CEILING) * 1e9)
-    return {"seconds": seconds, "ceiling": ceilings, "operations_per_token": _operations(size)}
-
-
-def _operations(size: str) -> int:
-    """Of the layers' products: a multiplication and an addition for each weight."""
-    shape = SIZES[size]
-    return 2 * shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.inner)
+                ceilings.append(ceiling("int8", seconds=_CEILING_SECONDS) * 1e9)
+    return {"seconds": seconds, "ceiling": ceilings, "operations_per_token": 1e9 * gflop_per_token(config_of(size))}
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:

@@ -68,10 +68,7 @@ class PyEncoder {
     require(!linear.owns() && !linear.complete(), "linear: has its weights already");
     const Precision chosen = precision_of(precision);
     require_group(group);
-    if (divisor) {
-      require(is_quantised(chosen), "divisor: quantised precisions only");
-      require_array(*divisor, "divisor", {linear.in_features()});
-    }
+    require_divisor(divisor, chosen, linear.in_features());
     encoder_.choose(linear, chosen, group, divisor ? divisor->data() : nullptr);
   }
 
@@ -385,7 +382,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("panel_outputs") = kPanel;
   m.attr("chunk_bytes") = kChunkBytes;
   m.attr("max_threads") = kMaxThreads;
-  m.attr("default_group") = kDefaultGroup;
   m.def("available_isas", &available_targets);
   m.def("built_isas", &built_targets);
   m.def("check_isa", [](const std::string& name) { return std::string(kernel_table(name).name); });

@@ -16,8 +16,7 @@ namespace {
 struct OwnedOperand {
   OwnedOperand(const InputFormat& format, int64_t rows, int64_t cols)
       : data(operand_bytes(format.precision, rows, cols)), scale(rows, 0.0f) {
-    const int64_t groups = format.group > 0 ? int4_groups(chunks_for(format.precision, cols), format.group) : 0;
-    sums.assign(groups * operand_capacity(rows), 0);
+    sums.assign(format.group > 0 ? operand_sums(rows, cols, format.group) : 0, 0);
     view = {data.data(), operand_capacity(rows) * kChunkBytes, scale.data(), sums.data()};
   }
   AlignedBuffer data;
@@ -37,11 +36,8 @@ class PyLinear {
     require(weight.shape(0) > 0 && weight.shape(1) > 0, "weight: must not be empty");
     if (bias) require_array(*bias, "bias", {weight.shape(0)});
     linear_ = PackedLinear(precision_, group, weight.shape(0), weight.shape(1));
-    if (divisor) {
-      require(is_quantised(precision_), "divisor: quantised precisions only");
-      require_array(*divisor, "divisor", {weight.shape(1)});
-      linear_.smooth(divisor->data());
-    }
+    require_divisor(divisor, precision_, weight.shape(1));
+    if (divisor) linear_.smooth(divisor->data());
     const MatrixView view{table_view(weight, "weight"), weight.shape(0), weight.shape(1)};
     require(linear_.set_rows(0, view, bias ? bias->data() : nullptr, 1), "weight: holds NaN or infinity");
   }

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,12 @@ inline TableView table_view(const py::array& array, const char* name) {
   if (kind == 'f' && size == 2) return {array.data(), TableType::kF16};
   if (kind == 'u' && size == 2) return {array.data(), TableType::kBf16};
   throw py::value_error(std::string(name) + ": expected float32, float16 or uint16 (bf16 bits) values");
+}
+
+inline void require_divisor(const std::optional<F32>& divisor, Precision precision, int64_t in_features) {
+  if (!divisor) return;
+  require(is_quantised(precision), "divisor: quantised precisions only");
+  require_array(*divisor, "divisor", {in_features});
 }
 
 inline void require_group(int64_t group) {

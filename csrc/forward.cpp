@@ -94,9 +94,7 @@ Operand take_operand(Carver& carver, const OperandNeeds& needs, int64_t rows, in
   operand.chunk_stride = capacity * kChunkBytes;
   operand.data = carver.take<uint8_t>(operand.chunk_stride * ceil_div(features * needs.bytes_per_element, kChunkBytes));
   if (needs.scales) operand.scale = carver.take<float>(rows);
-  if (needs.smallest_group > 0)
-    operand.sums =
-        carver.take<int32_t>(capacity * int4_groups(chunks_for(Precision::kInt4, features), needs.smallest_group));
+  if (needs.smallest_group > 0) operand.sums = carver.take<int32_t>(operand_sums(rows, features, needs.smallest_group));
   return operand;
 }
 

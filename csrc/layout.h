@@ -39,7 +39,7 @@ constexpr int64_t kPanel = 32;  // outputs of one weight panel
 constexpr int64_t kPanelChunkBytes = kGroups * kPanel * 4;
 constexpr int64_t kInt4ChunkBytes = kPanelChunkBytes / 2;  // int4 weights of one chunk of one panel, without scales
 constexpr int64_t kInt4ScaleBytes = kPanel * 2;  // scales of one group of one panel
-constexpr int64_t kInt4MinGroup = 32, kInt4MaxGroup = 128;  // powers of two between
+constexpr int64_t kInt4MaxGroup = 128;
 constexpr int64_t kDefaultGroup = 64;
 constexpr int kMaxTileRows = 14;  // tallest row tile of any target
 
@@ -60,6 +60,11 @@ constexpr int64_t panels_for(int64_t out_features) { return ceil_div(out_feature
 constexpr int64_t operand_capacity(int64_t rows) { return rows | 1; }
 constexpr int64_t operand_bytes(Precision p, int64_t rows, int64_t features) {
   return operand_capacity(rows) * kChunkBytes * chunks_for(p, features);
+}
+
+// Entries of an int4 operand's sums, one for each group and row of its capacity.
+constexpr int64_t operand_sums(int64_t rows, int64_t features, int64_t group) {
+  return operand_capacity(rows) * int4_groups(chunks_for(Precision::kInt4, features), group);
 }
 
 // Floats between rows of a row-major fp32 buffer of `cols` columns: an odd number of cache lines, so that the rows of a

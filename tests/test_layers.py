@@ -53,6 +53,7 @@ LAYER_OF = {
     "checkpoint": "applications",
     "machine": "applications",
     "files": "applications",
+    "logs": "applications",
     "pages": "applications",
     "figures": "applications",
     "benchmarks": "applications",

@@ -12,7 +12,6 @@ pack_version: int
 panel_outputs: int
 chunk_bytes: int
 max_threads: int
-default_group: int
 
 def available_isas() -> list[str]: ...
 def built_isas() -> list[str]: ...

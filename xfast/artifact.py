@@ -19,7 +19,7 @@ from typing import Any
 from xfast import _C
 from xfast.architecture import EncoderSpec
 from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
-from xfast.recipe import GROUP_SIZES, LINEARS, QUANTISED, StoredFormat
+from xfast.recipe import GROUP_SIZES, LINEARS, PRECISIONS, QUANTISED, StoredFormat
 from xfast.tensor_files import (
     FileRecord,
     Mapped,
@@ -38,7 +38,6 @@ CONFIG = "config.json"
 PARAMETERS = "parameters.safetensors"
 WORDS = "words.safetensors"
 STAGING = ".xfast-partial"
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 _JOURNAL = "journal.json"
 _HARMLESS = {".git", ".gitattributes", ".gitignore", "README.md", ".cache", STAGING}

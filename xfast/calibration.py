@@ -111,7 +111,7 @@ def read_batches(target: Target, calibration: Any) -> list[Batch]:
             raise InvalidOptionError(
                 f"calibration[{index}]: expected a mapping such as a tokenizer returns, got {_brief(given)}"
             )
-        arguments = encoder_arguments(given)
+        arguments = {name: value.to("cpu") for name, value in encoder_arguments(given).items()}
         try:
             batches.append(Batch(arguments, unpad(target.weights.spec, **{"input_ids": None, **arguments})))
         except (InvalidInputError, PositionOverflowError) as error:
@@ -127,9 +127,20 @@ def encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
     for name in _ARGUMENTS:
         value = batch.get(name) if hasattr(batch, "get") else None
         if isinstance(value, torch.Tensor):
-            value = value.to("cpu")
             given[name] = value.flatten(0, 1) if value.dim() == (4 if name == "inputs_embeds" else 3) else value
     return given
+
+
+def run_original(module: nn.Module, **arguments: Any) -> Any:
+    """What the class's own forward returns, in eval mode and without gradients: the instance's may be accelerated."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            forward: Any = type(module).forward
+            return forward(module, **arguments)
+    finally:
+        module.train(training)
 
 
 def _brief(value: object) -> str:
@@ -156,16 +167,11 @@ def product_inputs(target: Target, batches: Sequence[Batch]) -> dict[Product, In
     recorder = _Recorder(order[:_TOKENS].sort().values)
     modules = {key: target.weights.modules[key[0], _role(key)] for key in target.products()}
     hooks = [module.register_forward_pre_hook(partial(recorder.see, key)) for key, module in modules.items()]
-    training = target.module.training
-    target.module.eval()
     try:
-        with torch.no_grad():
-            for batch in batches:
-                recorder.start(batch)
-                forward: Any = type(target.module).forward  # of the class: the instance's may be accelerated
-                forward(target.module, **batch.arguments)
+        for batch in batches:
+            recorder.start(batch)
+            run_original(target.module, **batch.arguments)
     finally:
-        target.module.train(training)
         for hook in hooks:
             hook.remove()
     return {key: recorder.result(key, target.weights.names[key[0], _role(key)]) for key in modules}

@@ -22,7 +22,7 @@ from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
-from xfast.recipe import Recipe
+from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
 from xfast.tensor_files import DTYPES, as_bytes
 from xfast.threads import get_num_threads
 
@@ -35,7 +35,7 @@ def convert(
     folder: Path,
     precision: str = "int8",
     architecture: str | None = None,
-    group_size: int = 64,
+    group_size: int = DEFAULT_GROUP_SIZE,
     advance: Advance = lambda name: None,
     announce: Callable[[int], None] = lambda files: None,
 ) -> Manifest:
@@ -55,8 +55,8 @@ def convert(
     Raises:
         XfastError: no such checkpoint, damaged, not supported, or the folder cannot be written.
     """
-    if precision not in artifact.PRECISIONS:
-        accepted = ", ".join(artifact.PRECISIONS)
+    if precision not in PRECISIONS:
+        accepted = ", ".join(PRECISIONS)
         raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
     recipe = Recipe(group_size)
     checkpoint = Checkpoint(model)
@@ -217,7 +217,9 @@ def run(
     model: Annotated[str, typer.Argument(help="Folder or cached Hub id of a checkpoint; with --check an artifact.")],
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The artifact: a new or empty folder.")] = None,
     precision: Annotated[str, typer.Option(help="int8, int4, bf16 or fp32.")] = "int8",
-    group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")] = 64,
+    group_size: Annotated[
+        int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")
+    ] = DEFAULT_GROUP_SIZE,
     architecture: Annotated[
         str | None, typer.Option(help="Class of transformers, XLMRobertaModel for example.")
     ] = None,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import tempfile
 import time
@@ -37,6 +36,7 @@ from xfast.errors import (
     XfastError,
 )
 from xfast.heads import rule_for
+from xfast.logs import errors_only
 
 OUTPUTS = {
     "ForSequenceClassification": ("logits",),
@@ -265,7 +265,7 @@ def _write(traced: _Traced, path: Path, example: dict[str, torch.Tensor]) -> int
     """Exports to ``path``; returns the opset."""
     dims = [torch.export.Dim(name) for name in (EXAMPLE if _has_choices(traced.model) else ("batch", "length"))]
     try:
-        with warnings.catch_warnings(), _quiet("torch.onnx"):
+        with warnings.catch_warnings(), errors_only("torch.onnx"):  # it logs operators of packages not installed
             warnings.simplefilter("ignore")  # the exporter's deprecations are between it and PyTorch
             program = torch.onnx.export(
                 traced,
@@ -285,18 +285,6 @@ def _write(traced: _Traced, path: Path, example: dict[str, torch.Tensor]) -> int
     except Exception as error:  # the exporter raises whatever its passes do
         text = " ".join(str(error).split())[:500]
         raise ExportError(f"{type(traced.model).__name__} was not exported: {type(error).__name__}: {text}") from error
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """The exporter logs each operator of packages that are not installed."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def samples(spec: EncoderSpec, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
+from xfast.calibration import encoder_arguments, run_original
 from xfast.errors import (
     BackendUnavailableError,
     InvalidInputError,
@@ -156,7 +157,7 @@ class Plan:
     def _choose_precision(
         self, module: nn.Module, weights: EncoderWeights, device: torch.device
     ) -> tuple[str, Engine | None]:
-        batches = [_encoder_arguments(batch) for batch in self.options.calibration or ()]
+        batches = [encoder_arguments(batch) for batch in self.options.calibration or ()]
         tolerance = self.options.tolerance or 0.0
         reference: list[torch.Tensor] = []
         reasons: list[str] = []
@@ -216,16 +217,6 @@ def _common_device(weights: EncoderWeights) -> torch.device:
     return next(iter(devices))
 
 
-def _encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
-    """The encoder's share of a model's batch; multiple choice's (batch, choices, length) is flattened."""
-    given = {}
-    for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"):
-        value = batch.get(name) if hasattr(batch, "get") else None
-        if isinstance(value, torch.Tensor):
-            given[name] = value.flatten(0, 1) if value.dim() == (4 if name == "inputs_embeds" else 3) else value
-    return given
-
-
 def _output(engine: Engine, index: int, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
     """The engine's hidden states, [batch, length, hidden_size], zeros at padded positions."""
     try:
@@ -238,14 +229,7 @@ def _output(engine: Engine, index: int, batch: dict[str, torch.Tensor], layers: 
 
 def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
     """The original code's, likewise."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            forward: Any = type(module).forward
-            states = forward(module, **batch, output_hidden_states=True, return_dict=True).hidden_states
-    finally:
-        module.train(training)
+    states = run_original(module, **batch, output_hidden_states=True, return_dict=True).hidden_states
     hidden: torch.Tensor = states[layers].float()
     mask = batch.get("attention_mask")
     return hidden if mask is None else torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)

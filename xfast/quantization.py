@@ -29,7 +29,7 @@ from xfast.quantization_reports import (
     ProductOutliers,
     SensitivityReport,
 )
-from xfast.recipe import LINEARS, QUANTISED, LinearFormat, Recipe
+from xfast.recipe import DEFAULT_GROUP_SIZE, LINEARS, QUANTISED, LinearFormat, Recipe
 
 PRECISIONS = ("int4", "int8", "bf16", "fp32")
 GAIN_STRENGTH = 0.3
@@ -49,7 +49,7 @@ def smooth(
     model: Any,
     *,
     precision: str = "int8",
-    group_size: int = 64,
+    group_size: int = DEFAULT_GROUP_SIZE,
     calibration: Sequence[Any] | None = None,
     strength: float | Sequence[float] | None = None,
 ) -> Recipe:
@@ -141,7 +141,7 @@ def mixed(
     *,
     tolerance: float,
     precisions: Sequence[str] | None = None,
-    group_size: int = 64,
+    group_size: int = DEFAULT_GROUP_SIZE,
     smoothing: bool = True,
 ) -> tuple[Recipe, MixedReport]:
     """The smallest recipe found whose relative error on the calibration batches is within ``tolerance``.

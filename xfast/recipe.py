@@ -16,8 +16,12 @@ LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
 GROUP_SIZES = (32, 64, 128)
 """Consecutive inputs that share one scale in int4."""
 
+DEFAULT_GROUP_SIZE = 64
+"""Where nothing is said; artifacts do not name it, so it cannot change within their format."""
+
 QUANTISED = ("int8", "int4")
-_PRECISIONS = ("fp32", "bf16", *QUANTISED)
+PRECISIONS = ("fp32", "bf16", *QUANTISED)
+"""What a product can be computed in on the CPU."""
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -34,7 +38,7 @@ class LinearFormat:
     """
 
     precision: str
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     divisor: np.ndarray | None = None
 
 
@@ -43,7 +47,7 @@ class StoredFormat:
     """How a packed product was stored; its divisor, if it had one, lies beside it as ``column_scale`` = 1 / divisor."""
 
     precision: str
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     smoothed: bool = False
 
 
@@ -59,7 +63,7 @@ class Recipe:
         InvalidOptionError: a name, size or value is not accepted.
     """
 
-    group_size: int = 64
+    group_size: int = DEFAULT_GROUP_SIZE
     linears: Mapping[tuple[int, str], LinearFormat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,9 +72,9 @@ class Recipe:
             where = f"recipe.linears[{key!r}]"
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
-            if chosen.precision not in _PRECISIONS:
+            if chosen.precision not in PRECISIONS:
                 raise InvalidOptionError(
-                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(_PRECISIONS)}"
+                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(PRECISIONS)}"
                 )
             _check_group(f"{where}.group_size", chosen.group_size)
             if chosen.divisor is not None:
@@ -84,7 +88,9 @@ class Recipe:
         """The formats of one layer's products by name."""
         chosen = {name: self.of(layer, name, precision) for name in LINEARS}
         return {
-            name: StoredFormat(f.precision, f.group_size if f.precision == "int4" else 64, f.divisor is not None)
+            name: StoredFormat(
+                f.precision, f.group_size if f.precision == "int4" else DEFAULT_GROUP_SIZE, f.divisor is not None
+            )
             for name, f in chosen.items()
         }
 

@@ -15,10 +15,8 @@ from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
-from xfast.recipe import LINEARS, QUANTISED, LinearFormat, Recipe, StoredFormat
+from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, Recipe, StoredFormat
 from xfast.threads import get_num_threads
-
-_PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 
 def requested_isa() -> str:
@@ -192,8 +190,8 @@ class NativeBackend:
         """See :class:`xfast.backends.base.Backend`."""
         if device.type != "cpu":
             return f"the model is on {device}, this backend runs on cpu"
-        if precision not in _PRECISIONS:
-            return f"precision {precision} is not available on the CPU; available: {', '.join(_PRECISIONS)}"
+        if precision not in PRECISIONS:
+            return f"precision {precision} is not available on the CPU; available: {', '.join(PRECISIONS)}"
         return unusual_norms(spec)
 
     def automatic(self, device: torch.device) -> bool:
@@ -239,8 +237,7 @@ class _Packer:
             self._linear(layer, role, role, 0, into)
 
     def _choose(self, into: int, name: str, chosen: LinearFormat) -> None:
-        if (chosen.precision, chosen.group_size) != (self._precision, _C.default_group) or chosen.divisor is not None:
-            self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)
+        self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)
 
     def _array(self, layer: int, role: str) -> np.ndarray:
         tensor = self._weights.modules[layer, role].weight.detach().contiguous()

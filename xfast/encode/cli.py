@@ -37,7 +37,7 @@ Prefix = Annotated[str, typer.Option(help="Put before every text: 'query: ' for 
 Layers = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
 Dtype = Annotated[str, typer.Option(help="Of embeddings: float32 or float16.")]
 Backend = Annotated[str, typer.Option(help="auto, native, triton or tensorrt.")]
-Precision = Annotated[str, typer.Option(help="model, fp32, bf16, int8, fp16 or fp8.")]
+Precision = Annotated[str, typer.Option(help="model, fp32, bf16, int8, int4, fp16 or fp8.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OnError = Annotated[str, typer.Option(help="At a bad row: fail, or skip it and list it in the manifest.")]
 ShardRows = Annotated[int, typer.Option(help="Input rows of an output file, at most.")]

@@ -7,7 +7,6 @@ run can leave two; here the actor writes the file by the shard's number, whole o
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from xfast.encode import store
 from xfast.encode.rows import Shard
 from xfast.encode.worker import Progress, Task, Worker
 from xfast.errors import BackendUnavailableError, XfastError
+from xfast.logs import errors_only
 
 DEATHS = 5
 """Workers that a shard may cost. Ray itself starts a worker that died again for ever, which a shard too large for the
@@ -117,14 +117,12 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, OSError, RuntimeError) as error:
             raise BackendUnavailableError(f"address: {address}: no Ray cluster: {error}") from error
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with errors_only("ray.data"):
+            yield
     finally:
-        logger.setLevel(level)
         context.enable_progress_bars = shown
         if ours:
             ray.shutdown()
