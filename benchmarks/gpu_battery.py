@@ -34,7 +34,15 @@ from xfast.benchmarks.gpu_time import Clock
 
 FORMAT = 1
 TESTS = (
-    *("packing_triton", "attention_triton", "rows_triton", "gemm_triton", "triton_backend", "attention_interface"),
+    *(
+        "packing_triton",
+        "attention_triton",
+        "rows_triton",
+        "gemm_triton",
+        "gemm_weight_only_triton",
+        "triton_backend",
+        "attention_interface",
+    ),
     "tensorrt_backend",
 )
 TEST_SECONDS = 240
@@ -122,6 +130,7 @@ def main(
         "attention": gpu_kernels.attention_rows,
         "rows": gpu_kernels.row_kernels,
         "gemm": gpu_kernels.gemm_rows,
+        "weight-only": gpu_kernels.weight_only_rows,
         "compiled": gpu_models.compiled,
     }
     wanted = set(filter(None, only.split(",")))

@@ -13,7 +13,18 @@ from typing import Any
 
 import triton.language as tl
 
-from xfast.kernels import activation, attention, attention_grad, embedding, gemm, norm, packing, quantize, tiles
+from xfast.kernels import (
+    activation,
+    attention,
+    attention_grad,
+    embedding,
+    gemm,
+    gemm_weight_only,
+    norm,
+    packing,
+    quantize,
+    tiles,
+)
 from xfast.kernels.launch import next_power_of_2
 
 CAPABILITIES = (80, 89, 90, 100, 120)
@@ -92,6 +103,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _backward()
     yield from _rows(capability)
     yield from _gemm(capability)
+    yield from _weight_only(capability)
     yield from _packing()
 
 
@@ -177,6 +189,39 @@ def _gemm(capability: int) -> Iterator[Case]:
                 flops=2 * tile.block_m * tile.block_n * tile.block_k,
                 bytes=(tile.block_m + tile.block_n) * tile.block_k * size,
             )  # fmt: skip
+
+
+def _weight_only(capability: int) -> Iterator[Case]:
+    integers = {"w": "*i8", "steps": "i32"}
+    forms = (("split", False, False), ("gelu", True, False), ("residual", False, True))
+    for (dtype, (pointer, size)), group, rows in itertools.product(TYPES.items(), (0, 32, 64, 128), (16, 32, 64, 4096)):
+        kind = f"{f'int4g{group}' if group else 'int8'} {dtype}"
+        scale = "*bf16" if group else "*fp32"
+        tile = tiles.weight_only_tile(rows, size, capability, group)
+        inputs = tile.block_k * (2 if group else 1)
+        # The loop is the same in all forms; GELU needs most registers after it
+        for form, activated, residual in forms if rows == 16 else forms[1:2]:
+            split = form == "split"
+            yield Case(
+                f"weight-only-{form} {kind} M{rows}", gemm_weight_only.weight_only_kernel, pointer,
+                {"GROUP": group, "EVEN": True, "BIAS": not split, "GELU": activated, "RESIDUAL": residual,
+                 "SPLIT": split, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+                tile, {**integers, "scale": scale, **({"out": "*fp32"} if split else {})}, mma=size <= 2,
+                flops=2 * tile.block_m * tile.block_n * inputs,
+                bytes=tile.block_m * inputs * size + tile.block_n * tile.block_k,
+            )  # fmt: skip
+        if rows == 16:
+            block = tiles.weight_only_half(group) if group else 1024
+            yield Case(
+                f"weight-only-expand {kind}", gemm_weight_only.expand_kernel, pointer, {"GROUP": group, "BLOCK": block},
+                tiles.Tile(1, block, 0, 1 if group else 4, 3), {**integers, "scale": scale},
+            )  # fmt: skip
+    for dtype, (pointer, _) in TYPES.items():
+        flags = {"BIAS": True, "GELU": True, "RESIDUAL": False, "BLOCK": 1024}
+        yield Case(
+            f"weight-only-combine {dtype}", gemm_weight_only.combine_kernel, pointer, flags,
+            tiles.Tile(1, 1024, 0, 4, 3), {"sums": "*fp32", "splits": "i32"},
+        )  # fmt: skip
 
 
 def _packing() -> Iterator[Case]:

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from xfast.benchmarks.gpu_time import Clock, alternate
 from xfast.kernels import activation, attention, gemm, norm, quantize
+from xfast.kernels.gemm_weight_only import expand, weight_only_gemm
+from xfast.kernels.integer_weights import to_int4, to_int8
 from xfast.kernels.launch import capability_of
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import Tile, attention_tile
@@ -134,6 +136,38 @@ def _gemm(role: str, depth: int, columns: int, rows: int) -> Row:
         "tflop_s": {
             name: 2 * rows * depth * columns / ms / 1e9 for name, ms in alternate(run, rounds=9, cold=True).items()
         }
+    }
+
+
+def weight_only_rows(clock: Clock) -> Iterator[Row]:
+    """Products with integer weights beside bf16: TB/s of weights (few rows), TFLOP/s, and expanding them first."""
+    for name, (hidden, inner) in {**SHAPES, "xxl": (4096, 16384)}.items():
+        for depth, columns in ((hidden, inner), (inner, hidden)):
+            for rows in (1, 16, 32, 64, 256, 1024, 4096):
+                if clock.left > 0:
+                    yield {
+                        "model": name,
+                        "in": depth,
+                        "out": columns,
+                        "rows": rows,
+                        **_weight_only(depth, columns, rows),
+                    }
+
+
+def _weight_only(depth: int, columns: int, rows: int) -> Row:
+    x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
+    bias = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
+    run: dict[str, Callable[[], object]] = {"bf16 cublas": lambda: torch.addmm(bias, x, w.t())}
+    sizes = {"bf16 cublas": 2 * w.numel()}
+    for kind, integers in (("int8", to_int8(w)), ("int4", to_int4(w)), ("int4 g128", to_int4(w, 128))):
+        run[kind] = lambda q=integers: weight_only_gemm(x, q, bias=bias)
+        run[f"{kind} expanded"] = lambda q=integers: torch.addmm(bias, x, expand(q, x.dtype).t())
+        sizes[kind] = sizes[f"{kind} expanded"] = integers.bytes
+    times = alternate(run, rounds=9, cold=True)
+    return {
+        "weights_tb_s": {kind: sizes[kind] / ms / 1e9 for kind, ms in times.items()},
+        "tflop_s": {kind: 2 * rows * depth * columns / ms / 1e9 for kind, ms in times.items()},
     }
 
 

@@ -85,7 +85,7 @@ def tensorrt(clock: Clock) -> Iterator[Row]:
 def _engines(stock: Any) -> dict[str, Any]:
     """Name -> model. Every one has its own copy of the weights, so that all live side by side."""
     engines = {}
-    for precision in ("bf16", "fp16", "fp8"):
+    for precision in ("bf16", "fp16", "fp8", "int8", "int4"):
         model = copy.deepcopy(stock)
         try:
             engines[f"xfast {precision}"] = xfast.accelerate(model, backend="triton", precision=precision)

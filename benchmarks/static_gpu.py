@@ -133,7 +133,9 @@ def _mma(body: Counter[str]) -> int:
 
 def _other_form(label: str) -> bool:
     """Whether a case is of another dtype, head size or model than XLM-R large in bf16 and fp8."""
-    return bool(set(label.split()) & {"fp16", "fp32", "d16", "d32", "d128", "base", "xl"}) and "packing" not in label
+    words = {*label.split(), *label.split()[0].split("-")}
+    other = {"fp16", "fp32", "d16", "d32", "d128", "base", "xl", "int4g32", "int4g128"}
+    return bool(words & other) and "packing" not in label
 
 
 @cache

@@ -20,7 +20,7 @@ from xfast.benchmarks.gpu_cases import cases
 from xfast.kernels.tiles import shared_memory_limit
 
 # bf16 and fp16 compile to the same code but for the instructions' type
-FORMS = ("attention", "norm-bias", "embedding", "activation", "gemm", "packing")
+FORMS = ("attention", "norm-bias", "embedding", "activation", "gemm", "weight-only", "packing")
 
 
 @pytest.fixture(scope="module", params=[80, 90])
@@ -67,7 +67,7 @@ def test_products_run_on_tensor_cores(compiled: list[dict[str, object]]) -> None
         assert isinstance(tensor, dict)
         if (
             capability == 90
-            and label.startswith(("attention bf16", "gemm"))
+            and label.startswith(("attention bf16", "gemm", "weight-only"))
             and "L1" not in label.split()
             and "M16" not in label
         ):

@@ -33,6 +33,8 @@ LAYER_OF = {
     "calibration": "model",
     "quantization": "model",
     "quantization_reports": "model",
+    "mixed_precision": "model",
+    "trials": "model",
     "artifact": "model",
     "packed_model": "model",
     "tokenizer_files": "model",

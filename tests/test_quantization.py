@@ -462,5 +462,5 @@ def test_models_on_other_devices() -> None:
 
     model = build()
     model.encoder.layer[0].output.dense.weight = Elsewhere(model.encoder.layer[0].output.dense.weight)
-    with pytest.raises(xfast.BackendUnavailableError, match="cuda:0; recipes are made and run on the CPU"):
+    with pytest.raises(xfast.BackendUnavailableError, match="cuda:0; this runs on the CPU only"):
         quantization.smooth(model)

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "group type": (lambda: Recipe(True), "group_size"),
     "key": (lambda: Recipe(linears={"qkv": LinearFormat("int8")}), "layer, name"),
     "name": (lambda: Recipe(linears={(0, "query"): LinearFormat("int8")}), "qkv, attention_out"),
-    "precision": (lambda: Recipe(linears={(0, "qkv"): LinearFormat("fp16")}), "fp32, bf16, int8, int4"),
+    "precision": (lambda: Recipe(linears={(0, "qkv"): LinearFormat("int2")}), "fp32, bf16, int8, int4"),
     "linear's group": (lambda: Recipe(linears={(0, "qkv"): LinearFormat("int4", 16)}), "32, 64, 128"),
     "divisor of fp32": (
         lambda: Recipe(linears={(0, "qkv"): LinearFormat("fp32", 64, np.ones(64, np.float32))}),
@@ -216,9 +216,12 @@ def test_recipes_that_do_not_fit_a_model() -> None:
             xfast.accelerate(model, precision="int8", recipe=Recipe(linears=linears))
     for options, part in (
         ({"recipe": {}}, "expected an xfast.recipe.Recipe"),
-        ({"recipe": Recipe(), "backend": "triton"}, "runs on the CPU"),
+        ({"recipe": Recipe(), "backend": "tensorrt"}, "has one precision"),
         ({"recipe": Recipe(), "precision": "auto", "calibration": [ragged()], "tolerance": 1.0}, "auto"),
     ):
         with pytest.raises(xfast.InvalidOptionError, match=part):
             xfast.accelerate(model, **options)
+    for name in ("fp16", "fp8"):
+        with pytest.raises(xfast.BackendUnavailableError, match=f"precision {name} is not available on the CPU"):
+            xfast.accelerate(model, recipe=Recipe(linears={(0, "qkv"): LinearFormat(name)}))
     assert isinstance(model, nn.Module) and torch.isfinite(states(model)).all()

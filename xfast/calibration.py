@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from xfast.architecture import EncoderWeights, Family, describe, find_encoders, supported_families
+from xfast.backends.base import Engine
 from xfast.errors import (
     BackendUnavailableError,
     InvalidInputError,
@@ -46,6 +47,12 @@ class Target:
     family: Family
     weights: EncoderWeights
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        device: torch.device = self.weights.modules[-1, "word"].weight.device
+        return device
+
     def products(self) -> list[Product]:
         """All of them, in the order in which they run."""
         return [(layer, name) for layer in range(self.weights.spec.num_layers) for name in LINEARS]
@@ -56,8 +63,8 @@ class Target:
         return torch.cat([part.float() for part in parts])
 
 
-def find_target(model: Any) -> Target:
-    """The one encoder inside ``model``, on the CPU, with finite weights in its products and LayerNorms.
+def find_target(model: Any, *, anywhere: bool = False) -> Target:
+    """The one encoder inside ``model``, on the CPU unless ``anywhere``, with finite weights in products and LayerNorms.
 
     Raises:
         UnsupportedModelError: none, several, or one that differs from its family.
@@ -77,9 +84,9 @@ def find_target(model: Any) -> Target:
         tensor = getattr(owner, parameter)
         if tensor.is_meta:
             raise InvalidWeightsError(f"model: {name} is on the meta device: it has no values; load the weights first")
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" and not anywhere:
             raise BackendUnavailableError(
-                f'model: {name} is on {tensor.device}; recipes are made and run on the CPU only: use model.to("cpu")'
+                f'model: {name} is on {tensor.device}; this runs on the CPU only: use model.to("cpu")'
             )
         if isinstance(owner, nn.LayerNorm) and owner.bias is None:
             raise InvalidWeightsError(f"model: {name.removesuffix('weight')}bias is missing")
@@ -141,6 +148,40 @@ def run_original(module: nn.Module, **arguments: Any) -> Any:
             return forward(module, **arguments)
     finally:
         module.train(training)
+
+
+def engine_output(engine: Engine, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:
+    """Hidden states after ``layers`` layers at all real tokens of the batches, fp32 [T, hidden_size].
+
+    Raises:
+        InvalidInputError: a batch is too long for the model.
+        CannotRunError: the engine cannot run one.
+    """
+    found = []
+    for index, batch in enumerate(batches):
+        try:
+            packed = engine.unpad(**{"input_ids": None, **batch})
+        except PositionOverflowError as error:
+            raise InvalidInputError(f"calibration[{index}] is too long: {error}") from None
+        found.append(_real(packed.pad(engine.run(packed, layers=layers)[0], torch.float32), batch))
+    return torch.cat(found)
+
+
+def original_output(module: nn.Module, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:
+    """The original code's, likewise."""
+    states = (run_original(module, **batch, output_hidden_states=True, return_dict=True) for batch in batches)
+    return torch.cat([_real(s.hidden_states[layers].float(), b) for s, b in zip(states, batches, strict=True)])
+
+
+def _real(hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return hidden.flatten(0, 1) if mask is None else hidden[mask.bool()]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want||; 0 where both are nothing."""
+    exact = want.double()
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(_TINY))
 
 
 def _brief(value: object) -> str:

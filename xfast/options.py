@@ -30,7 +30,7 @@ class Options:
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
             packed tokens with the varlen attention kernel instead of the original code.
-        recipe: how single products differ from ``precision`` (CPU only): see :class:`xfast.recipe.Recipe` and
+        recipe: how single products differ from ``precision`` (native and Triton): see :class:`xfast.recipe.Recipe` and
             :mod:`xfast.quantization`, which makes them.
 
     Raises:
@@ -69,8 +69,8 @@ class Options:
             return
         if not isinstance(self.recipe, Recipe):
             raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe or None, got {self.recipe!r}")
-        if self.backend not in ("auto", "native"):
-            raise InvalidOptionError(f'recipe: is not accepted with backend="{self.backend}"; it runs on the CPU')
+        if self.backend == "tensorrt":
+            raise InvalidOptionError('recipe: is not accepted with backend="tensorrt", which has one precision')
         if self.precision == "auto":
             raise InvalidOptionError('recipe: is not accepted with precision="auto", which chooses one for everything')
 

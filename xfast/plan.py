@@ -15,21 +15,21 @@ from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
-from xfast.calibration import encoder_arguments, run_original
+from xfast.calibration import encoder_arguments, engine_output, original_output, relative_error
 from xfast.errors import (
     BackendUnavailableError,
-    InvalidInputError,
     InvalidOptionError,
     InvalidWeightsError,
     UnsupportedModelError,
     WeightsFreedError,
 )
+from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.options import Options
-from xfast.packing import PositionOverflowError
+from xfast.recipe import QUANTISED, LinearFormat, Recipe
+from xfast.trials import TritonTrials
 from xfast.watch import InnerWatch, WeightWatch
 
-NATIVE = NativeBackend()
-BACKENDS = (NATIVE, TritonBackend(), TensorRTBackend())
+BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
 FREED = "the original weights were given up with keep_weights=False"
 _DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -134,13 +134,10 @@ class Plan:
         else:
             precision = self._resolve(weights, device)
             recipe = self.options.recipe
-            if recipe is not None:  # only there; the call says why where it cannot be
-                choose(BACKENDS, NATIVE.name, weights.spec, device, precision)
-                return NATIVE.name, NATIVE.compile(weights, precision, recipe)
-            backend, reasons = choose(BACKENDS, self.options.backend, weights.spec, device, precision)
+            backend, reasons = choose(BACKENDS, self.options.backend, weights.spec, device, precision, recipe)
             if backend is not None:
-                return backend.name, backend.compile(weights, precision)
-        if asked != "model":
+                return backend.name, backend.compile(weights, precision, recipe)
+        if asked != "model" or self.options.recipe is not None:
             raise BackendUnavailableError(f"precision={asked!r}: " + "; ".join(reasons))
         self.notes += [f"the original code runs: {reason}" for reason in reasons]
         return "none", None
@@ -159,7 +156,8 @@ class Plan:
     ) -> tuple[str, Engine | None]:
         batches = [encoder_arguments(batch) for batch in self.options.calibration or ()]
         tolerance = self.options.tolerance or 0.0
-        reference: list[torch.Tensor] = []
+        reference: torch.Tensor | None = None
+        refused: list[str] = []
         reasons: list[str] = []
         for precision in _AUTO_ORDER:
             try:
@@ -167,24 +165,47 @@ class Plan:
             except BackendUnavailableError as unavailable:
                 reasons.append(str(unavailable))
                 continue
-            if backend is None:
+            # There integers are for memory and small batches: more exact than fp8, slower than bf16
+            if backend is None or (backend.name == TritonBackend.name and precision in QUANTISED):
                 continue
             engine = backend.compile(weights, precision)
             try:
-                outputs = [_output(engine, index, batch, self.layers) for index, batch in enumerate(batches)]
+                output = engine_output(engine, batches, self.layers)
             except CannotRunError as refusal:
                 self.notes.append(f"auto: {precision} cannot run the calibration batches: {refusal}")
                 continue
-            reference = reference or [_original_output(module, batch, self.layers) for batch in batches]
-            error = _relative_error(outputs, reference)
-            verdict = "chosen" if error <= tolerance else "refused"
-            self.notes.append(f"auto: {precision} error {error:.2e}, tolerance {tolerance:.2e}: {verdict}")
-            if error <= tolerance:
-                return backend.name, engine
+            reference = original_output(module, batches, self.layers) if reference is None else reference
+            if not self._within(precision, relative_error(output, reference), tolerance):
+                refused.append(precision)
+                continue
+            if backend.name == TritonBackend.name and (precision, refused) == ("bf16", ["fp8"]):
+                engine = self._fp8_where_possible(weights, batches, reference, tolerance) or engine
+            return backend.name, engine
         raise BackendUnavailableError(
             f"no precision stays within tolerance={tolerance} on the calibration batches: "
             + "; ".join(self.notes or reasons)
         )
+
+    def _within(self, what: str, error: float, tolerance: float) -> bool:
+        verdict = "chosen" if error <= tolerance else "refused"
+        self.notes.append(f"auto: {what} error {error:.2e}, tolerance {tolerance:.2e}: {verdict}")
+        return error <= tolerance
+
+    def _fp8_where_possible(
+        self, weights: EncoderWeights, batches: list[dict[str, torch.Tensor]], reference: torch.Tensor, tolerance: float
+    ) -> Engine | None:
+        """An engine with as many products in fp8 as the tolerance allows, the others in bf16; None: not one."""
+        trials = TritonTrials(weights, "bf16", lambda e: engine_output(e, batches, self.layers), reference)
+        ladders: Ladders = {}
+        climb(ladders, trials, dict.fromkeys(trials.products, LinearFormat("fp8")))
+        climb(ladders, trials, dict.fromkeys(trials.products, trials.plain))
+        found, _, result = cheapest(trials, ladders, tolerance)
+        formats = formats_of(found)
+        count = sum(chosen.precision == "fp8" for chosen in formats.values())
+        if not count:
+            return None
+        self._within(f"fp8 in {count} of {len(formats)} products, the others bf16:", result.error, tolerance)
+        return TritonBackend().compile(weights, "bf16", Recipe(linears=formats))
 
 
 def _free(leaf: nn.Module) -> None:
@@ -215,27 +236,3 @@ def _common_device(weights: EncoderWeights) -> torch.device:
     if len(devices) > 1:
         return torch.device("meta")  # spread over several devices: no backend takes it
     return next(iter(devices))
-
-
-def _output(engine: Engine, index: int, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
-    """The engine's hidden states, [batch, length, hidden_size], zeros at padded positions."""
-    try:
-        packed = engine.unpad(**{"input_ids": None, **batch})
-    except PositionOverflowError as error:
-        raise InvalidInputError(f"calibration[{index}] is too long: {error}") from None
-    hidden: torch.Tensor = packed.pad(engine.run(packed, layers=layers)[0], torch.float32)
-    return hidden
-
-
-def _original_output(module: nn.Module, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
-    """The original code's, likewise."""
-    states = run_original(module, **batch, output_hidden_states=True, return_dict=True).hidden_states
-    hidden: torch.Tensor = states[layers].float()
-    mask = batch.get("attention_mask")
-    return hidden if mask is None else torch.where(mask.bool().unsqueeze(-1), hidden, 0.0)
-
-
-def _relative_error(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    difference = sum(float((g - w).double().square().sum()) for g, w in zip(got, want, strict=True))
-    size = sum(float(w.double().square().sum()) for w in want)
-    return (difference / size) ** 0.5 if size else 0.0

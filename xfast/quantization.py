@@ -1,27 +1,39 @@
 """Accuracy of quantised encoders: smoothing of outlier channels, reports of what hurts, mixed precision to a tolerance.
 
 Every function reads a model and changes nothing in it. What comes out is a :class:`~xfast.recipe.Recipe`, for
-``xfast.accelerate(model, precision=..., recipe=recipe)``. CPU only. docs/quantization.md says when to use which.
+``xfast.accelerate(model, precision=..., recipe=recipe)``. ``mixed`` chooses on GPUs, too; the rest is for the CPU.
+docs/quantization.md says when to use which.
 """
 
 from __future__ import annotations
 
-import bisect
-import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from xfast.architecture import EncoderSpec
-from xfast.backends.native import NativeEngine, PackedWeights, pack_layer, requested_isa
-from xfast.calibration import Batch, Inputs, Product, Simulation, Target, find_target, product_inputs, read_batches
-from xfast.errors import BackendUnavailableError, InvalidInputError, InvalidOptionError
+from xfast.backends.base import choose
+from xfast.backends.native import requested_isa
+from xfast.backends.triton import TritonBackend
+from xfast.calibration import (
+    Batch,
+    Inputs,
+    Product,
+    Simulation,
+    Target,
+    engine_output,
+    find_target,
+    original_output,
+    product_inputs,
+    read_batches,
+)
+from xfast.errors import InvalidOptionError
+from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.quantization_reports import (
-    Measured,
     MixedReport,
     OutlierReport,
     ProductChoice,
@@ -30,8 +42,10 @@ from xfast.quantization_reports import (
     SensitivityReport,
 )
 from xfast.recipe import DEFAULT_GROUP_SIZE, LINEARS, QUANTISED, LinearFormat, Recipe
+from xfast.trials import NativeTrials, Trials, TritonTrials
 
 PRECISIONS = ("int4", "int8", "bf16", "fp32")
+GPU_PRECISIONS = ("int4", "int8", "fp8", "bf16", "fp16", "fp32")
 GAIN_STRENGTH = 0.3
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """What ``smooth`` tries with calibration batches."""
@@ -82,7 +96,7 @@ def smooth(
     exponents = _strengths(strength, STRENGTHS)
     batches = read_batches(target, calibration)
     inputs = product_inputs(target, batches)
-    formats = _calibrated(target, inputs, default, exponents, _Trials(target, batches))
+    formats = _calibrated(target, inputs, default, exponents, NativeTrials(target.weights, batches))
     return Recipe(group_size, {key: each for key, each in formats.items() if each.divisor is not None})
 
 
@@ -125,7 +139,7 @@ def sensitivity(
     recipe.check(target.weights.spec)
     batches = read_batches(target, calibration)
     formats = {key: _in_precision(recipe.of(*key, precision), precision) for key in target.products()}
-    trials = _Trials(target, batches)
+    trials = NativeTrials(target.weights, batches)
     trials.pack(formats)
     products = tuple(ProductError(*key, trials.error({key: formats[key]})) for key in formats)
     layers = tuple(
@@ -143,16 +157,20 @@ def mixed(
     precisions: Sequence[str] | None = None,
     group_size: int = DEFAULT_GROUP_SIZE,
     smoothing: bool = True,
+    backend: str = "auto",
 ) -> tuple[Recipe, MixedReport]:
     """The smallest recipe found whose relative error on the calibration batches is within ``tolerance``.
 
     Args:
-        model: with one supported encoder, accelerated or not, on the CPU.
+        model: with one supported encoder, accelerated or not.
         calibration: batches as the model takes them.
-        tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`.
-        precisions: to choose from, of ``PRECISIONS``; None: all, bf16 only where the CPU has the instruction.
+        tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`; on a GPU
+            y_fp32 is what the original code gives.
+        precisions: to choose from, of ``PRECISIONS`` or on a GPU ``GPU_PRECISIONS``; None: on the CPU all, bf16 only
+            where it has the instruction; on a GPU fp8 and bf16, which are about speed (for memory: int4, int8, bf16).
         group_size: of int4.
-        smoothing: also let products have divisors, where those help.
+        smoothing: also let products have divisors, where those help (CPU).
+        backend: "auto" (where the model is), "native" or "triton".
 
     Every product is measured alone in every precision; those that lose most per byte saved are given more. The error
     of the result is measured, not predicted. It names every product, so ``accelerate``'s ``precision`` decides about
@@ -161,31 +179,42 @@ def mixed(
     Raises:
         BackendUnavailableError: no choice stays within ``tolerance``; and as :func:`smooth`.
     """
-    target = find_target(model)
+    target = find_target(model, anywhere=True)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise InvalidOptionError(f"tolerance: expected a number > 0, got {tolerance!r}")
-    names = _precisions(precisions)
+    _one_of("backend", backend, ("auto", "native", "triton"))
     Recipe(group_size)  # checks it
     batches = read_batches(target, calibration)
-    inputs = product_inputs(target, batches) if smoothing else {}
-    trials = _Trials(target, batches)
-    ladders: dict[Product, list[_Rung]] = {key: [] for key in target.products()}
+    on_gpu = backend == "triton" or (backend == "auto" and target.device.type == "cuda")
+    names = _precisions(precisions, on_gpu)
+    inputs = product_inputs(target, batches) if smoothing and not on_gpu else {}
+    trials: Trials = _on_gpu(target, batches, names) if on_gpu else NativeTrials(target.weights, batches)
+    ladders: Ladders = {}
     for precision in names:
-        plain = LinearFormat(precision, group_size)
-        if smoothing and precision in QUANTISED:
-            formats = _calibrated(target, inputs, plain, STRENGTHS, trials)
+        default = trials.plain if precision == trials.plain.precision else LinearFormat(precision, group_size)
+        if inputs and precision in QUANTISED:
+            climb(ladders, trials, _calibrated(target, inputs, default, STRENGTHS, trials))
         else:
-            formats = dict.fromkeys(ladders, plain)
-            trials.pack(formats)
-        for key, chosen in formats.items():
-            ladders[key].append(_Rung(chosen, trials.error({key: chosen}), trials.bytes({key: chosen})))
-    found, uniform, result = _cheapest(trials, ladders, float(tolerance))
+            climb(ladders, trials, dict.fromkeys(target.products(), default))
+    found, uniform, result = cheapest(trials, ladders, float(tolerance))
     products = tuple(
         ProductChoice(*key, rung.chosen.precision, rung.chosen.divisor is not None, rung.error, rung.bytes)
         for key, rung in found.items()
     )
     report = MixedReport(float(tolerance), _tokens(batches), result, products, uniform, trials.runs)
-    return Recipe(group_size, _formats(found)), report
+    return Recipe(group_size, formats_of(found)), report
+
+
+def _on_gpu(target: Target, batches: Sequence[Batch], names: Sequence[str]) -> TritonTrials:
+    """Everything else in the first of bf16, fp16 and fp32 that is among ``names``, or bf16."""
+    plain = next((name for name in ("bf16", "fp16", "fp32") if name in names), "bf16")
+    for name in names:  # the call says what cannot be
+        wanted = Recipe(linears={(0, "qkv"): LinearFormat(name)})
+        choose([TritonBackend()], "triton", target.weights.spec, target.device, plain, wanted)
+    layers = target.weights.spec.num_layers
+    given = [{key: value.to(target.device) for key, value in batch.arguments.items()} for batch in batches]
+    reference = original_output(target.module, given, layers)
+    return TritonTrials(target.weights, plain, lambda engine: engine_output(engine, given, layers), reference)
 
 
 # --- smoothing -------------------------------------------------------------------------------------------------------
@@ -221,7 +250,7 @@ def _norm_before(spec: EncoderSpec, layer: int, name: str) -> Product:
 
 
 def _calibrated(
-    target: Target, found: dict[Product, Inputs], default: LinearFormat, exponents: Sequence[float], trials: _Trials
+    target: Target, found: dict[Product, Inputs], default: LinearFormat, exponents: Sequence[float], trials: Trials
 ) -> dict[Product, LinearFormat]:
     """Formats of all products, ready to be run, with divisors where those help."""
     formats = dict.fromkeys(found, default)
@@ -298,138 +327,6 @@ def _product_outliers(key: Product, inputs: Inputs, weight: torch.Tensor) -> Pro
     )
 
 
-# --- runs of the engine ----------------------------------------------------------------------------------------------
-
-
-_FP32 = LinearFormat("fp32")
-
-
-class _Trials:
-    """Runs formats of products on the calibration batches, what is not named in fp32. Each is packed once."""
-
-    def __init__(self, target: Target, batches: Sequence[Batch]) -> None:
-        self._weights = target.weights
-        self._batches = batches
-        self._packed: dict[tuple[Product, LinearFormat], Mapping[str, np.ndarray]] = {}
-        self._plain = dict.fromkeys(target.products(), _FP32)
-        self.pack(self._plain)
-        self.runs = 0
-        self._exact = self._outputs({})
-        if not bool(torch.isfinite(self._exact).all()):
-            raise InvalidInputError("calibration: the encoder's output holds NaN or infinity")
-
-    def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
-        """Makes formats ready to be run; ``formats`` names every product of the encoder."""
-        for layer in range(self._weights.spec.num_layers):
-            recipe = Recipe(linears={(layer, name): formats[layer, name] for name in LINEARS})
-            for name, arrays in pack_layer(self._weights, layer, _FP32.precision, recipe).items():
-                self._packed[(layer, name), formats[layer, name]] = arrays
-
-    def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
-        """Of these products, packed."""
-        return sum(array.nbytes for each in formats.items() for array in self._packed[each].values())
-
-    def error(self, formats: Mapping[Product, LinearFormat]) -> float:
-        """||y - y_fp32|| / ||y_fp32|| over all tokens."""
-        return self._relative(self._outputs(formats))
-
-    def measure(self, formats: Mapping[Product, LinearFormat]) -> Measured:
-        """Everything that is reported of a recipe; ``formats`` names every product."""
-        got = self._outputs(formats)
-        cosines = torch.nn.functional.cosine_similarity(got.double(), self._exact.double())
-        return Measured(self._relative(got), float(cosines.min()), float(cosines.mean()), self.bytes(formats))
-
-    def _relative(self, got: torch.Tensor) -> float:
-        exact = self._exact.double()
-        return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
-
-    def _outputs(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
-        """Hidden states of all tokens [T, hidden_size]."""
-        self.runs += 1
-        recipe = Recipe(linears={**self._plain, **formats})
-        layers = range(self._weights.spec.num_layers)
-        packed = PackedWeights(
-            layers=[{name: self._packed[(i, name), recipe.linears[i, name]] for name in LINEARS} for i in layers],
-            formats=[recipe.stored(i, _FP32.precision) for i in layers],
-            words=None,
-            origin="memory",
-        )
-        engine = NativeEngine(self._weights, _FP32.precision, packed)
-        return torch.cat([engine.run(batch.packed)[0] for batch in self._batches])
-
-
-# --- search ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rung:
-    """One way to hold a product: the error of the encoder's output that it causes alone."""
-
-    chosen: LinearFormat
-    error: float
-    bytes: int
-
-
-def _cheapest(
-    trials: _Trials, ladders: dict[Product, list[_Rung]], tolerance: float
-) -> tuple[dict[Product, _Rung], dict[str, Measured], Measured]:
-    """The smallest assignment that is measured to be within ``tolerance``, all uniform ones, and its own figures.
-
-    Candidates are the uniform assignments and those on the way up the ladders.
-    """
-    names = [rung.chosen.precision for rung in next(iter(ladders.values()), [])]
-    same = [{key: rungs[i] for key, rungs in ladders.items()} for i in range(len(names))]
-    uniform = [trials.measure(_formats(each)) for each in same]
-    path = _path(ladders)
-    measured = functools.cache(lambda step: trials.measure(_formats(path[step])))
-    # Errors fall along the path, nearly always. Whatever is taken was measured itself.
-    step = bisect.bisect_left(range(len(path)), True, key=lambda i: measured(i).error <= tolerance)
-    step = min(step, len(path) - 1)
-    tried = [*zip(same, uniform, strict=True), (path[step], measured(step))]
-    within = [each for each in tried if each[1].error <= tolerance]
-    if not within:
-        least = min(m.error for _, m in tried)
-        raise BackendUnavailableError(
-            f"tolerance: no choice of {', '.join(names)} stays within {tolerance:g} on the calibration batches; the "
-            f"least error was {least:.2e}; raise it, or add fp32 to precisions"
-        )
-    chosen, result = min(within, key=lambda each: each[1].bytes)
-    return chosen, dict(zip(names, uniform, strict=True)), result
-
-
-def _path(ladders: dict[Product, list[_Rung]]) -> list[dict[Product, _Rung]]:
-    """Assignments from the smallest to the most exact, one product more exact in each.
-
-    The next is the one that removes most squared error per byte: errors of different products add up like
-    independent noise.
-    """
-    climbable = {key: _climbable(rungs) for key, rungs in ladders.items()}
-    path = [{key: rungs[0] for key, rungs in climbable.items()}]
-    while True:
-        now, steps = path[-1], []
-        for key, rungs in climbable.items():
-            for rung in rungs[rungs.index(now[key]) + 1 :]:
-                gain = (now[key].error ** 2 - rung.error**2) / (rung.bytes - now[key].bytes)
-                steps.append((gain, key, rung))
-        if not steps:
-            return path
-        _, key, rung = max(steps, key=lambda step: step[0])
-        path.append({**now, key: rung})
-
-
-def _climbable(rungs: list[_Rung]) -> list[_Rung]:
-    """From small to large, without those that are larger but not more exact."""
-    kept: list[_Rung] = []
-    for rung in sorted(rungs, key=lambda rung: rung.bytes):
-        if not kept or rung.error < kept[-1].error:
-            kept.append(rung)
-    return kept
-
-
-def _formats(assignment: dict[Product, _Rung]) -> dict[Product, LinearFormat]:
-    return {key: rung.chosen for key, rung in assignment.items()}
-
-
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -457,13 +354,16 @@ def _strengths(given: Any, default: Sequence[float], single: bool = False) -> li
     return [float(value) for value in values]
 
 
-def _precisions(given: Sequence[str] | None) -> tuple[str, ...]:
+def _precisions(given: Sequence[str] | None, on_gpu: bool) -> tuple[str, ...]:
+    accepted = GPU_PRECISIONS if on_gpu else PRECISIONS
     if given is None:
         # Without the instruction bf16 takes the time of fp32
+        if on_gpu:
+            return ("fp8", "bf16")
         native = "bf16" in requested_isa()
         return tuple(name for name in PRECISIONS if name != "bf16" or native)
     if isinstance(given, str) or not isinstance(given, Sequence) or not given or len(set(map(str, given))) < len(given):
-        raise InvalidOptionError(f"precisions: expected some of {', '.join(PRECISIONS)}, got {given!r}")
+        raise InvalidOptionError(f"precisions: expected some of {', '.join(accepted)}, got {given!r}")
     for name in given:
-        _one_of("precisions", name, PRECISIONS)
+        _one_of("precisions", name, accepted)
     return tuple(given)

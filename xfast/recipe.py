@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,11 @@ DEFAULT_GROUP_SIZE = 64
 QUANTISED = ("int8", "int4")
 PRECISIONS = ("fp32", "bf16", *QUANTISED)
 """What a product can be computed in on the CPU."""
+
+GPU_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", *QUANTISED)
+"""What a product can be computed in by Triton. fp8 quantises both operands, int8 and int4 the weights alone."""
+
+_PRECISIONS = tuple(dict.fromkeys((*PRECISIONS, *GPU_PRECISIONS)))
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -72,9 +78,9 @@ class Recipe:
             where = f"recipe.linears[{key!r}]"
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
-            if chosen.precision not in PRECISIONS:
+            if chosen.precision not in _PRECISIONS:
                 raise InvalidOptionError(
-                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(PRECISIONS)}"
+                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(_PRECISIONS)}"
                 )
             _check_group(f"{where}.group_size", chosen.group_size)
             if chosen.divisor is not None:
@@ -94,6 +100,10 @@ class Recipe:
             for name, f in chosen.items()
         }
 
+    def precisions(self) -> tuple[str, ...]:
+        """Those that are named, each once."""
+        return tuple(dict.fromkeys(chosen.precision for chosen in self.linears.values()))
+
     def check(self, spec: EncoderSpec) -> None:
         """Raises InvalidOptionError unless every product that is named exists and every divisor fits its inputs."""
         for (layer, name), chosen in self.linears.items():
@@ -103,6 +113,21 @@ class Recipe:
             inputs = spec.intermediate_size if name == "ffn_out" else spec.hidden_size
             if chosen.divisor is not None and chosen.divisor.shape != (inputs,):
                 raise InvalidOptionError(f"{where}.divisor: shape {chosen.divisor.shape}; expected ({inputs},)")
+
+
+def summary(formats: Sequence[Mapping[str, StoredFormat]]) -> list[str]:
+    """What ``explain`` says of every layer's products, where there is anything to say."""
+    every = [stored for layer in formats for stored in layer.values()]
+    counts = Counter(
+        f"int4, groups of {stored.group_size}" if stored.precision == "int4" else stored.precision for stored in every
+    )
+    smoothed = sum(stored.smoothed for stored in every)
+    lines = []
+    if len(counts) > 1 or "int4" in next(iter(counts), ""):
+        lines.append("products: " + "; ".join(f"{count} in {name}" for name, count in counts.most_common()))
+    if smoothed:
+        lines.append(f"products with smoothed inputs: {smoothed} of {len(every)}")
+    return lines
 
 
 def _check_group(where: str, size: object) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.errors import BackendUnavailableError
+from xfast.recipe import Recipe
 
 
 class CannotRunError(Exception):
@@ -105,7 +106,9 @@ class Backend(Protocol):
 
     name: str
 
-    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+    def supports(
+        self, spec: EncoderSpec, device: torch.device, precision: str, recipe: Recipe | None = None
+    ) -> str | None:
         """None when the case is supported, else the reason why not."""
         ...
 
@@ -113,8 +116,13 @@ class Backend(Protocol):
         """Whether ``backend="auto"`` may choose it there; by name it can be had wherever it is supported."""
         ...
 
-    def compile(self, weights: EncoderWeights, precision: str) -> Engine:
-        """Packs the weights. Raises InvalidWeightsError naming the first unusable parameter."""
+    def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> Engine:
+        """Packs the weights, single products as the recipe says.
+
+        Raises:
+            InvalidWeightsError: names the first unusable parameter.
+            InvalidOptionError: the recipe does not fit the model.
+        """
         ...
 
 
@@ -127,7 +135,12 @@ def unusual_norms(spec: EncoderSpec) -> str | None:
 
 
 def choose(
-    backends: Sequence[Backend], name: str, spec: EncoderSpec, device: torch.device, precision: str
+    backends: Sequence[Backend],
+    name: str,
+    spec: EncoderSpec,
+    device: torch.device,
+    precision: str,
+    recipe: Recipe | None = None,
 ) -> tuple[Backend | None, list[str]]:
     """The first backend (of that name, unless ``"auto"``) that supports the case, and the others' reasons.
 
@@ -138,7 +151,7 @@ def choose(
     for backend in backends:
         if name not in ("auto", backend.name):
             continue
-        reason = backend.supports(spec, device, precision)
+        reason = backend.supports(spec, device, precision, recipe)
         if reason is None and name == "auto" and not backend.automatic(device):
             reason = f"on {device} it runs only when it is asked for by name"
         if reason is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
-from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, Recipe, StoredFormat
+from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, Recipe, StoredFormat, summary
 from xfast.threads import get_num_threads
 
 
@@ -119,21 +118,6 @@ class NativeEngine:
         """The packed memory of one layer by linear, as :class:`PackedWeights` has it; read-only."""
         return {name: self._encoder.linear(layer, name) for name in LINEARS}
 
-    def _mixed(self) -> list[str]:
-        """What a recipe changed."""
-        formats = [stored for layer in self.formats for stored in layer.values()]
-        counts = Counter(
-            f"int4, groups of {stored.group_size}" if stored.precision == "int4" else stored.precision
-            for stored in formats
-        )
-        smoothed = sum(stored.smoothed for stored in formats)
-        lines = []
-        if len(counts) > 1 or "int4" in next(iter(counts), ""):
-            lines.append("products: " + "; ".join(f"{count} in {name}" for name, count in counts.most_common()))
-        if smoothed:
-            lines.append(f"products with smoothed inputs: {smoothed} of {len(formats)}")
-        return lines
-
     def packed_words(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The word table in 8 bits a value and its scales, where the engine holds it so."""
         return self._encoder.word_table()
@@ -148,7 +132,7 @@ class NativeEngine:
             "fused: QKV in one product; bias + GELU, bias + residual, LayerNorm and "
             + ("per-token int8 quantisation" if self.precision in QUANTISED else "operand conversion")
             + " where the product leaves its tile; attention over real tokens only",
-            *self._mixed(),
+            *summary(self.formats),
         ]
         if self._origin is not None:
             lines.append(
@@ -186,12 +170,15 @@ class NativeBackend:
 
     name = "native"
 
-    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+    def supports(
+        self, spec: EncoderSpec, device: torch.device, precision: str, recipe: Recipe | None = None
+    ) -> str | None:
         """See :class:`xfast.backends.base.Backend`."""
         if device.type != "cpu":
             return f"the model is on {device}, this backend runs on cpu"
-        if precision not in PRECISIONS:
-            return f"precision {precision} is not available on the CPU; available: {', '.join(PRECISIONS)}"
+        for wanted in (precision, *(recipe.precisions() if recipe else ())):
+            if wanted not in PRECISIONS:
+                return f"precision {wanted} is not available on the CPU; available: {', '.join(PRECISIONS)}"
         return unusual_norms(spec)
 
     def automatic(self, device: torch.device) -> bool:
@@ -199,7 +186,7 @@ class NativeBackend:
         return True
 
     def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> NativeEngine:
-        """See :class:`xfast.backends.base.Backend`. ``recipe``: how single products differ."""
+        """See :class:`xfast.backends.base.Backend`."""
         return NativeEngine(weights, precision, recipe=recipe)
 
 

@@ -23,6 +23,7 @@ from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError
 from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.errors import BackendUnavailableError, XfastError
+from xfast.recipe import Recipe
 
 if TYPE_CHECKING:
     from xfast.device_packing import DevicePacked
@@ -54,8 +55,12 @@ class TensorRTBackend:
 
     name = "tensorrt"
 
-    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+    def supports(
+        self, spec: EncoderSpec, device: torch.device, precision: str, recipe: Recipe | None = None
+    ) -> str | None:
         """See :class:`xfast.backends.base.Backend`."""
+        if recipe is not None:
+            return "engines hold all products in one precision: no recipe"
         if device.type != "cuda":
             return f"the model is on {device}, this backend runs on cuda"
         if importlib.util.find_spec("triton") is None:
@@ -77,7 +82,7 @@ class TensorRTBackend:
         """See :class:`xfast.backends.base.Backend`: only by name."""
         return False
 
-    def compile(self, weights: EncoderWeights, precision: str) -> TensorRTEngine:
+    def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> TensorRTEngine:
         """See :class:`xfast.backends.base.Backend`. The engine itself is built by the first call."""
         return TensorRTEngine(weights, precision)
 

@@ -15,7 +15,8 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
-from xfast.backends.triton_weights import DTYPES, Packer
+from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, dtype_of
+from xfast.recipe import QUANTISED, Recipe, summary
 
 if TYPE_CHECKING:
     from xfast.backends.triton_forward import TritonForward
@@ -29,20 +30,25 @@ class TritonBackend:
 
     name = "triton"
 
-    def supports(self, spec: EncoderSpec, device: torch.device, precision: str) -> str | None:
+    def supports(
+        self, spec: EncoderSpec, device: torch.device, precision: str, recipe: Recipe | None = None
+    ) -> str | None:
         """See :class:`xfast.backends.base.Backend`."""
-        reason = _unavailable(device, precision)
+        wanted = (precision, *(recipe.precisions() if recipe else ()))
+        reason = _unavailable(device, "fp8" if "fp8" in wanted else precision)
         if reason is not None:
             return reason
-        if precision not in DTYPES:
-            return f"precision {precision} is not available on the GPU; available: {', '.join(DTYPES)}"
+        if precision not in COMPUTED:
+            return f"precision {precision} is not available on the GPU; available: {', '.join(COMPUTED)}"
+        if recipe is not None and (mixture := _impossible(precision, recipe)) is not None:
+            return mixture
         if (unusual := unusual_norms(spec)) is not None:
             return unusual
         from xfast.kernels.attention import HEAD_DIMS  # not before triton is known to be there
 
         if spec.head_dim not in HEAD_DIMS:
             return f"head_dim {spec.head_dim} is not supported; supported: {', '.join(map(str, HEAD_DIMS))}"
-        if precision == "fp8" and (spec.hidden_size % 16 or spec.intermediate_size % 16):
+        if "fp8" in wanted and (spec.hidden_size % 16 or spec.intermediate_size % 16):
             return "fp8 needs hidden_size and intermediate_size that are multiples of 16"
         return None
 
@@ -50,9 +56,21 @@ class TritonBackend:
         """See :class:`xfast.backends.base.Backend`. Not in the interpreter, which is for tests."""
         return device.type == "cuda"
 
-    def compile(self, weights: EncoderWeights, precision: str) -> TritonEngine:
+    def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> TritonEngine:
         """See :class:`xfast.backends.base.Backend`."""
-        return TritonEngine(weights, precision)
+        return TritonEngine(weights, precision, recipe)
+
+
+def _impossible(precision: str, recipe: Recipe) -> str | None:
+    """Why an encoder of this precision cannot have these products, or None."""
+    computed = COMPUTED[precision]
+    accepted = (computed, *QUANTISED, *(("fp8",) if computed == "bf16" else ()))
+    for wanted in recipe.precisions():
+        if wanted not in accepted:
+            return f"products in {wanted} do not go with precision {precision}; accepted: {', '.join(accepted)}"
+    if any(chosen.divisor is not None for chosen in recipe.linears.values()):
+        return "divisors are for quantised activations on the CPU: only weights are int8 and int4 here"
+    return None
 
 
 def _unavailable(device: torch.device, precision: str) -> str | None:
@@ -78,7 +96,14 @@ def _unavailable(device: torch.device, precision: str) -> str | None:
 class TritonEngine:
     """A packed encoder on the GPU. Thread-safe."""
 
-    def __init__(self, weights: EncoderWeights, precision: str) -> None:
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        precision: str,
+        recipe: Recipe | None = None,
+        packed: Parameters | None = None,
+    ) -> None:
+        """``packed``: parameters that are in the recipe's formats already."""
         from xfast.backends.triton_forward import TritonForward
         from xfast.backends.triton_graphs import GraphCache
         from xfast.kernels.launch import on
@@ -86,8 +111,12 @@ class TritonEngine:
         self.precision = precision
         self.spec = weights.spec
         self.device = weights.modules[-1, "word"].weight.device
-        packer = Packer(weights, precision)
-        self._forward: TritonForward = TritonForward(self.spec, packer.pack(), DTYPES[precision], self.device)
+        recipe = recipe or Recipe()
+        recipe.check(self.spec)
+        self._formats = [recipe.stored(layer, precision) for layer in range(self.spec.num_layers)]
+        packer = Packer(weights, precision, recipe)
+        parameters = packed or packer.pack()
+        self._forward: TritonForward = TritonForward(self.spec, parameters, dtype_of(precision), self.device)
         with on(self.device):  # its stream and memory pool belong to a device
             self._graphs = GraphCache(self._forward)
         self._copied_bytes = packer.copied_bytes
@@ -132,14 +161,18 @@ class TritonEngine:
             where = f"{torch.cuda.get_device_name(self.device)}, compute capability {major}.{minor}"
         else:
             where = "Triton's interpreter on the CPU: for tests, very slow"
+        used = {stored.precision for layer in self._formats for stored in layer.values()}
         lines = [
             f"device: {where}",
             f"packed weights: {self._copied_bytes / 2**20:.1f} MiB (the rest is read in place)",
             "fused: QKV in one product; product + residual; bias + LayerNorm, bias + GELU"
-            + (", each with per-token e4m3 quantisation" if self.precision == "fp8" else "")
+            + (", each with per-token e4m3 quantisation" if "fp8" in used else "")
             + "; varlen attention over real tokens only",
+            *summary(self._formats),
             *self._graphs.describe(),
         ]
+        if used & set(QUANTISED):
+            lines.append("int8 and int4: weights only, multiplied as they are by activations that are not quantised")
         if self.precision == "fp32":
             state = "on" if torch.backends.cuda.matmul.allow_tf32 else "off"
             lines.append(f"TF32 in matrix products: {state} (torch.backends.cuda.matmul.allow_tf32); attention: off")

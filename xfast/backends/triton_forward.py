@@ -16,6 +16,8 @@ from xfast.kernels.activation import bias_gelu, bias_gelu_quantize
 from xfast.kernels.attention import Tiles, attention
 from xfast.kernels.embedding import embed
 from xfast.kernels.gemm import Scaled, choose, gemm, scaled_gemm
+from xfast.kernels.gemm_weight_only import expand, expands, weight_only_gemm
+from xfast.kernels.integer_weights import IntegerWeights
 from xfast.kernels.launch import capability_of
 from xfast.kernels.norm import add_norm
 from xfast.kernels.packing import attention_tiles
@@ -91,7 +93,7 @@ class TritonForward:
         keys = batch.row_keys if batch.shared else None
         tiles = attention_tiles(batch.cu_seqlens, batch.cu_seqlens, batch.ids.shape[0], batch.tile, row_keys=keys)
         for index in range(layers):
-            next_fp8 = index + 1 < layers and self.parameters.layers[index + 1].fp8
+            next_fp8 = index + 1 < layers and _is_fp8(self.parameters.layers[index + 1].qkv)
             if index + 1 == layers and batch.selected is not None:
                 hidden = self._last_layer(index, hidden, batch, batch.selected)
             else:
@@ -103,7 +105,7 @@ class TritonForward:
     def _embed(self, batch: DeviceBatch, layers: int) -> _Hidden:
         p, spec = self.parameters, self.spec
         table = p.word if batch.embeds is None else batch.embeds
-        fp8 = layers > 0 and p.layers[0].fp8
+        fp8 = layers > 0 and _is_fp8(p.layers[0].qkv)
         rows, columns = batch.ids.shape[0], spec.hidden_size
         norm, apart = self._norm_after(0)
         stream = torch.empty(rows, columns, dtype=self.dtype, device=self.device) if apart else None
@@ -125,7 +127,7 @@ class TritonForward:
     def _layer(self, index: int, x: _Hidden, tiles: Tiles, next_fp8: bool) -> _Hidden:
         layer = self.parameters.layers[index]
         heads, head_dim, rows = self.spec.num_heads, self.spec.head_dim, x.values.shape[0]
-        qkv = self._product(x.operand(layer.fp8), layer.qkv, layer.qkv_bias)
+        qkv = self._product(x.operand(_is_fp8(layer.qkv)), layer.qkv, layer.qkv_bias)
         q, k, v = qkv.view(rows, 3, heads, head_dim).unbind(1)
         context = attention(q, k, v, tiles).view(rows, self.spec.hidden_size)
         return self._rest(index, x.values, context, next_fp8)
@@ -136,7 +138,7 @@ class TritonForward:
         hidden, heads, head_dim = self.spec.hidden_size, self.spec.num_heads, self.spec.head_dim
         index = selected.long()
         residual = x.values[index]
-        operand = x.operand(layer.fp8)
+        operand = x.operand(_is_fp8(layer.qkv))
         kv = self._product(operand, _part(layer.qkv, hidden, 3 * hidden), layer.qkv_bias[hidden:])
         if isinstance(operand, tuple):  # e4m3 rows are gathered as bytes: indexing has no kernel for the type
             mine: torch.Tensor | Scaled = (
@@ -156,16 +158,15 @@ class TritonForward:
     def _rest(self, index: int, residual: torch.Tensor, context: torch.Tensor, next_fp8: bool) -> _Hidden:
         """Everything after attention: output projection, LayerNorm, FFN, LayerNorm."""
         layer = self.parameters.layers[index]
-        out = self._projected(context, layer.attention_out, residual, layer.fp8)
+        out = self._projected(context, layer.attention_out, residual)
         norm = layer.ffn_norm if self._pre_norm else layer.attention_norm
-        middle = self._add_norm(out, residual, layer.attention_out_bias, norm, self._pre_norm, layer.fp8, layer.fp8)
-        inner = self._ffn_in(layer, middle)
-        if isinstance(inner, tuple):
-            out = self._product(inner, layer.ffn_out, None)
-        else:
-            out = self._projected(inner, layer.ffn_out, middle.values, False)
+        middle = self._add_norm(
+            out, residual, layer.attention_out_bias, norm, self._pre_norm, _is_fp8(layer.attention_out),
+            _is_fp8(layer.ffn_in),
+        )  # fmt: skip
+        out = self._projected(self._ffn_in(layer, middle), layer.ffn_out, middle.values)
         norm, apart = self._norm_after(index + 1)
-        return self._add_norm(out, middle.values, layer.ffn_out_bias, norm, apart, layer.fp8, next_fp8)
+        return self._add_norm(out, middle.values, layer.ffn_out_bias, norm, apart, _is_fp8(layer.ffn_out), next_fp8)
 
     def _add_norm(
         self, out: torch.Tensor, stream: torch.Tensor, bias: torch.Tensor | None,
@@ -185,36 +186,57 @@ class TritonForward:
         return _Hidden(stream if apart else normed, normed, quantised)
 
     def _ffn_in(self, layer: Layer, x: _Hidden) -> torch.Tensor | Scaled:
-        """GELU(x W^T + b), quantised when the layer is e4m3."""
-        operand = x.operand(layer.fp8)
-        if layer.fp8:
+        """GELU(x W^T + b), quantised when the next product is e4m3."""
+        operand = x.operand(_is_fp8(layer.ffn_in))
+        if _is_fp8(layer.ffn_out):
             return bias_gelu_quantize(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
-        shape = (self.spec.hidden_size, self.spec.intermediate_size, x.values.shape[0])
-        if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
-            return gemm(operand, layer.ffn_in, bias=layer.ffn_in_bias, activation="gelu")
+        if isinstance(operand, torch.Tensor):
+            weight = self._ready(layer.ffn_in, operand.shape[0])
+            if isinstance(weight, IntegerWeights):
+                return weight_only_gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
+            shape = (self.spec.hidden_size, self.spec.intermediate_size, operand.shape[0])
+            if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
+                return gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
         return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
 
-    def _projected(self, x: torch.Tensor, weight: Weight, residual: torch.Tensor, fp8: bool) -> torch.Tensor:
+    def _projected(self, x: torch.Tensor | Scaled, weight: Weight, residual: torch.Tensor) -> torch.Tensor:
         """x W^T added to the residual, in place, in the product's accumulator; alone if e4m3 (LayerNorm adds it then).
 
         In place, because out of place torch first copies the residual.
         """
-        if fp8:
-            return self._product(quantize(x), weight, None)
-        assert isinstance(weight, torch.Tensor)
-        return residual.addmm_(x, weight.t())
+        if isinstance(weight, tuple):
+            return self._product(x if isinstance(x, tuple) else quantize(x), weight, None)
+        assert isinstance(x, torch.Tensor)
+        ready = self._ready(weight, x.shape[0])
+        if isinstance(ready, IntegerWeights):
+            return weight_only_gemm(x, ready, residual=residual, out=residual)
+        return residual.addmm_(x, ready.t())
 
     def _product(self, x: torch.Tensor | Scaled, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias, [rows, out]."""
-        if isinstance(x, tuple):
-            assert isinstance(weight, tuple)
+        if isinstance(weight, tuple):
+            assert isinstance(x, tuple)
             return scaled_gemm(x, weight, self.dtype, bias)
-        assert isinstance(weight, torch.Tensor)
-        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        assert isinstance(x, torch.Tensor)
+        ready = self._ready(weight, x.shape[0])
+        if isinstance(ready, IntegerWeights):
+            return weight_only_gemm(x, ready, bias=bias)
+        return torch.mm(x, ready.t()) if bias is None else torch.addmm(bias, x, ready.t())
+
+    def _ready(self, weight: torch.Tensor | IntegerWeights, rows: int) -> torch.Tensor | IntegerWeights:
+        """Integer weights as floats, where there are so many rows that cuBLASLt is worth expanding them for."""
+        return expand(weight, self.dtype) if isinstance(weight, IntegerWeights) and expands(rows) else weight
+
+
+def _is_fp8(weight: Weight) -> bool:
+    """Whether the product reads e4m3 operands."""
+    return isinstance(weight, tuple)
 
 
 def _part(weight: Weight, begin: int, end: int) -> Weight:
     """Some of a weight's outputs."""
+    if isinstance(weight, IntegerWeights):
+        return weight.part(begin, end)
     if isinstance(weight, tuple):
         return weight[0][begin:end], weight[1][:, begin:end]
     return weight[begin:end]

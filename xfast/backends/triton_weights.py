@@ -9,14 +9,32 @@ import torch
 
 from xfast.architecture import EncoderWeights
 from xfast.backends.parameters import ParameterReader
+from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
+from xfast.recipe import LinearFormat, Recipe
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""What each precision computes in; fp8 is that of the products' operands only."""
+COMPUTED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
+"""What everything but a product's operands (fp8) or weights (int8, int4) is computed in, by an encoder's precision."""
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_QUANTISED = ("fp8", "int8", "int4")
 _QKV = ("query", "key", "value")
 
-Weight: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
-"""[out, in] in the computing dtype, or e4m3 with one scale an output."""
+Weight: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor] | IntegerWeights"
+"""[out, in] in the computing dtype; e4m3 with one scale an output; or integers."""
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What an encoder of this precision computes in."""
+    return _DTYPES[COMPUTED[precision]]
+
+
+def size_of(weight: Weight) -> int:
+    """Bytes of one product's weights."""
+    if isinstance(weight, IntegerWeights):
+        return weight.bytes
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 @dataclass(frozen=True)
@@ -34,11 +52,6 @@ class Layer:
     attention_norm: tuple[torch.Tensor, torch.Tensor]
     ffn_norm: tuple[torch.Tensor, torch.Tensor]
 
-    @property
-    def fp8(self) -> bool:
-        """Whether its products are e4m3."""
-        return isinstance(self.qkv, tuple)
-
 
 @dataclass(frozen=True)
 class Parameters:
@@ -52,12 +65,12 @@ class Parameters:
 
 
 class Packer:
-    """Brings parameters into the form kernels read: fused QKV, e4m3 with scales; in place where nothing changes."""
+    """Brings parameters into the form kernels read: fused QKV, quantised weights; in place where nothing changes."""
 
-    def __init__(self, weights: EncoderWeights, precision: str) -> None:
+    def __init__(self, weights: EncoderWeights, precision: str, recipe: Recipe) -> None:
         self._weights, self._reader = weights, ParameterReader(weights)
-        self._fp8 = precision == "fp8"
-        self._dtype = DTYPES[precision]
+        self._precision, self._recipe = precision, recipe
+        self._dtype = dtype_of(precision)
         self.copied_bytes = 0
 
     def pack(self) -> Parameters:
@@ -67,20 +80,15 @@ class Packer:
         return Parameters(word, position, kind, outer, layers)
 
     def _layer(self, layer: int) -> Layer:
-        spec = self._weights.spec
-        roles = ("query", "key", "value")
         biases = []
-        for role in roles:
+        for role in _QKV:
             bias = self._bias(layer, role)
             biases.append(torch.zeros_like(self._norm(layer, "ffn_norm")[0]) if bias is None else bias)
-        qkv = torch.cat([self._read(layer, role, "weight") for role in roles])
-        self.copied_bytes += qkv.numel() * qkv.element_size() if not self._fp8 else 0
-        assert qkv.shape == (3 * spec.hidden_size, spec.hidden_size)
         return Layer(
-            qkv=self._weight(qkv),
-            attention_out=self._weight(self._read(layer, "attention_out", "weight")),
-            ffn_in=self._weight(self._read(layer, "ffn_in", "weight")),
-            ffn_out=self._weight(self._read(layer, "ffn_out", "weight")),
+            qkv=self.product(layer, "qkv"),
+            attention_out=self.product(layer, "attention_out"),
+            ffn_in=self.product(layer, "ffn_in"),
+            ffn_out=self.product(layer, "ffn_out"),
             qkv_bias=torch.cat(biases),
             attention_out_bias=self._bias(layer, "attention_out"),
             ffn_in_bias=self._bias(layer, "ffn_in"),
@@ -89,14 +97,26 @@ class Packer:
             ffn_norm=self._norm(layer, "ffn_norm"),
         )
 
-    def _weight(self, weight: torch.Tensor) -> Weight:
-        if not self._fp8:
-            return weight
-        from xfast.kernels.quantize import quantize_weight
+    def product(self, layer: int, name: str) -> Weight:
+        """The weights of one product."""
+        roles = _QKV if name == "qkv" else (name,)
+        chosen = self._recipe.of(layer, name, self._precision)
+        # Weights that are quantised are rounded once, from what they are
+        parts = [self._read(layer, role, "weight", keep=chosen.precision in _QUANTISED) for role in roles]
+        weight = self._quantised(torch.cat(parts) if len(parts) > 1 else parts[0], chosen)
+        original: torch.Tensor = self._weights.modules[layer, roles[0]].weight
+        if not isinstance(weight, torch.Tensor) or weight.data_ptr() != original.data_ptr():
+            self.copied_bytes += size_of(weight)
+        return weight
 
-        quantised = quantize_weight(weight)
-        self.copied_bytes += weight.numel() + 4 * weight.shape[0]
-        return quantised
+    def _quantised(self, weight: torch.Tensor, chosen: LinearFormat) -> Weight:
+        if chosen.precision == "fp8":
+            from xfast.kernels.quantize import quantize_weight  # not before triton is known to be there
+
+            return quantize_weight(weight)
+        if chosen.precision == "int8":
+            return to_int8(weight)
+        return to_int4(weight, chosen.group_size) if chosen.precision == "int4" else weight
 
     def _norm(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._read(layer, role, "weight"), self._read(layer, role, "bias")
@@ -108,7 +128,4 @@ class Packer:
         """The parameter in the computing dtype (``keep``: its own), contiguous; the original itself where possible."""
         tensor = self._reader.read(layer, role, parameter)
         dtype = tensor.dtype if keep else self._dtype
-        out = self._reader.rounded(tensor, dtype, layer, role, parameter).contiguous()
-        if out.data_ptr() != tensor.data_ptr() and parameter == "weight" and not self._fp8 and role not in _QKV:
-            self.copied_bytes += out.numel() * out.element_size()
-        return out
+        return self._reader.rounded(tensor, dtype, layer, role, parameter).contiguous()

@@ -75,6 +75,47 @@ def gemm_tile(rows: int, columns: int, itemsize: int, capability: int) -> Tile:
     return Tile(128, 128, depth // 2 if small else depth, 8, 3)
 
 
+def weight_only_half(group_size: int) -> int:
+    """Of int4 weights: inputs between the two that share a byte, which is also the deepest product with one scale."""
+    return min(group_size, 64)
+
+
+def weight_only_tile(rows: int, itemsize: int, capability: int, group_size: int) -> Tile:
+    """Tile of a product with integer weights: block_m rows, block_n outputs, block_k *bytes* of each output's weights.
+
+    Outputs are the tensor cores' tall side (64 on Hopper), so few rows take the smallest tile without waste.
+    ``group_size`` is 0 for int8.
+    """
+    small = shared_memory_limit(capability) < 128 * 1024
+    depth = weight_only_half(group_size) if group_size else 64
+    if itemsize >= 4:  # no tensor cores
+        return Tile(16, 32, min(depth, 32) if not group_size else depth, 4, 2)
+    if rows <= 16:
+        return Tile(16, 64, depth if group_size else 128, 4, 4)
+    if rows <= 32:
+        return Tile(32, 64, depth if group_size else 128, 4, 3)
+    if rows <= 64 or capability < 90:
+        return Tile(64, 64, depth, 4, 3 if small else 4)
+    return Tile(128, 128, depth, 8, 2 if small else 3)
+
+
+def weight_only_splits(tiles: int, steps: int, multiprocessors: int) -> int:
+    """Programs that share a tile's inputs: enough to give every multiprocessor two, of four steps or more each."""
+    if tiles >= multiprocessors:
+        return 1
+    return max(1, min(steps // 4, -(-2 * multiprocessors // tiles)))
+
+
+WEIGHT_ONLY_EXPAND_ROWS = 1024
+"""From so many rows on, integer weights are expanded first: reading and writing them once is then small beside the
+product, which cuBLASLt does faster than any kernel that expands weights again for every block of rows. Predicted."""
+
+
+def weight_only_expands(rows: int) -> bool:
+    """Whether so many rows are worth expanding the weights for."""
+    return rows >= WEIGHT_ONLY_EXPAND_ROWS
+
+
 def row_warps(columns: int, itemsize: int = 2) -> int:
     """Warps for a program that owns one row: each thread should hold about 16 bytes of loads, twice over."""
     return min(16, max(1, columns * itemsize // (32 * 32)))

@@ -1,0 +1,204 @@
+"""Runs of an encoder on calibration batches with single products in other formats, on the CPU and on GPUs.
+
+What chooses among formats (``mixed_precision.py``, ``quantization.py``) sees no backend.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from xfast.architecture import EncoderWeights
+from xfast.backends.base import Engine
+from xfast.backends.native import NativeEngine, PackedWeights, pack_layer
+from xfast.backends.triton import TritonEngine
+from xfast.backends.triton_weights import Packer, Parameters, Weight, size_of
+from xfast.calibration import Batch, Product, relative_error
+from xfast.errors import BackendUnavailableError, InvalidInputError
+from xfast.quantization_reports import Measured
+from xfast.recipe import LINEARS, LinearFormat, Recipe
+
+_ALIGNMENT = 64  # of packed arrays, as the kernels read them
+
+
+class Trials(ABC):
+    """Formats of products, each packed once, in any combination.
+
+    Args:
+        weights: of the encoder.
+        plain: the format of products that are not named.
+
+    Attributes:
+        plain: as given: formats are told apart by what they are, not by what they say.
+        runs: of the engine so far, over all batches.
+    """
+
+    def __init__(self, weights: EncoderWeights, plain: LinearFormat) -> None:
+        self.weights = weights
+        self.products = [(layer, name) for layer in range(weights.spec.num_layers) for name in LINEARS]
+        self.runs = 0
+        self.plain = plain
+        self._plain = dict.fromkeys(self.products, plain)
+        self._plain_error: float | None = None
+        self.pack(self._plain)
+        self._exact = self._reference()
+        if not bool(torch.isfinite(self._exact).all()):
+            raise InvalidInputError("calibration: the encoder's output holds NaN or infinity")
+
+    @abstractmethod
+    def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
+        """Makes formats ready to be run; ``formats`` names every product of the encoder."""
+
+    @abstractmethod
+    def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
+        """Of these products, packed."""
+
+    @abstractmethod
+    def _reference(self) -> torch.Tensor:
+        """What outputs are held against, [T, hidden_size]."""
+
+    @abstractmethod
+    def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
+        """Hidden states of all tokens [T, hidden_size]; ``formats`` names every product."""
+
+    def error(self, formats: Mapping[Product, LinearFormat]) -> float:
+        """||y - y_reference|| / ||y_reference|| over all tokens."""
+        chosen = {**self._plain, **formats}
+        if chosen != self._plain:
+            return relative_error(self._outputs(chosen), self._exact)
+        if self._plain_error is None:  # asked for as often as there are products
+            self._plain_error = relative_error(self._outputs(chosen), self._exact)
+        return self._plain_error
+
+    def measure(self, formats: Mapping[Product, LinearFormat]) -> Measured:
+        """Everything that is reported of a recipe; ``formats`` names every product."""
+        got = self._outputs(formats)
+        cosines = torch.nn.functional.cosine_similarity(got.double(), self._exact.double())
+        return Measured(
+            relative_error(got, self._exact), float(cosines.min()), float(cosines.mean()), self.bytes(formats)
+        )
+
+    def _outputs(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
+        self.runs += 1
+        return self._run(formats)
+
+
+class NativeTrials(Trials):
+    """On the CPU, against fp32. Packed weights wait in unnamed temporary files (TMPDIR), mapped: several formats of a
+    large model do not fit in memory, and those that a run reads come from there.
+
+    Raises:
+        BackendUnavailableError: the temporary files cannot be written.
+    """
+
+    def __init__(self, weights: EncoderWeights, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._packed: dict[tuple[Product, LinearFormat], Mapping[str, np.ndarray]] = {}
+        super().__init__(weights, LinearFormat("fp32"))
+
+    def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
+        """See :class:`Trials`."""
+        for layer in range(self.weights.spec.num_layers):
+            chosen = {name: formats[layer, name] for name in LINEARS}
+            if all(((layer, name), each) in self._packed for name, each in chosen.items()):
+                continue
+            recipe = Recipe(linears={(layer, name): each for name, each in chosen.items()})
+            for name, arrays in _mapped(pack_layer(self.weights, layer, "fp32", recipe)).items():
+                self._packed[(layer, name), chosen[name]] = arrays
+
+    def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
+        """See :class:`Trials`."""
+        return sum(array.nbytes for each in formats.items() for array in self._packed[each].values())
+
+    def _reference(self) -> torch.Tensor:
+        return self._outputs(self._plain)
+
+    def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
+        recipe, layers = Recipe(linears=formats), range(self.weights.spec.num_layers)
+        packed = PackedWeights(
+            layers=[{name: self._packed[(i, name), formats[i, name]] for name in LINEARS} for i in layers],
+            formats=[recipe.stored(i, "fp32") for i in layers],
+            words=None,
+            origin="memory",
+        )
+        engine = NativeEngine(self.weights, "fp32", packed)
+        return torch.cat([engine.run(batch.packed)[0] for batch in self._batches])
+
+
+def _mapped(layer: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The same arrays, read-only, in a file that is gone when they are."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            places = {}
+            for name, arrays in layer.items():
+                for key, array in arrays.items():
+                    file.seek(-file.tell() % _ALIGNMENT, 1)
+                    places[name, key] = file.tell(), array
+                    file.write(np.ascontiguousarray(array).data)
+            file.flush()
+            mapped = np.memmap(file, np.uint8, "r")
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"packed weights wait in {tempfile.gettempdir()}, which cannot hold them: {error}; "
+            "set TMPDIR to another folder"
+        ) from error
+    out: dict[str, dict[str, np.ndarray]] = {name: {} for name in layer}
+    for (name, key), (begin, array) in places.items():
+        out[name][key] = mapped[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    return out
+
+
+class TritonTrials(Trials):
+    """With the Triton backend, against what the original code gives.
+
+    Args:
+        weights: of the encoder.
+        plain: "bf16", "fp16" or "fp32": what everything is computed in, and products that are not named.
+        run: hidden states of all tokens [T, hidden_size] from an engine.
+        reference: the original's, likewise.
+    """
+
+    def __init__(
+        self, weights: EncoderWeights, plain: str, run: Callable[[Engine], torch.Tensor], reference: torch.Tensor
+    ) -> None:
+        self._precision, self._engine_outputs, self._given = plain, run, reference
+        self._held: dict[tuple[Product, LinearFormat], Weight] = {}
+        self._sizes: dict[tuple[Product, LinearFormat], int] = {}
+        self._parameters: Parameters | None = None
+        super().__init__(weights, LinearFormat(plain))
+
+    def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
+        """See :class:`Trials`."""
+        recipe = Recipe(linears=formats)
+        packer = Packer(self.weights, self._precision, recipe)
+        if self._parameters is None:
+            self._parameters = packer.pack()
+        for key, chosen in formats.items():
+            if (key, chosen) not in self._held:
+                weight = packer.product(*key)
+                self._held[key, chosen] = weight
+                self._sizes[key, chosen] = size_of(weight)
+
+    def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
+        """See :class:`Trials`."""
+        return sum(self._sizes[each] for each in formats.items())
+
+    def _reference(self) -> torch.Tensor:
+        return self._given
+
+    def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
+        assert self._parameters is not None
+        layers = tuple(
+            replace(layer, **cast("Any", {name: self._held[(i, name), formats[i, name]] for name in LINEARS}))
+            for i, layer in enumerate(self._parameters.layers)
+        )
+        engine = TritonEngine(
+            self.weights, self._precision, Recipe(linears=formats), replace(self._parameters, layers=layers)
+        )
+        return self._engine_outputs(engine)
