@@ -49,6 +49,9 @@ Limit = Annotated[int | None, typer.Option(help="Examples per language in evalua
 Threads = Annotated[int | None, typer.Option(help="Default: as many as xfast uses.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of weights, lengths, samples and orders.", min=0)]
+KeepArtifacts = Annotated[
+    bool, typer.Option("--keep-artifacts", help="Leave packed artifacts of large seeded sizes in OUTPUT/artifacts.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 
 
@@ -78,6 +81,7 @@ def run(
     threads: Threads = None,
     device: Device = "cpu",
     seed: Seed = 0,
+    keep_artifacts: KeepArtifacts = False,
     resume: Resume = False,
 ) -> None:
     """Measure; every visit is stored at once, and the report is written at the end."""
@@ -111,7 +115,8 @@ def run(
     if quick:
         _refuse_with_quick(context)
     console = Console(stderr=True)
-    document = start(quickened(settings) if quick else settings, output, resume=resume, console=console)
+    asked = quickened(settings) if quick else settings
+    document = start(asked, output, resume=resume, console=console, keep_artifacts=keep_artifacts)
     _write(document, output, console)
 
 
