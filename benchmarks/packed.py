@@ -2,8 +2,9 @@
 
     python -P -m xfast.benchmarks.packed FOLDER --size 13b --precision int8 --json 13b.json
 
-FOLDER gets an artifact for each precision, made from seeded random bf16 weights that are drawn a tensor at a time. Every step has a process of its own. Speed: all precisions in one process, in turn, the machine's ceiling
-timed in every round; figures are medians over rounds.
+FOLDER gets an artifact for each precision, made from seeded random bf16 weights that are drawn a tensor at a time.
+Every step has a process of its own. Speed: all precisions in one process, in turn, the machine's ceiling timed in every
+round; figures are medians over rounds.
 """
 
 from __future__ import annotations

@@ -337,7 +337,7 @@ def put_under(head: Any, loaded: Loaded) -> nn.Module:
     """Puts a loaded encoder under another model's head, in the place of that model's own, before anything is patched.
 
     Raises:
-        InvalidOptionError: the head has no such place, or its encoder has other sizes.
+        InvalidOptionError: the head has no such place or no values, or its encoder has other sizes.
     """
     encoders = find_encoders(head) if isinstance(head, nn.Module) else []
     if len(encoders) != 1 or not encoders[0][0]:
@@ -347,9 +347,13 @@ def put_under(head: Any, loaded: Loaded) -> nn.Module:
     if differing := [name for name, value in asdict(want).items() if value != getattr(got, name)]:
         given = ", ".join(f"{name} {getattr(got, name)} for {getattr(want, name)}" for name in differing)
         raise InvalidOptionError(f"head: {type(head).__name__} is for another encoder than the artifact's: {given}")
-    pooler = getattr(own, "pooler", None)
-    if pooler is not None and getattr(loaded.encoder, "pooler", None) is None:
-        loaded.encoder.pooler = pooler
+    lent = getattr(own, "pooler", None) if getattr(loaded.encoder, "pooler", None) is None else None
+    used = parameters_outside(head, own) | {id(one) for one in (lent.parameters() if lent is not None else ())}
+    parameters = head.named_parameters(remove_duplicate=False)
+    if empty := [name for name, one in parameters if one.is_meta and id(one) in used]:
+        raise InvalidOptionError(f"head: {empty[0]} is on the meta device: it has no values; load the head first")
+    if lent is not None:
+        loaded.encoder.pooler = lent
     owner, _, leaf = path.rpartition(".")
     setattr(head.get_submodule(owner), leaf, loaded.encoder)
     return head.eval()

@@ -86,7 +86,6 @@ def run(
 ) -> None:
     """Measure; every visit is stored at once, and the report is written at the end."""
     from xfast.study.factors import Settings
-    from xfast.study.factors import quick as quickened
     from xfast.study.run import start
 
     settings = Settings(
@@ -113,22 +112,23 @@ def run(
         seed=seed,
     )
     if quick:
-        _refuse_with_quick(context)
+        settings = _quickened(context, settings)
     console = Console(stderr=True)
-    asked = quickened(settings) if quick else settings
-    document = start(asked, output, resume=resume, console=console, keep_artifacts=keep_artifacts)
+    document = start(settings, output, resume=resume, console=console, keep_artifacts=keep_artifacts)
     _write(document, output, console)
 
 
-def _refuse_with_quick(context: typer.Context) -> None:
+def _quickened(context: typer.Context, settings: Any) -> Any:
     """Raises InvalidOptionError for an option that --quick sets and the user gave."""
     from xfast.study.factors import QUICK
+    from xfast.study.factors import quick as quickened
 
     for name in QUICK:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
             raise InvalidOptionError(f"quick: it sets --{option} itself; leave out --quick or --{option}")
+    return quickened(settings)
 
 
 @app.command()

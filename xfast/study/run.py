@@ -83,7 +83,7 @@ class Plan:
     pairs: tuple[tuple[str, str], ...]
     sizes: Mapping[str, arms.Resolved]
     notes: tuple[str, ...] = field(default=())
-    disk_bytes: int = 0
+    keep_artifacts: bool = False
 
     @property
     def visits(self) -> int:
@@ -100,6 +100,12 @@ class Plan:
     def memory_bytes(self) -> int:
         """Of the largest worker."""
         return max((group.fit.memory_bytes for group in self.groups), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of packed artifacts that are still to be made, as many as there are at a time."""
+        each = [group.fit.disk_bytes for group in self.groups]
+        return sum(each) if self.keep_artifacts else max(each, default=0)
 
     @property
     def converting_s(self) -> float:
@@ -134,7 +140,6 @@ def plan(
     pairs, skipped = pairs_of(settings, texts.there, texts.source, texts.unread)
     skipped += accuracy.left_out(settings, pairs)
     room = Room.of(settings.device, available, host, disk, output)
-    disk_bytes = 0
     groups: list[Group] = []
     notes: list[str] = []
     sizes: dict[str, arms.Resolved] = {}
@@ -147,30 +152,17 @@ def plan(
         shape = workloads.Model(known.facts["vocab"], known.facts["pad"], known.facts["limit"])
         if shape not in works:
             works[shape] = _works(settings, texts, mine, shape)
-        for engine in settings.engines:
-            refused = _refused(settings, size, engine, known, mine)
-            left = [pair for pair in mine if pair[0] not in refused]
-            if not left:
-                skipped.append({"what": f"{size} {engine}", "why": next(iter(refused.values()))["why"]})
-                continue
-            skipped += refused.values()
-            group = _group(settings, texts, size, engine, known, left, works[shape], room)
-            if isinstance(group, str):
-                skipped.append({"what": f"{size} {engine}", "why": group})
-                continue
-            groups.append(group)
-            disk_bytes = disk_bytes + group.fit.disk_bytes if keep_artifacts else max(disk_bytes, group.fit.disk_bytes)
-            if keep_artifacts:
-                room = room.without(group.fit.disk_bytes)
-            if group.fit.left_out:
-                skipped.append({"what": f"{INTERMEDIATE} arm of {size} {engine}", "why": group.fit.left_out})
-            if group.shared_control:
-                notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
-        unprobed = list(_unprobed(settings, [group for group in groups if group.size == size]))
+        left = room.without(sum(group.fit.disk_bytes for group in groups)) if keep_artifacts else room
+        found, missed = _groups(settings, texts, size, known, mine, works[shape], left, keep_artifacts=keep_artifacts)
+        groups += found
+        skipped += missed
+        shared = [f"{group.size} {group.engine}" for group in found if group.shared_control]
+        notes += [f"{where}: the control shares the baseline's memory, a second copy does not fit" for where in shared]
+        unprobed = list(_unprobed(settings, found))
         skipped += unprobed
         notes += dict.fromkeys(f"{size}: probes are left out: {one['why']}" for one in unprobed)
     languages = tuple(dict.fromkeys(language for _, language in pairs))
-    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes), disk_bytes)
+    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes), keep_artifacts)
 
 
 def _works(settings: Settings, texts: Texts, pairs: Sequence[tuple[str, str]], shape: workloads.Model) -> Works:
@@ -180,6 +172,39 @@ def _works(settings: Settings, texts: Texts, pairs: Sequence[tuple[str, str]], s
         for task, language in pairs
         for single, count in counts.items()
     }
+
+
+def _groups(
+    settings: Settings,
+    texts: Texts,
+    size: str,
+    resolved: arms.Resolved,
+    pairs: Sequence[tuple[str, str]],
+    work: Works,
+    room: Room,
+    *,
+    keep_artifacts: bool,
+) -> tuple[list[Group], list[dict[str, str]]]:
+    """The workers of a size, and what of it is left out and why."""
+    groups: list[Group] = []
+    skipped: list[dict[str, str]] = []
+    for engine in settings.engines:
+        refused = _refused(settings, size, engine, resolved, pairs)
+        left = [pair for pair in pairs if pair[0] not in refused]
+        if not left:
+            skipped.append({"what": f"{size} {engine}", "why": next(iter(refused.values()))["why"]})
+            continue
+        skipped += refused.values()
+        group = _group(settings, texts, size, engine, resolved, left, work, room)
+        if isinstance(group, str):
+            skipped.append({"what": f"{size} {engine}", "why": group})
+            continue
+        groups.append(group)
+        if group.fit.left_out:
+            skipped.append({"what": f"{INTERMEDIATE} arm of {size} {engine}", "why": group.fit.left_out})
+        if keep_artifacts:
+            room = room.without(group.fit.disk_bytes)
+    return groups, skipped
 
 
 def _group(

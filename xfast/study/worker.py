@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import threading
 import traceback
@@ -37,6 +38,11 @@ from xfast.study.timing import Energy, Runner, seconds_of
 from xfast.study.work import Work, batches_of, facts
 
 Send = Callable[[Record], None]
+
+_PAGE_FAULTS = 100
+"""Reads of mapped files from disk in all visits of a block from which on their times are doubted."""
+
+_SHORT = "other processes left too little memory for them, so that its times are not the machine's"
 
 MIN_VISIT_S = 0.1
 """The arms take turns until each has run this long, so that one interruption does not make a visit worthless."""
@@ -94,6 +100,10 @@ def main(job: Job, connection: Connection) -> None:
         connection.send({"kind": "failed", "size": job.size, "engine": job.engine, "why": reason})
         return
     connection.send({"kind": "end"})
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _end_with_the_parent() -> None:
@@ -187,12 +197,16 @@ class _Group:
         explain = "transformers" if self.engine.backend == STOCK else str(xfast.explain(models[BASELINE]))
         engine = {"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain}
         self.send({**engine, "energy": self.energy.source, "held": self.job.fit.held})
+        faults = _page_faults()
         for number in range(self.settings.rounds):
             order = list(cells)
             random.Random(f"{self.settings.seed} {number}").shuffle(order)
             for cell in order:
                 if visit_name(cell.key, number) not in self.job.done:
                     self._visit(cell, number, runners, work[cell.key])
+        if self.build.mapped and _page_faults() - faults > _PAGE_FAULTS:
+            where = f"{self.job.size} {self.job.engine}"
+            self.send({"kind": "note", "text": f"{where}: weights were read from disk while they were timed; {_SHORT}"})
         self.mapped_again = max(self.mapped_again, mapped_again())
         self._take_out(models)
 
