@@ -35,14 +35,14 @@ class Evaluation:
     """What to evaluate.
 
     Attributes:
-        model: folder of a trained task model, or of an encoder for Tatoeba and BUCC.
+        model: folder of a trained task model, or of an encoder for Tatoeba and BUCC; or of a packed artifact of either.
         task: a target task.
         output: folder for predictions; None writes none.
         source: where examples come from.
         split: "test" or "dev".
         benchmark: whose languages: "xtreme" or "xtreme-r".
         languages: these instead.
-        precision, backend: of :func:`xfast.accelerate`; backend "none" runs the stock model.
+        precision, backend: of :func:`xfast.accelerate`; backend "none" runs the stock model. An artifact has its own.
         device: "cpu", "cuda", ...; None: a GPU where there is one.
         layer: hidden state that Tatoeba and BUCC use, counted from 1; None: 14 of 24, in proportion.
         pooling: "mean" or "cls", for the same.

@@ -21,7 +21,7 @@ import xfast
 from xfast.architecture import check_class
 from xfast.artifact import MANIFEST, read_manifest
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
-from xfast.stilts.task import CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
+from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
 
 AUTO_CLASSES = {
     CLASSIFICATION: transformers.AutoModelForSequenceClassification,
@@ -307,8 +307,11 @@ def load_packed_task_model(folder: str, task: Task) -> Any:
 
     Raises:
         ArtifactError: damaged.
-        DataFileError: it holds no head of this type.
+        DataFileError: it holds no head of this type, or lacks the layers that retrieval reads.
     """
+    layers = read_manifest(Path(folder)).layers
+    if task.type == BITEXT and layers is not None:
+        raise DataFileError(f"model: {folder}: runs {layers} layers only; {task.name} needs an artifact that runs all")
     loaded = xfast.load(folder)
     if task.type not in AUTO_CLASSES:
         return loaded.base_model
