@@ -194,6 +194,7 @@ def test_a_study_of_artifacts_from_its_plan_to_its_report(tmp_path: Path, monkey
     assert lost["what"] == "intermediate arm of tiny native:int8"
     for cell in studied["cells"]:
         assert set(cell["throughput"] or cell["latency"]) == {BASELINE, CONTROL} and set(cell["ratios"]) == {CONTROL}
+    assert {one["arm"] for one in studied["equivalence"]} == {CONTROL}
     assert len(studied["cells"]) == 2 * 2 * 2
     how = studied["held"]["tiny native:int8"]
     assert how[BASELINE] == "packed artifact of seeded weights (float32), mapped"

@@ -218,6 +218,8 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
     made = run.plan(settings, Texts(settings), available=10 * GIB)
     (group,) = made.groups
     assert group.shared_control and group.fit.arms == (BASELINE, INTERMEDIATE)
+    assert group.fit.held[CONTROL] == "runs the baseline's copy"
+    assert group.fit.held[BASELINE] == "seeded weights in float32, packed beside them"
     assert "a second copy does not fit" in made.notes[0]
 
 

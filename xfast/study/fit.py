@@ -121,7 +121,7 @@ def _models(
         needs = arms.footprint(facts["parameters"], facts["embedding"], engine, build)
         why = _misfit(f"{len(names)} arms need", needs.of(len(names)), needs.host, room)
         if not why:
-            held = dict.fromkeys((*wanted, CONTROL), _of_a_model(settings, engine, build))
+            held = _with_control(dict.fromkeys(names, _of_a_model(settings, engine, build)))
             return Fit(names, build, needs.of(len(names)) + _SPARE_BYTES, held, {}, models=len(names))
     return why
 
@@ -201,11 +201,12 @@ def _given(
         return left_out
     model = _of_a_model(settings, engine, build)
     held = {}
-    for arm in dict.fromkeys((*names, CONTROL)):
+    for arm in names:
         by_task = [model if of(arm, mine) is None else "packed artifact, mapped" for mine in given.values()]
         held[arm] = " or ".join(dict.fromkeys(by_task))
     models = max(sum(of(arm, mine) is None for arm in names) for mine in given.values())
-    return Fit(names, build, most(names) + _SPARE_BYTES, held, {}, models=models, left_out=left_out)
+    memory = most(names) + _SPARE_BYTES
+    return Fit(names, build, memory, _with_control(held), {}, models=models, left_out=left_out)
 
 
 def _first_that_fits(wanted: Sequence[str], misfit: Callable[[Sequence[str]], str]) -> tuple[tuple[str, ...], str]:
@@ -217,6 +218,10 @@ def _first_that_fits(wanted: Sequence[str], misfit: Callable[[Sequence[str]], st
             return names, "" if set(wanted) <= set(names) else why
         why = refused
     return (), why
+
+
+def _with_control(held: Mapping[str, str]) -> dict[str, str]:
+    return {**held, CONTROL: held.get(CONTROL, "runs the baseline's copy")}
 
 
 def _of_a_model(settings: Settings, engine: EngineName, build: Build) -> str:

@@ -223,7 +223,8 @@ def _equivalence(cells: _Cells, settings: Settings) -> list[document.Equivalence
         if arm == INTERMEDIATE:
             found.append(_test(cells, cells.keys, ALL, arm, settings))
         for scope, keys in _scopes(cells):
-            found.append(_test(cells, keys, scope, arm, settings))
+            if any(arm in cells.arms(key) for key in keys):  # a size may have no room for an arm
+                found.append(_test(cells, keys, scope, arm, settings))
     return found
 
 
