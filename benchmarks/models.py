@@ -5,7 +5,10 @@ Random weights take as long as trained ones; only the errors of a trained model 
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from xfast.architecture import family_of, supported_families
 from xfast.errors import InvalidInputError, InvalidOptionError, UnsupportedModelError
+from xfast.tensor_files import NAMES, Entry
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,78 @@ def fill(model: nn.Module, seed: int, std: float) -> None:
         if parameter.dim() > 1:
             chunks += parameter.detach().view(-1).split(_CHUNK)
         else:
-            parameter.detach().fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.detach().fill_(_constant(name))
+    _draw(chunks, 0, seed, std)
+
+
+def _constant(name: str) -> float:
+    return 0.0 if name.endswith("bias") else 1.0
+
+
+def _draw(chunks: Sequence[torch.Tensor], first: int, seed: int, std: float) -> None:
+    """Fills consecutive chunks of a model; ``first``: the number of the first among all."""
 
     def draw(index: int) -> None:
-        chunks[index].normal_(0.0, std, generator=torch.Generator().manual_seed(seed * 1000 + index))
+        chunks[index].normal_(0.0, std, generator=torch.Generator().manual_seed(seed * 1000 + first + index))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(draw, range(len(chunks))))
+
+
+class SeededTensors:
+    """The tensors of ``random_model(size, seed, dtype)``, drawn one at a time: what ``xfast.convert`` reads.
+
+    A model of 13 billion parameters has no place in memory, and its artifact needs none of it on disk.
+    """
+
+    folder = None
+
+    def __init__(self, size: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
+        with _NoRandomInit(), torch.device("meta"):
+            model = construct(size)
+        self.config: dict[str, Any] = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+        self._size, self._seed, self._dtype = size, seed, dtype
+        self._std = float(model.config.initializer_range)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._first: dict[str, int] = {}  # number of each matrix's first chunk
+        count = 0
+        for name, shape in self._shapes.items():
+            self._first[name] = count
+            count += -(-math.prod(shape) // _CHUNK) if len(shape) > 1 else 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(map(math.prod, self._shapes.values())) * self._dtype.itemsize
+
+    def identity(self) -> list[list[Any]]:
+        """See :class:`xfast.checkpoint.Tensors`."""
+        return [["seeded", self._size, self._seed, str(self._dtype)]]
+
+    def names(self) -> set[str]:
+        """See :class:`xfast.checkpoint.Tensors`."""
+        return set(self._shapes)
+
+    def entry(self, name: str) -> Entry:
+        """See :class:`xfast.checkpoint.Tensors`."""
+        shape = self._shapes[name]
+        return Entry(NAMES[self._dtype], shape, 0, math.prod(shape) * self._dtype.itemsize)
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """See :class:`xfast.checkpoint.Tensors`. Draws the whole chunks that the rows lie in."""
+        shape = self._shapes[name]
+        if len(shape) < 2:
+            return torch.full(shape, _constant(name), dtype=self._dtype)
+        columns, size = math.prod(shape[1:]), math.prod(shape)
+        last = shape[0] if rows is None else min(first + rows, shape[0])
+        begin = first * columns // _CHUNK
+        end = min(-(-last * columns // _CHUNK) * _CHUNK, size)
+        # Not from the heap, which keeps what is freed in pieces: memory would grow from layer to layer.
+        memory = mmap.mmap(-1, (end - begin * _CHUNK) * self._dtype.itemsize)
+        values = torch.frombuffer(memory, dtype=self._dtype)
+        _draw(values.split(_CHUNK), self._first[name] + begin, self._seed, self._std)
+        at = first * columns - begin * _CHUNK
+        return values[at : at + (last - first) * columns].view(last - first, *shape[1:])
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

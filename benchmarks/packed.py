@@ -2,9 +2,9 @@
 
     python -P -m xfast.benchmarks.packed FOLDER --size 13b --precision int8 --json 13b.json
 
-FOLDER gets a bf16 checkpoint of that size with seeded random weights (kept for the next run) and an artifact for each
-precision. Every step has a process of its own. Speed: all precisions in one process, in turn, the machine's ceiling
-timed in every round; figures are medians over rounds.
+FOLDER gets an artifact for each precision, made from seeded random bf16 weights that are drawn a tensor at a time.
+Every step has a process of its own. Speed: all precisions in one process, in turn, the machine's ceiling timed in every
+round; figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import save_file
 
 import xfast
 from xfast.benchmarks.metrics import gflop_per_token
-from xfast.benchmarks.models import SIZES, config_of, construct
+from xfast.benchmarks.models import SIZES, SeededTensors, config_of
 from xfast.errors import InvalidOptionError
 from xfast.machine import ceiling, machine, peak_memory
 from xfast.threads import get_num_threads
@@ -35,44 +34,31 @@ SHAPES = ((1, 8), (1, 32), (8, 64))
 _CEILING_SECONDS = 0.3
 
 
-def write_checkpoint(folder: Path, size: str) -> int:
-    """Writes a sharded bf16 checkpoint, a layer at a time; returns its bytes. One that is complete is left alone."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with torch.device("meta"):
-            model = construct(size)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        shards: dict[str, list[str]] = {}
-        for name in shapes:
-            part = name.split("encoder.layer.")[1].split(".")[0] if "encoder.layer." in name else "rest"
-            shards.setdefault(f"model-{part}.safetensors", []).append(name)
-        generator = torch.Generator().manual_seed(0)
-        for shard, names in shards.items():
-            save_file({name: _values(name, shapes[name], generator) for name in names}, folder / shard)
-        model.config.update({"architectures": [type(model).__name__], "dtype": "bfloat16"})
-        model.config.save_pretrained(folder)
-        places = {name: shard for shard, names in shards.items() for name in names}
-        index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+class _Timed(SeededTensors):
+    """Counts the seconds that are spent on drawing values, which a real checkpoint has."""
+
+    drawing_s = 0.0
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """See :class:`xfast.checkpoint.Tensors`."""
+        started = time.perf_counter()
+        values = super().read(name, first, rows)
+        self.drawing_s += time.perf_counter() - started
+        return values
 
 
-def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if len(shape) > 1:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-    return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-
-
-def convert(checkpoint: str, folder: str, precision: str) -> dict[str, float]:
-    """Seconds, peak memory and bytes of converting; a child process."""
+def convert(size: str, folder: str, precision: str) -> dict[str, float]:
+    """Seconds (without those of drawing the values), peak memory and bytes of converting; a child process."""
     from xfast.convert import convert as converted
 
     shutil.rmtree(folder, ignore_errors=True)
+    source = _Timed(size)
     started = time.perf_counter()
-    manifest = converted(checkpoint, Path(folder), precision)
-    seconds = time.perf_counter() - started
+    manifest = converted(source, Path(folder), precision)
+    seconds = time.perf_counter() - started - source.drawing_s
     packed = sum(record.bytes for record in manifest.files.values())
-    return {"seconds": seconds, "peak_bytes": peak_memory(), "bytes": packed}
+    drawn = {"drawing_seconds": source.drawing_s, "original_bytes": source.bytes}
+    return {"seconds": seconds, "peak_bytes": peak_memory(), "bytes": packed, **drawn}
 
 
 _held: list[Any] = []
@@ -166,7 +152,7 @@ def _in_a_child(step: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="For the checkpoint and the artifacts.")],
+    folder: Annotated[Path, typer.Argument(help="For the artifacts.")],
     size: Annotated[str, typer.Option(help=", ".join(SIZES))] = "large",
     precision: Annotated[
         str, typer.Option(help="Comma-separated; the first is what others are compared with.")
@@ -178,12 +164,10 @@ def main(
     if size not in SIZES:
         raise InvalidOptionError(f"--size: {size!r} is not accepted; accepted: {', '.join(SIZES)}")
     precisions = precision.split(",")
-    checkpoint = folder / f"{size}-bf16"
     document: dict[str, Any] = {**machine(), "threads": get_num_threads(), "size": size}
-    document["checkpoint_bytes"] = _in_a_child(write_checkpoint, checkpoint, size)
     artifacts = {name: str(folder / f"{size}-{name}") for name in precisions}
     for name, target in artifacts.items():
-        document.setdefault("convert", {})[name] = _in_a_child(convert, str(checkpoint), target, name)
+        document.setdefault("convert", {})[name] = _in_a_child(convert, size, target, name)
         typer.echo(f"{name}: converted {json.dumps(document['convert'][name])}")
         document.setdefault("load", {})[name] = loaded_beside_another(target)
         typer.echo(f"{name}: loaded {json.dumps(document['load'][name])}")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from xfast.errors import DataFileError
 from xfast.machine import machine, peak_memory
-from xfast.study import arms, run
+from xfast.study import arms, fit, run
 from xfast.study.document import BASELINE
 from xfast.study.factors import EngineName, Settings
 from xfast.study.store import Store
@@ -55,8 +55,10 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), force_terminal=False, width=200)
 
 
-def begin(settings: Settings, folder: Path) -> None:
-    """A study from its beginning."""
+def begin(settings: Settings, folder: Path, memory: int | None = None) -> None:
+    """A study from its beginning, with so many bytes of memory or what is free."""
+    if memory is not None:
+        fit.available_memory = lambda: memory
     run.start(settings, folder, resume=False, console=quiet())
 
 

@@ -190,6 +190,40 @@ def test_writing_to_a_mapped_parameter_leaves_the_file(tmp_path: Path) -> None:
     xfast.load(tmp_path, verify=True)
 
 
+@pytest.mark.parametrize("family", ["xlm-roberta", "bert", "xlm-roberta-xl"])
+@pytest.mark.parametrize("head", HEADS[2:6])
+def test_an_encoder_is_loaded_under_another_head(family: str, head: str, tmp_path: Path) -> None:
+    under = build(family, head)
+    want = xfast.accelerate(copy.deepcopy(under), precision="int8", keep_weights=False)(**arguments(family, head))
+    encoder = encoder_of(copy.deepcopy(under))
+    encoder.pooler = None  # which comes with the head where its class has one
+    for saved in (encoder, build(family, "token-classification")):
+        encoder_of(saved).load_state_dict(encoder_of(under).state_dict(), strict=False)
+        xfast.save(xfast.accelerate(saved, precision="int8"), tmp_path)
+        given = copy.deepcopy(under)
+        pooler = getattr(encoder_of(given), "pooler", None)
+        encoder_of(given).to("meta")
+        if pooler is not None:
+            encoder_of(given).pooler = copy.deepcopy(encoder_of(under).pooler)
+        loaded = xfast.load(tmp_path, head=given)
+        assert loaded is given and same(loaded(**arguments(family, head)), want)
+        assert "mapped from" in str(xfast.explain(loaded))
+        xfast.save(loaded, tmp_path / "again")
+        assert same(xfast.load(tmp_path / "again")(**arguments(family, head)), want)
+
+
+def test_a_head_for_another_encoder_is_refused(tmp_path: Path) -> None:
+    xfast.save(accelerated(), tmp_path)
+    wrong = build(head="token-classification", num_hidden_layers=2, hidden_size=32)
+    with pytest.raises(xfast.InvalidOptionError, match=r"head: .*num_layers 2 for 3, hidden_size 32 for 64"):
+        xfast.load(tmp_path, head=wrong)
+    for given in (build(), nn.Linear(2, 2), "panx"):
+        with pytest.raises(xfast.InvalidOptionError, match="one encoder under a head"):
+            xfast.load(tmp_path, head=given)
+    with pytest.raises(xfast.InvalidOptionError, match=r"head: .*classifier.*meta device"):
+        xfast.load(tmp_path, head=build(head="token-classification").to("meta"))
+
+
 LOSSES: dict[str, Callable[[Any, Path], Any]] = {
     "state_dict": lambda model, folder: model.state_dict(),
     "restore": lambda model, folder: xfast.restore(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,16 @@ def test_peak_memory_is_this_process_s_own(tmp_path: Path) -> None:
 def test_peak_memory_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_PROC", tmp_path)
     assert 2**24 < machine.peak_memory() < 2**40
+
+
+def test_files_that_are_mapped_twice_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "with spaces: 1"
+    path.write_bytes(bytes(8 << 20))
+    before = machine.mapped_again()
+    with path.open("rb") as file:
+        maps = [mmap.mmap(file.fileno(), 0, access=access) for access in (mmap.ACCESS_READ, mmap.ACCESS_COPY)]
+    assert maps[0][::4096] == bytes(2048) and abs(machine.mapped_again() - before) < 1 << 20
+    assert maps[1][::4096] == bytes(2048)
+    assert abs(machine.mapped_again() - before - (8 << 20)) < 1 << 20
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    assert machine.mapped_again() == 0

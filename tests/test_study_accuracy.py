@@ -18,12 +18,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from xfast.benchmarks import workloads
-from xfast.errors import InvalidOptionError
+from xfast.convert import convert
+from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import evaluation
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
 from xfast.stilts.evaluation import Evaluation, _Predictor, evaluate
-from xfast.stilts.model import load_task_model
+from xfast.stilts.model import load_packed_task_model, load_task_model
 from xfast.stilts.tasks import get
 from xfast.stilts.tokenizer import load_tokenizer
 from xfast.stilts.training import train
@@ -145,6 +146,33 @@ def test_probes_tell_the_arms_apart(studied: dict[str, Any]) -> None:
     assert by_arm[BASELINE] != by_arm[INTERMEDIATE]
     assert studied["arms"][INTERMEDIATE]["source"] != studied["arms"][BASELINE]["source"]
     assert studied["text"] == "real text"
+
+
+def test_artifacts_are_scored_as_what_they_were_made_from(
+    studied: dict[str, Any], settings: Settings, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("tasks/xnli", "tasks/xquad", "encoder"):
+        convert(str(checkpoints[BASELINE] / name), tmp_path / name, "fp32")
+    packed = Settings.from_dict({**settings.as_dict(), "baseline": {"": str(tmp_path)}, "intermediate": {}})
+    found = arms.resolve(packed, CHECKPOINT, ["xnli", "xquad", "tatoeba"])
+    assert {task: one[BASELINE].precision for task, one in found.artifacts.items()} == dict.fromkeys(
+        found.tasks, "fp32"
+    )
+    for task in found.tasks:
+        languages = [language for language in LANGUAGES if task != "tatoeba" or language != "en"]
+        got = [one for one in accuracy.measure(packed, "native:fp32", BASELINE, task, languages, 2) if "value" in one]
+        want = [one for one in studied["accuracy"] if (one["task"], one["arm"]) == (task, BASELINE)]
+        scores = [
+            {(one["language"], one["layers"]): one["value"] for one in rows if one.get("engine") == "native:fp32"}
+            for rows in (want, [one for one in got if one["kind"] == "accuracy"])
+        ]
+        assert scores[0] == scores[1] != {}
+    for changes in ({"precision": "int8"}, {"backend": "none"}, {"device": "meta"}):
+        asked = {"source": Source(Path(str(settings.data))), "tokenizer": settings.tokenizer, **changes}
+        with pytest.raises(InvalidOptionError, match="packed artifact; accepted: precision fp32 or model"):
+            evaluate(Evaluation(str(tmp_path / "tasks/xnli"), "xnli", languages=LANGUAGES, **asked))
+    with pytest.raises(DataFileError, match="needs a model ForQuestionAnswering"):
+        load_packed_task_model(str(tmp_path / "tasks/xnli"), get("xquad"))
 
 
 def test_a_checkpoint_without_the_head_is_skipped_and_said(settings: Settings, base: Path) -> None:

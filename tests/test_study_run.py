@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_every_cell_is_measured_in_every_arm(finished: tuple[Path, dict[str, Any]]) -> None:
     _, document = finished
-    assert set(document) == set(Study.__required_keys__)
+    assert set(document) == Study.__required_keys__ | Study.__optional_keys__
     assert len(document["cells"]) == 2 * 2 * 2  # engines, languages, throughput and latency
     for cell in document["cells"]:
         figures = cell["throughput"] or cell["latency"]
@@ -207,7 +207,7 @@ def test_no_gpu_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_does_not_fit_is_skipped_and_said() -> None:
     settings = Settings(sizes=("base", "13b"), engines=("native:int8",), tasks=("panx",), languages=("sw",))
     made = run.plan(settings, Texts(settings), available=12 * GIB)
-    assert [(group.size, group.arms) for group in made.groups] == [("base", (BASELINE, INTERMEDIATE, CONTROL))]
+    assert [(group.size, group.fit.arms) for group in made.groups] == [("base", (BASELINE, INTERMEDIATE, CONTROL))]
     (skipped,) = made.skipped
     assert skipped["what"] == "13b native:int8" and "12.9 GB are free" in skipped["why"]
     assert made.seconds and made.memory_bytes < 12 * GIB
@@ -217,7 +217,9 @@ def test_the_control_shares_memory_where_a_copy_does_not_fit() -> None:
     settings = Settings(sizes=("large",), engines=("native:fp32",), languages=("sw",))
     made = run.plan(settings, Texts(settings), available=10 * GIB)
     (group,) = made.groups
-    assert group.shared_control and group.arms == (BASELINE, INTERMEDIATE)
+    assert group.shared_control and group.fit.arms == (BASELINE, INTERMEDIATE)
+    assert group.fit.held[CONTROL] == "runs the baseline's copy"
+    assert group.fit.held[BASELINE] == "seeded weights in float32, packed beside them"
     assert "a second copy does not fit" in made.notes[0]
 
 
@@ -225,7 +227,7 @@ def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(run, "ceiling", lambda *_, **__: 10.0)
     large = Settings(sizes=("xl",), engines=("native:fp32", "native:int8"), tasks=("panx",), languages=("sw",))
     made = run.plan(large, Texts(large), available=200 * GIB)
-    assert all(not group.build.probes for group in made.groups) and len(made.groups) == 2
+    assert all(not group.fit.build.probes for group in made.groups) and len(made.groups) == 2
     why = {one["what"]: one["why"] for one in made.skipped}
     assert set(why) == {"probe quantisation of xl native:int8", "probe early of xl"}
     assert all("2 billion parameters" in reason for reason in why.values())
@@ -235,9 +237,12 @@ def test_probes_that_cannot_be_run_are_said(monkeypatch: pytest.MonkeyPatch) -> 
 
     tight = Settings(sizes=("large",), engines=("stock:bf16", "stock:fp32"), tasks=("panx",), languages=("sw",))
     made = run.plan(tight, Texts(tight), available=8 * GIB + GIB // 2)
-    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [(("quantisation", "early"), 3), ((), 3)]
+    assert [(group.fit.build.probes, len(group.fit.arms)) for group in made.groups] == [
+        (("quantisation", "early"), 3),
+        ((), 3),
+    ]
     made = run.plan(tight, Texts(tight), available=6 * GIB)
-    assert [(group.build.probes, len(group.arms)) for group in made.groups] == [((), 3), ((), 2)]
+    assert [(group.fit.build.probes, len(group.fit.arms)) for group in made.groups] == [((), 3), ((), 2)]
     assert {one["what"] for one in made.skipped} == {"probe quantisation of large stock:bf16", "probe early of large"}
     assert all("no memory" in one["why"] for one in made.skipped)
 

@@ -18,7 +18,7 @@ from xfast.errors import BackendUnavailableError, InvalidOptionError, Unsupporte
 from xfast.explain import Explanation, explain_patches
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
-from xfast.packed_model import check_saveable, parameters_outside
+from xfast.packed_model import check_saveable, parameters_outside, put_under
 from xfast.packed_model import load as load_model
 from xfast.packed_model import save as save_model
 from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
@@ -168,29 +168,32 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
     save_model(root, patches[0].plan, engines[0], Path(folder), tokenizer)
 
 
-def load(folder: str | os.PathLike[str], *, verify: bool | None = None) -> Any:
+def load(folder: str | os.PathLike[str], *, verify: bool | None = None, head: nn.Module | None = None) -> Any:
     """Loads a packed artifact: a transformers model in eval mode, accelerated; packed weights are mapped, not copied.
 
     Args:
         folder: what :func:`save` or ``xfast convert`` wrote.
         verify: None: every byte that is used must have its 64-bit checksum. True: all files must have their SHA-256.
             False: sizes, headers and the small files' hashes only; damaged weights then give wrong results.
+        head: a transformers model with a task head, which gets the artifact's encoder in place of its own (that one may
+            be on the meta device) and is returned; a pooler that only it has stays. None: the model that was saved.
 
     The model is one with ``keep_weights=False``: it cannot be restored, trained or saved by ``save_pretrained``.
 
     Raises:
         ArtifactError: no artifact, of another format, incomplete or damaged.
-        InvalidOptionError: ``verify`` is something else.
+        InvalidOptionError: ``verify`` is something else, or ``head`` is for another encoder.
     """
     if verify is not None and not isinstance(verify, bool):
         raise InvalidOptionError(f"verify: expected True, False or None, got {verify!r}")
     loaded = load_model(Path(folder), {None: "checksum", True: "full", False: "size"}[verify])
+    root = loaded.model if head is None else put_under(head, loaded)
     options = Options("native", loaded.manifest.precision, loaded.manifest.layers, keep_weights=False)
     patch = EncoderPatch(loaded.encoder, options)
     patch.plan.adopt(loaded.engine, "native", [], loaded.freed, loaded.encoder)
-    for installed in (patch, *_head_patches(loaded.model, [loaded.encoder])):
+    for installed in (patch, *_head_patches(root, [loaded.encoder])):
         installed.install()
-    return loaded.model
+    return root
 
 
 def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,29 @@ def loading(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataFileError(f"model: {model}: {type(error).__name__}: {error}") from error
+
+
+class Tensors(Protocol):
+    """What can be converted: the tensors of a transformers model, one at a time. :class:`Checkpoint` has them in files.
+
+    config: what its config.json says. folder: where its files lie, a tokenizer's among them; None: nowhere.
+    """
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def folder(self) -> Path | None: ...
+    def identity(self) -> list[list[Any]]:
+        """Plain values that differ where the tensors do."""
+
+    def names(self) -> set[str]:
+        """Of all tensors, as transformers calls them."""
+
+    def entry(self, name: str) -> Entry:
+        """Type and shape of a tensor."""
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """A tensor of one's own, or ``rows`` of its rows."""
 
 
 class Checkpoint:

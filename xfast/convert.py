@@ -20,7 +20,7 @@ from xfast import _C, artifact, packed_model, tokenizer_files
 from xfast.architecture import FAMILIES, describe, find_encoders, supported_families
 from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
-from xfast.checkpoint import Checkpoint
+from xfast.checkpoint import Checkpoint, Tensors
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
 from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
 from xfast.tensor_files import DTYPES, as_bytes
@@ -31,7 +31,7 @@ _ROWS = 8192  # of the word table that are in memory at a time
 
 
 def convert(
-    model: str,
+    model: str | Tensors,
     folder: Path,
     precision: str = "int8",
     architecture: str | None = None,
@@ -44,7 +44,7 @@ def convert(
     A run that was killed is continued: layers that were finished are not packed again.
 
     Args:
-        model: folder, or Hub id whose files are in the cache.
+        model: folder, Hub id whose files are in the cache, or anything else that gives tensors one at a time.
         folder: new or empty, or an artifact, which is replaced once the new one is complete.
         precision: "fp32", "bf16", "int8" or "int4".
         architecture: a class of transformers; None: the one that config.json names.
@@ -59,8 +59,8 @@ def convert(
         accepted = ", ".join(PRECISIONS)
         raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
     recipe = Recipe(group_size)
-    checkpoint = Checkpoint(model)
-    if folder.resolve() == checkpoint.folder.resolve():
+    checkpoint = Checkpoint(model) if isinstance(model, str) else model
+    if checkpoint.folder is not None and folder.resolve() == checkpoint.folder.resolve():
         raise InvalidOptionError(f"dir: {folder} is the checkpoint itself; expected another folder")
     source = _Source(checkpoint, architecture)
     identity = {
@@ -75,7 +75,7 @@ def convert(
     announce(source.weights.spec.num_layers + 1 + packed_model.contents_of(source.root, precision).packed_words)
     staging = Staging(folder, identity)
     try:
-        tokenizer_files.write(staging, str(checkpoint.folder))
+        tokenizer_files.write(staging, str(checkpoint.folder or ""))
         return packed_model.write(
             staging,
             source.root,
@@ -95,7 +95,7 @@ def convert(
 class _Source:
     """A model without memory for its weights, and where each of them is in the checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: str | None) -> None:
+    def __init__(self, checkpoint: Tensors, architecture: str | None) -> None:
         self._checkpoint = checkpoint
         self.root: Any = _skeleton(checkpoint, architecture)
         encoders = find_encoders(self.root)
@@ -195,7 +195,7 @@ def _require_finite(name: str, tensor: torch.Tensor) -> None:
         raise InvalidWeightsError(f"{name} holds NaN or infinity")
 
 
-def _skeleton(checkpoint: Checkpoint, architecture: str | None) -> nn.Module:
+def _skeleton(checkpoint: Tensors, architecture: str | None) -> nn.Module:
     named = checkpoint.config.get("architectures")
     name = architecture or (named[0] if isinstance(named, list) and named else None)
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -210,7 +210,8 @@ def _skeleton(checkpoint: Checkpoint, architecture: str | None) -> nn.Module:
         pooled = any("pooler." in tensor for tensor in checkpoint.names())
         return packed_model.skeleton(cls, config, {"add_pooling_layer": pooled} if bare else {})
     except Exception as error:  # whatever transformers raises for a config that is none
-        raise DataFileError(f"{checkpoint.folder}: {cls.__name__} cannot be built from config.json: {error}") from error
+        where = checkpoint.folder or "model"
+        raise DataFileError(f"{where}: {cls.__name__} cannot be built from config.json: {error}") from error
 
 
 def run(

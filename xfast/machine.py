@@ -152,6 +152,26 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def mapped_again() -> int:
+    """Resident bytes of files that this process has mapped before: they are counted twice in its resident memory.
+
+    0 where the system does not say.
+    """
+    try:
+        lines = (_PROC / "self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    mappings: dict[tuple[str, ...], list[int]] = {}
+    where: tuple[str, ...] = ()
+    for line in lines:
+        first, *others = line.split(maxsplit=5)
+        if not first.endswith(":"):  # addresses, permissions, offset, device, inode, path
+            where = (others[1], *others[2:4])
+        elif first == "Rss:" and where[-1] != "0":
+            mappings.setdefault(where, []).append(1024 * int(others[0]))
+    return sum(sum(each) - max(each) for each in mappings.values())
+
+
 def available_memory() -> int | None:
     """Bytes of memory that this process can still take: what the system has, within the limits of its control groups.
 

@@ -26,7 +26,7 @@ from xfast import _C, artifact, tokenizer_files
 from xfast.architecture import LINEAR_ROLES, EncoderWeights, describe, find_encoders
 from xfast.artifact import Manifest, Reader, Shapes, Staging
 from xfast.backends.native import NativeEngine, PackedWeights
-from xfast.errors import ArtifactError, UnsupportedModelError, XfastError
+from xfast.errors import ArtifactError, InvalidOptionError, UnsupportedModelError, XfastError
 from xfast.plan import Plan, refuse_state_dict
 from xfast.recipe import LINEARS, QUANTISED, StoredFormat
 from xfast.tensor_files import DTYPES, NAMES, Mapped, as_bytes, strict_json
@@ -331,6 +331,32 @@ def load(folder: Path, verify: str) -> Loaded:
             raise
         raise ArtifactError(f"{folder}: {error}") from None
     return Loaded(model, model.get_submodule(contents.encoder_path), engine, manifest, freed)
+
+
+def put_under(head: Any, loaded: Loaded) -> nn.Module:
+    """Puts a loaded encoder under another model's head, in the place of that model's own, before anything is patched.
+
+    Raises:
+        InvalidOptionError: the head has no such place or no values, or its encoder has other sizes.
+    """
+    encoders = find_encoders(head) if isinstance(head, nn.Module) else []
+    if len(encoders) != 1 or not encoders[0][0]:
+        raise InvalidOptionError(f"head: expected a transformers model with one encoder under a head, got {type(head)}")
+    path, own, family = encoders[0]
+    want, got = loaded.engine.spec, describe(own, family).spec
+    if differing := [name for name, value in asdict(want).items() if value != getattr(got, name)]:
+        given = ", ".join(f"{name} {getattr(got, name)} for {getattr(want, name)}" for name in differing)
+        raise InvalidOptionError(f"head: {type(head).__name__} is for another encoder than the artifact's: {given}")
+    lent = getattr(own, "pooler", None) if getattr(loaded.encoder, "pooler", None) is None else None
+    used = parameters_outside(head, own) | {id(one) for one in (lent.parameters() if lent is not None else ())}
+    parameters = head.named_parameters(remove_duplicate=False)
+    if empty := [name for name, one in parameters if one.is_meta and id(one) in used]:
+        raise InvalidOptionError(f"head: {empty[0]} is on the meta device: it has no values; load the head first")
+    if lent is not None:
+        loaded.encoder.pooler = lent
+    owner, _, leaf = path.rpartition(".")
+    setattr(head.get_submodule(owner), leaf, loaded.encoder)
+    return head.eval()
 
 
 def _build(reader: Reader, stored: int) -> tuple[nn.Module, Contents]:

@@ -22,7 +22,7 @@ from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
-from xfast.stilts.model import DTYPES, load_task_model, usable_positions
+from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, packed_precision, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
 from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
@@ -35,14 +35,14 @@ class Evaluation:
     """What to evaluate.
 
     Attributes:
-        model: folder of a trained task model, or of an encoder for Tatoeba and BUCC.
+        model: folder of a trained task model, or of an encoder for Tatoeba and BUCC; or of a packed artifact of either.
         task: a target task.
         output: folder for predictions; None writes none.
         source: where examples come from.
         split: "test" or "dev".
         benchmark: whose languages: "xtreme" or "xtreme-r".
         languages: these instead.
-        precision, backend: of :func:`xfast.accelerate`; backend "none" runs the stock model.
+        precision, backend: of :func:`xfast.accelerate`; backend "none" runs the stock model. An artifact has its own.
         device: "cpu", "cuda", ...; None: a GPU where there is one.
         layer: hidden state that Tatoeba and BUCC use, counted from 1; None: 14 of 24, in proportion.
         pooling: "mean" or "cls", for the same.
@@ -144,9 +144,10 @@ class _Predictor:
 
     def __init__(self, run: Evaluation, task: Task) -> None:
         self.run, self.task = run, task
-        self.device = torch.device(run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = None if run.dtype is None else DTYPES[run.dtype]
-        self.model = load_task_model(run.model, task, dtype).to(self.device)
+        self.packed = packed_precision(run.model)
+        gpu = torch.cuda.is_available() and self.packed is None
+        self.device = torch.device(run.device or ("cuda" if gpu else "cpu"))
+        self.model = self._load()
         self.tokenizer = load_tokenizer(run.tokenizer or run.model)
         self.padding = padding_of(self.model, self.tokenizer)
         self.recipe = task.recipe.within(usable_positions(self.model.config))
@@ -154,12 +155,25 @@ class _Predictor:
         self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
         self.forward: Any = self.model
         self.stock = "stock transformers" if run.backend == "none" else ""
-        if run.backend == "none":
+        if run.backend == "none" or self.packed:
             if self.layer is not None:
                 self.forward = search.Truncated(self.model, self.layer)
         else:
             self._accelerate()
         self._engine: search.Engine | None = None
+
+    def _load(self) -> Any:
+        run, packed = self.run, self.packed
+        if packed is None:
+            dtype = None if run.dtype is None else DTYPES[run.dtype]
+            return load_task_model(run.model, self.task, dtype).to(self.device)
+        there = run.backend in ("auto", "native") and run.precision in ("model", packed) and run.dtype is None
+        if not there or self.device.type != "cpu":
+            raise InvalidOptionError(
+                f"model: {run.model} is a packed artifact; accepted: precision {packed} or model, backend auto or "
+                f"native, on the CPU; got {run.precision}, {run.backend}, {self.device}"
+            )
+        return load_packed_task_model(run.model, self.task)
 
     def _accelerate(self) -> None:
         run = self.run

@@ -17,9 +17,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import xfast
 from xfast.architecture import check_class
+from xfast.artifact import MANIFEST, read_manifest
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
-from xfast.stilts.task import CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
+from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
 
 AUTO_CLASSES = {
     CLASSIFICATION: transformers.AutoModelForSequenceClassification,
@@ -289,3 +291,31 @@ def load_task_model(folder: str, task: Task, dtype: torch.dtype | None = None) -
     if new:
         raise DataFileError(f"model: {folder}: no trained weights for {', '.join(new[:4])}; train {task.name} first")
     return loaded.eval()
+
+
+def packed_precision(folder: str) -> str | None:
+    """The precision of a packed artifact; None for any other checkpoint.
+
+    Raises:
+        ArtifactError: damaged, or of another format.
+    """
+    return read_manifest(Path(folder)).precision if (Path(folder) / MANIFEST).is_file() else None
+
+
+def load_packed_task_model(folder: str, task: Task) -> Any:
+    """Like :func:`load_task_model` for a packed artifact, which is accelerated already.
+
+    Raises:
+        ArtifactError: damaged.
+        DataFileError: it holds no head of this type, or lacks the layers that retrieval reads.
+    """
+    layers = read_manifest(Path(folder)).layers
+    if task.type == BITEXT and layers is not None:
+        raise DataFileError(f"model: {folder}: runs {layers} layers only; {task.name} needs an artifact that runs all")
+    loaded = xfast.load(folder)
+    if task.type not in AUTO_CLASSES:
+        return loaded.base_model
+    head = AUTO_CLASSES[task.type].__name__.removeprefix("AutoModel")
+    if not type(loaded).__name__.endswith(head):
+        raise DataFileError(f"model: {folder}: is a {type(loaded).__name__}, {task.name} needs a model {head}")
+    return loaded

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ import torch
 from torch import nn
 
 import xfast
+from xfast.artifact import MANIFEST
 from xfast.benchmarks import models, workloads
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, XfastError
 from xfast.recipe import QUANTISED
 from xfast.stilts.model import AUTO_CLASSES, DTYPES, load_task_model
 from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING
 from xfast.stilts.tasks import get
+from xfast.study import artifacts
+from xfast.study.artifacts import Artifact
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.factors import (
     CHECKPOINT,
@@ -54,11 +57,13 @@ class Build:
         dtype: of the weights as they are made or loaded.
         keep_weights: whether the originals stay beside the packed ones.
         probes: which of ``QUANTISATION`` and ``EARLY`` are run on the originals, in fp32.
+        mapped: packed artifacts are among them.
     """
 
     dtype: torch.dtype
     keep_weights: bool
     probes: tuple[str, ...]
+    mapped: bool = False
 
 
 def build_of(settings: Settings, parameters: int, engine: EngineName, *, probes: bool = True) -> Build:
@@ -79,8 +84,10 @@ def probes_of(settings: Settings, engine: EngineName) -> tuple[str, ...]:
     return (QUANTISATION, EARLY) if engine.quantised else (EARLY,)
 
 
-def why_unprobed(parameters: int) -> str:
-    """Why a model of so many parameters is made without the probes that were asked for."""
+def why_unprobed(parameters: int, mapped: bool = False) -> str:
+    """Why a model of so many parameters is made, or mapped, without the probes that were asked for."""
+    if mapped:
+        return "probes run the original weights in fp32, which packed artifacts do not have"
     if parameters > _LARGE:
         return (
             f"probes run the original weights in fp32; above {_LARGE / 1e9:g} billion parameters these are bf16 and "
@@ -186,6 +193,7 @@ class Resolved:
         stamps: what tells each checkpoint from another, by arm and task; empty for seeded weights.
         skipped: tasks without a usable checkpoint, and why.
         notes: heads that are random although a checkpoint is given.
+        artifacts: checkpoints that are packed artifacts, by task and arm; no other task is in it.
     """
 
     facts: dict[str, Any]
@@ -193,6 +201,7 @@ class Resolved:
     stamps: dict[str, str]
     skipped: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
+    artifacts: Mapping[str, Mapping[str, Artifact]] = field(default_factory=dict)
 
 
 def arms_of(settings: Settings) -> dict[str, Mapping[str, str]]:
@@ -214,9 +223,11 @@ def resolve(settings: Settings, size: str, tasks: Iterable[str]) -> Resolved:
     stamps: dict[str, str] = {}
     skipped: list[dict[str, str]] = []
     notes: list[str] = []
+    packed: dict[str, dict[str, Artifact]] = {}
     for task in tasks:
         try:
             folders = {arm: folder_of(given, task) for arm, given in arms.items()}
+            mapped = {arm: one for arm, folder in folders.items() if (one := artifacts.find(folder)) is not None}
             facts = {folder: _checkpoint_facts(folder) for folder in folders.values()}
             heads = {arm: has_trained_head(folder, task) for arm, folder in folders.items()}
             marks = {f"{arm} {task}": stamp(folder) for arm, folder in folders.items()}
@@ -225,6 +236,7 @@ def resolve(settings: Settings, size: str, tasks: Iterable[str]) -> Resolved:
             continue
         found |= facts
         stamps |= marks
+        packed |= {task: mapped} if mapped else {}
         usable.append(task)
         if TYPES[task] != EMBEDDING:
             notes += [f"random head for {task} in {arm}: {folders[arm]} has none" for arm in arms if not heads[arm]]
@@ -233,7 +245,7 @@ def resolve(settings: Settings, size: str, tasks: Iterable[str]) -> Resolved:
     if any(one != next(iter(found.values())) for one in found.values()):
         listed = {str(folder): facts for folder, facts in found.items()}
         raise InvalidOptionError(f"baseline, intermediate: the checkpoints differ in size: {listed}")
-    return Resolved(next(iter(found.values())), tuple(usable), stamps, tuple(skipped), tuple(notes))
+    return Resolved(next(iter(found.values())), tuple(usable), stamps, tuple(skipped), tuple(notes), packed)
 
 
 def stamp(folder: Path) -> str:
@@ -244,7 +256,8 @@ def stamp(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob(MANIFEST)]
+        for path in sorted(files):
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 digest.update(f"{path.name} {size} ".encode())
@@ -271,7 +284,7 @@ def folder_of(checkpoints: Mapping[str, str], task: str) -> Path:
     for one in (folder / "tasks" / task, folder / "encoder"):
         if (one / "config.json").is_file():
             return one
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not artifacts.is_artifact(folder):
         raise InvalidOptionError(f"checkpoints: {folder} holds neither config.json nor encoder/ of a STILTs run")
     return folder
 
@@ -353,6 +366,8 @@ def model_of(
             encoder = models.random_model(size, settings.seed + (arm == INTERMEDIATE), dtype)
         return with_head(encoder, task, settings.seed)
     folder = folder_of(settings.intermediate if arm == INTERMEDIATE else settings.baseline, task)
+    if (found := artifacts.find(folder)) is not None:
+        return mapped_model(found, task, settings.seed)
     if has_trained_head(folder, task):
         return load_task_model(str(folder), get(task), dtype)
     return with_head(models.load_model(str(folder), dtype), task, settings.seed)
@@ -366,27 +381,62 @@ def with_head(encoder: nn.Module, task: str, seed: int) -> nn.Module:
     Raises:
         UnsupportedModelError: a text tower that has no heads.
     """
-    kind = TYPES[task]
-    if kind == EMBEDDING or type(encoder).__name__.startswith("AltCLIP"):
+    if TYPES[task] == EMBEDDING or type(encoder).__name__.startswith("AltCLIP"):
         return encoder
-    config: Any = copy.deepcopy(encoder.config)
-    if kind != CHOICE:
+    one = next(encoder.parameters())
+    model, empty = _new_head(encoder.config, task, seed, one.dtype, one.device)
+    pooler = getattr(empty, "pooler", None)
+    if pooler is not None and getattr(encoder, "pooler", None) is None:
+        encoder.pooler = pooler
+        model.lent_pooler = True
+    setattr(model, model.base_model_prefix, encoder)
+    return model.eval()
+
+
+def mapped_model(found: Artifact, task: str, seed: int) -> nn.Module:
+    """An artifact as it is where its head is the task's, else its encoder under a head as :func:`with_head` makes it.
+
+    Raises:
+        ArtifactError: damaged.
+        UnsupportedModelError: there is no such head.
+    """
+    kind = TYPES[task]
+    whole = found.model_class.startswith("AltCLIP") or has_trained_head(found.folder, task)
+    if whole or kind == EMBEDDING:
+        model: nn.Module = xfast.load(found.folder)
+        model = model if whole else without_head(model)
+    else:
+        model, empty = _new_head(_config(found.folder), task, seed, found.dtype, torch.device("cpu"))
+        setattr(model, model.base_model_prefix, empty)
+        model = xfast.load(found.folder, head=model)
+    model.mapped = True
+    return model
+
+
+def is_mapped(model: nn.Module) -> bool:
+    """Whether :func:`mapped_model` made it."""
+    return bool(model.__dict__.get("mapped", False))
+
+
+def _new_head(config: Any, task: str, seed: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, nn.Module]:
+    """A model without its encoder, and that encoder, which has no weights but its pooler's.
+
+    Raises:
+        UnsupportedModelError: transformers has no such head for the configuration.
+    """
+    config = copy.deepcopy(config)
+    if TYPES[task] != CHOICE:
         config.num_labels = max(2, labels_of(task))
     with torch.device("meta"):
         try:
-            model = AUTO_CLASSES[kind].from_config(config)
+            model = AUTO_CLASSES[TYPES[task]].from_config(config)
         except ValueError as error:
-            raise UnsupportedModelError(f"model: {type(encoder).__name__} has no head for {task}: {error}") from error
-    prefix = model.base_model_prefix
-    pooler = getattr(getattr(model, prefix), "pooler", None)
-    if pooler is not None and getattr(encoder, "pooler", None) is None:
-        _materialise(pooler, encoder, seed)
-        encoder.pooler = pooler
-        model.lent_pooler = True
-    del model._modules[prefix]
-    _materialise(model, encoder, seed)
-    setattr(model, prefix, encoder)
-    return model.eval()
+            raise UnsupportedModelError(f"model: {config.model_type} has no head for {task}: {error}") from error
+    empty: nn.Module = model._modules.pop(model.base_model_prefix)
+    for part in (model, getattr(empty, "pooler", None)):
+        if part is not None:
+            _materialise(part, seed, dtype, device)
+    return model, empty
 
 
 def has_head(model: nn.Module) -> bool:
@@ -408,19 +458,20 @@ def detach_head(model: nn.Module) -> nn.Module:
     return encoder
 
 
-def _materialise(module: nn.Module, encoder: nn.Module, seed: int) -> None:
-    one = next(encoder.parameters())
-    module.to_empty(device="cpu").to(one.dtype)
+def _materialise(module: nn.Module, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+    module.to_empty(device="cpu").to(dtype)
     models.fill(module, seed, 0.02)  # on the CPU, whose generator gives the same weights for every device
-    module.to(one.device)
+    module.to(device)
 
 
 def accelerate(model: nn.Module, engine: EngineName, *, keep_weights: bool = True) -> nn.Module:
-    """Put an engine into the model; the stock engine changes nothing but the dtype.
+    """Put an engine into the model; the stock engine changes nothing but the dtype, and a mapped model has its own.
 
     Raises:
         BackendUnavailableError, UnsupportedModelError: the engine cannot run it here.
     """
+    if is_mapped(model):
+        return model
     if engine.backend == STOCK:
         if engine.precision not in DTYPES:
             raise InvalidOptionError(f"engine: {engine}; transformers itself runs fp32, fp16 and bf16")

@@ -49,6 +49,9 @@ Limit = Annotated[int | None, typer.Option(help="Examples per language in evalua
 Threads = Annotated[int | None, typer.Option(help="Default: as many as xfast uses.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(help="Of weights, lengths, samples and orders.", min=0)]
+KeepArtifacts = Annotated[
+    bool, typer.Option("--keep-artifacts", help="Leave packed artifacts of large seeded sizes in OUTPUT/artifacts.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 
 
@@ -78,11 +81,11 @@ def run(
     threads: Threads = None,
     device: Device = "cpu",
     seed: Seed = 0,
+    keep_artifacts: KeepArtifacts = False,
     resume: Resume = False,
 ) -> None:
     """Measure; every visit is stored at once, and the report is written at the end."""
     from xfast.study.factors import Settings
-    from xfast.study.factors import quick as quickened
     from xfast.study.run import start
 
     settings = Settings(
@@ -109,21 +112,23 @@ def run(
         seed=seed,
     )
     if quick:
-        _refuse_with_quick(context)
+        settings = _quickened(context, settings)
     console = Console(stderr=True)
-    document = start(quickened(settings) if quick else settings, output, resume=resume, console=console)
+    document = start(settings, output, resume=resume, console=console, keep_artifacts=keep_artifacts)
     _write(document, output, console)
 
 
-def _refuse_with_quick(context: typer.Context) -> None:
+def _quickened(context: typer.Context, settings: Any) -> Any:
     """Raises InvalidOptionError for an option that --quick sets and the user gave."""
     from xfast.study.factors import QUICK
+    from xfast.study.factors import quick as quickened
 
     for name in QUICK:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")
             raise InvalidOptionError(f"quick: it sets --{option} itself; leave out --quick or --{option}")
+    return quickened(settings)
 
 
 @app.command()

@@ -243,7 +243,13 @@ class Scaling(TypedDict):
     p50_ms: float | None
 
 
-class Study(TypedDict):
+class _Held(TypedDict, total=False):
+    """What documents have since packed artifacts can be arms; older ones say nothing of it."""
+
+    held: dict[str, dict[str, str]]  # by "size engine" and arm: how the weights were had and kept
+
+
+class Study(_Held):
     """The whole document."""
 
     format: int

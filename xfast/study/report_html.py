@@ -118,6 +118,9 @@ def _table(table: Table) -> str:
 def _setup(study: Study) -> Iterator[str]:
     yield "<h3>Weights</h3>"
     yield _pairs({name: f"{arm['source']}: {arm['description']}" for name, arm in study["arms"].items()})
+    if held := study.get("held"):
+        yield "<h3>How the weights are held</h3>"
+        yield _pairs({where: "; ".join(f"{arm}: {how}" for arm, how in by.items()) for where, by in held.items()})
     yield "<h3>Sizes</h3>"
     yield _pairs(
         {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xfast.benchmarks import workloads
 from xfast.errors import BackendUnavailableError
-from xfast.machine import available_memory, ceiling, machine
+from xfast.machine import ceiling, machine
 from xfast.stilts.task import BITEXT
 from xfast.stilts.tasks import get
-from xfast.study import accuracy, arms, probes, worker
-from xfast.study.arms import Build
-from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
+from xfast.study import accuracy, arms, artifacts, probes, worker
+from xfast.study.document import CONTROL, INTERMEDIATE
 from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
+from xfast.study.fit import Fit, Room, fit
 from xfast.study.store import Store, visit_name
 from xfast.study.work import Texts, Work, batches_of
 
@@ -31,8 +30,7 @@ _SHARE_OF_CEILING = {"native": 0.5, "auto": 0.5, STOCK: 0.25}
 """What an engine is taken to reach of the machine's arithmetic, for the estimate of time."""
 
 _BUILD_S_PER_PARAMETER = 1.2e-8
-_SPARE_BYTES = 1_500_000_000
-"""Python, torch and the system."""
+_CONVERT_S_PER_PARAMETER = 2e-8
 
 START_METHOD = "spawn"
 """A worker begins with none of this process's memory and threads, which a fork would bring along."""
@@ -53,13 +51,15 @@ class Group:
     size: str
     engine: str
     cells: tuple[Cell, ...]
-    arms: tuple[str, ...]
-    shared_control: bool
+    fit: Fit
     facts: dict[str, Any]
     seconds: float | None
-    memory_bytes: int
-    build: Build
     work: Works
+
+    @property
+    def shared_control(self) -> bool:
+        """Whether the control runs the baseline's own copy."""
+        return CONTROL not in self.fit.arms
 
     @property
     def digests(self) -> dict[str, dict[str, Any]]:
@@ -83,6 +83,7 @@ class Plan:
     pairs: tuple[tuple[str, str], ...]
     sizes: Mapping[str, arms.Resolved]
     notes: tuple[str, ...] = field(default=())
+    keep_artifacts: bool = False
 
     @property
     def visits(self) -> int:
@@ -98,25 +99,47 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Of the largest worker."""
-        return max((group.memory_bytes for group in self.groups), default=0)
+        return max((group.fit.memory_bytes for group in self.groups), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of packed artifacts that are still to be made, as many as there are at a time."""
+        each = [group.fit.disk_bytes for group in self.groups]
+        return sum(each) if self.keep_artifacts else max(each, default=0)
+
+    @property
+    def converting_s(self) -> float:
+        """Estimate of what making packed artifacts takes, part of ``seconds``."""
+        return sum(_converting_s(group) for group in self.groups)
 
 
-def plan(settings: Settings, texts: Texts, available: int | None = None, host: int | None = None) -> Plan:
-    """Cells by size and engine; sizes that do not fit in memory are skipped, not tried.
+def plan(
+    settings: Settings,
+    texts: Texts,
+    available: int | None = None,
+    host: int | None = None,
+    *,
+    disk: int | None = None,
+    output: Path | None = None,
+    keep_artifacts: bool = False,
+) -> Plan:
+    """Cells by size and engine; sizes that do not fit in memory or on the disk are skipped, not tried.
 
     Args:
         settings: what to study.
         texts: which tasks and languages there are.
         available: bytes of memory on the device; None: what is free.
         host: bytes of memory beside a GPU, where models are made; None: what is free.
+        disk: bytes of disk for packed artifacts; None: what is free where ``output`` is.
+        output: the study's folder, where artifacts of a former run may lie; None: none yet.
+        keep_artifacts: they stay, so that all of them need room at once.
 
     Raises:
         InvalidOptionError: nothing is left to measure, or the checkpoints differ in size.
     """
     pairs, skipped = pairs_of(settings, texts.there, texts.source, texts.unread)
     skipped += accuracy.left_out(settings, pairs)
-    free = _free(settings.device) if available is None else available
-    beside = available_memory() if host is None and settings.device == "cuda" else host
+    room = Room.of(settings.device, available, host, disk, output)
     groups: list[Group] = []
     notes: list[str] = []
     sizes: dict[str, arms.Resolved] = {}
@@ -129,19 +152,17 @@ def plan(settings: Settings, texts: Texts, available: int | None = None, host: i
         shape = workloads.Model(known.facts["vocab"], known.facts["pad"], known.facts["limit"])
         if shape not in works:
             works[shape] = _works(settings, texts, mine, shape)
-        for engine in settings.engines:
-            group = _group(settings, texts, size, engine, known.facts, mine, works[shape], free, beside)
-            if isinstance(group, str):
-                skipped.append({"what": f"{size} {engine}", "why": group})
-                continue
-            groups.append(group)
-            if group.shared_control:
-                notes.append(f"{size} {engine}: the control shares the baseline's memory, a second copy does not fit")
-        unprobed = list(_unprobed(settings, [group for group in groups if group.size == size]))
+        left = room.without(sum(group.fit.disk_bytes for group in groups)) if keep_artifacts else room
+        found, missed = _groups(settings, texts, size, known, mine, works[shape], left, keep_artifacts=keep_artifacts)
+        groups += found
+        skipped += missed
+        shared = [f"{group.size} {group.engine}" for group in found if group.shared_control]
+        notes += [f"{where}: the control shares the baseline's memory, a second copy does not fit" for where in shared]
+        unprobed = list(_unprobed(settings, found))
         skipped += unprobed
         notes += dict.fromkeys(f"{size}: probes are left out: {one['why']}" for one in unprobed)
     languages = tuple(dict.fromkeys(language for _, language in pairs))
-    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes))
+    return Plan(tuple(groups), tuple(skipped), languages, tuple(pairs), sizes, tuple(notes), keep_artifacts)
 
 
 def _works(settings: Settings, texts: Texts, pairs: Sequence[tuple[str, str]], shape: workloads.Model) -> Works:
@@ -153,64 +174,84 @@ def _works(settings: Settings, texts: Texts, pairs: Sequence[tuple[str, str]], s
     }
 
 
+def _groups(
+    settings: Settings,
+    texts: Texts,
+    size: str,
+    resolved: arms.Resolved,
+    pairs: Sequence[tuple[str, str]],
+    work: Works,
+    room: Room,
+    *,
+    keep_artifacts: bool,
+) -> tuple[list[Group], list[dict[str, str]]]:
+    """The workers of a size, and what of it is left out and why."""
+    groups: list[Group] = []
+    skipped: list[dict[str, str]] = []
+    for engine in settings.engines:
+        refused = _refused(settings, size, engine, resolved, pairs)
+        left = [pair for pair in pairs if pair[0] not in refused]
+        if not left:
+            skipped.append({"what": f"{size} {engine}", "why": next(iter(refused.values()))["why"]})
+            continue
+        skipped += refused.values()
+        group = _group(settings, texts, size, engine, resolved, left, work, room)
+        if isinstance(group, str):
+            skipped.append({"what": f"{size} {engine}", "why": group})
+            continue
+        groups.append(group)
+        if group.fit.left_out:
+            skipped.append({"what": f"{INTERMEDIATE} arm of {size} {engine}", "why": group.fit.left_out})
+        if keep_artifacts:
+            room = room.without(group.fit.disk_bytes)
+    return groups, skipped
+
+
 def _group(
     settings: Settings,
     texts: Texts,
     size: str,
     engine: str,
-    facts: dict[str, Any],
+    resolved: arms.Resolved,
     pairs: Sequence[tuple[str, str]],
     work: Works,
-    free: int | None,
-    host: int | None,
+    room: Room,
 ) -> Group | str:
-    """One worker's part, or why there is no memory for it: the probes are given up first, then the control's copy."""
-    name = EngineName.parse(engine)
-    wanted = (BASELINE, *([INTERMEDIATE] if settings.intermediate or not settings.baseline else []))
-    why = ""
-    for names, probed in itertools.product(((*wanted, CONTROL), wanted), (True, False)):
-        build = arms.build_of(settings, facts["parameters"], name, probes=probed)
-        needs = arms.footprint(facts["parameters"], facts["embedding"], name, build)
-        why = _misfit(needs, len(names), free, host)
-        if not why:
-            cells, memory = tuple(cells_of(settings, size, engine, pairs)), needs.of(len(names)) + _SPARE_BYTES
-            group = Group(size, engine, cells, names, names == wanted, facts, None, memory, build, work)
-            return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
-    return why
+    """One worker's part, or why there is no room for it."""
+    given = {task: resolved.artifacts.get(task, {}) for task, _ in pairs}
+    found = fit(settings, size, EngineName.parse(engine), resolved.facts, given, room)
+    if isinstance(found, str):
+        return found
+    cells = tuple(cells_of(settings, size, engine, pairs))
+    group = Group(size, engine, cells, found, resolved.facts, None, work)
+    return replace(group, seconds=_seconds(settings, texts, group)) if settings.device == "cpu" else group
 
 
-def _misfit(needs: arms.Footprint, count: int, free: int | None, host: int | None) -> str:
-    """Why there is no memory for so many arms; empty where there is."""
-    if host is not None and needs.host + _SPARE_BYTES > host:
-        return _too_much("a model is made in host memory, which takes", needs.host, host)
-    if free is not None and needs.of(count) + _SPARE_BYTES > free:
-        return _too_much(f"{count} arms need", needs.of(count), free)
-    return ""
+def _refused(
+    settings: Settings, size: str, engine: str, resolved: arms.Resolved, pairs: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, str]]:
+    """By task, what of it an engine cannot run because it was given as a packed artifact, and why."""
+    found = {}
+    for task in dict.fromkeys(task for task, _ in pairs):
+        for one in resolved.artifacts.get(task, {}).values():
+            if why := artifacts.refusal(one, EngineName.parse(engine), settings.device):
+                found[task] = {"what": f"{size} {engine} {task}", "why": why}
+    return found
 
 
 def _unprobed(settings: Settings, groups: Sequence[Group]) -> Iterator[dict[str, str]]:
     """The probes that were asked for of one size and that none of its groups runs, and why."""
     for group in groups:
         wanted = arms.probes_of(settings, EngineName.parse(group.engine))
-        if QUANTISATION in wanted and QUANTISATION not in group.build.probes:
-            why = arms.why_unprobed(group.facts["parameters"])
+        if QUANTISATION in wanted and QUANTISATION not in group.fit.build.probes:
+            why = _why_unprobed(group)
             yield {"what": f"probe {QUANTISATION} of {group.size} {group.engine}", "why": why}
-    if settings.probes and groups and not any(EARLY in group.build.probes for group in groups):
-        yield {"what": f"probe {EARLY} of {groups[0].size}", "why": arms.why_unprobed(groups[0].facts["parameters"])}
+    if settings.probes and groups and not any(EARLY in group.fit.build.probes for group in groups):
+        yield {"what": f"probe {EARLY} of {groups[0].size}", "why": _why_unprobed(groups[0])}
 
 
-def _too_much(what: str, needed: int, free: int) -> str:
-    spare = f"{_SPARE_BYTES / 1e9:.1f} GB for Python and torch"
-    return f"{what} about {needed / 1e9:.1f} GB of memory and {spare}, {free / 1e9:.1f} GB are free"
-
-
-def _free(device: str) -> int | None:
-    """Bytes that are free on the device; None where the system does not say."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    return available_memory()
+def _why_unprobed(group: Group) -> str:
+    return arms.why_unprobed(group.facts["parameters"], mapped=group.fit.build.mapped)
 
 
 def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
@@ -219,8 +260,9 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
     kind = {"bf16": "bf16", "int8": "int8", "int4": "int8"}.get(engine.precision, "fp32")
     rate = 1e9 * _SHARE_OF_CEILING.get(engine.backend, 0.5) * ceiling(kind, settings.threads, seconds=0.1)
     token_s = 2.0 * (known["parameters"] - known["embedding"]) / rate
-    runs = len(group.arms) + group.shared_control
-    seconds = runs * known["parameters"] * _BUILD_S_PER_PARAMETER + 5.0
+    runs = len(group.fit.arms) + group.shared_control
+    made = group.fit.models + (group.shared_control and group.fit.models > 0)
+    seconds = made * known["parameters"] * _BUILD_S_PER_PARAMETER + 5.0 + _converting_s(group)
     for cell in group.cells:
         work = group.work[cell.task, cell.language, cell.is_latency]
         tokens = work.tokens
@@ -229,9 +271,9 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
         visit = max(2 * tokens * token_s, worker.MIN_VISIT_S)  # forth and back
         seconds += runs * (settings.rounds * visit + tokens * token_s)
     pairs = dict.fromkeys((cell.task, cell.language) for cell in group.cells)
-    if group.build.probes:  # in fp32 and, for its error, in the engine's arithmetic, in all arms but the control
+    if group.fit.build.probes:  # in fp32 and, for its error, in the engine's arithmetic, in all arms but the control
         tokens = sum(group.work[task, language, False].first(probes.EXAMPLES).tokens for task, language in pairs)
-        seconds += 2 * (1 + (QUANTISATION in group.build.probes)) * tokens * token_s
+        seconds += 2 * (1 + (QUANTISATION in group.fit.build.probes)) * tokens * token_s
     for _, _, task in accuracy.jobs(settings, group.engine, list(pairs)):
         passes = accuracy.LAYERS + 1 if get(task).type == BITEXT else 1  # both sides at half the layers on average
         for language in accuracy.languages_of(task, list(pairs)):
@@ -241,8 +283,14 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
     return seconds
 
 
-def execute(plan: Plan, store: Store, console: Console) -> None:
+def _converting_s(group: Group) -> float:
+    return float(group.fit.to_make * group.facts["parameters"] * _CONVERT_S_PER_PARAMETER)
+
+
+def execute(plan: Plan, store: Store, console: Console, *, keep_artifacts: bool = False) -> None:
     """Run every worker and store what it sends; a worker that fails is written down and the others go on.
+
+    Packed artifacts that a group has made go when it has been measured; of one that failed they stay for another run.
 
     Raises:
         KeyboardInterrupt: the run was stopped; what was measured is in the store.
@@ -266,6 +314,9 @@ def execute(plan: Plan, store: Store, console: Console) -> None:
         for group in plan.groups:
             progress.update(shown, description=f"{group.size} {group.engine}")
             _work(group, store, lambda: progress.advance(shown))
+            if not keep_artifacts and _ended(group, store):
+                for one in set(group.fit.seeded.values()):
+                    one.remove(store.path.parent)
     if not any(True for _ in store.of("visit")):
         failed = [f"{record['size']} {record['engine']}: {record['why']}" for record in store.of("failed")]
         reasons = failed + [f"{record['what']}: {record['why']}" for record in (*plan.skipped, *store.of("skipped"))]
@@ -287,12 +338,11 @@ def _work(group: Group, store: Store, advance: Any) -> None:
         group.size,
         group.engine,
         group.cells,
-        group.arms,
-        group.shared_control,
+        group.fit,
         frozenset(done),
         group.facts,
-        group.build,
         group.work,
+        store.path.parent,
     )
     process = context.Process(target=worker.main, args=(job, other), daemon=True)
     process.start()
@@ -344,8 +394,12 @@ def _receive(connection: Connection, store: Store, advance: Any, patience: float
             connection.send(None)
 
 
-def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -> dict[str, Any]:
+def start(
+    settings: Settings, folder: Path, *, resume: bool, console: Console, keep_artifacts: bool = False
+) -> dict[str, Any]:
     """Plan, say so, measure, and return the document; see ``summary.document``.
+
+    ``keep_artifacts``: packed artifacts of seeded weights stay in the folder, for ``xfast.load``.
 
     Raises:
         XfastError: whatever planning, storing or measuring refuses.
@@ -355,7 +409,7 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
     if settings.device == "cuda":
         _require_gpu()
     texts = Texts(settings)
-    made = plan(settings, texts)
+    made = plan(settings, texts, output=folder, keep_artifacts=keep_artifacts)
     if not made.groups:
         reasons = "; ".join(f"{one['what']}: {one['why']}" for one in made.skipped)
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
@@ -363,7 +417,7 @@ def start(settings: Settings, folder: Path, *, resume: bool, console: Console) -
     store = Store(folder, settings, machine(), resume=resume)
     try:
         _prepare(made, store)
-        execute(made, store, console)
+        execute(made, store, console, keep_artifacts=keep_artifacts)
         store.add({"kind": "ended", "at": _now()})
         return dict(summary.document_of(store.records, store.path))
     finally:
@@ -410,9 +464,13 @@ def announce(settings: Settings, made: Plan, console: Console) -> None:
     """Say what will be measured, how long that takes, and what is left out."""
     total = made.visits * settings.rounds
     time_ = "unknown on this device" if made.seconds is None else f"about {_duration(made.seconds)}, to a factor of 2"
+    disk = ""
+    if made.disk_bytes:
+        disk = f"; disk about {made.disk_bytes / 1e9:.1f} GB at a time for packed artifacts"
+        disk += f", {_duration(made.converting_s)} of the time to make them"
     console.print(
         f"{len(made.pairs)} task-language pairs, {len(made.languages)} languages, {len(made.groups)} model-engine "
-        f"groups, {total} visits; time {time_}; memory about {made.memory_bytes / 1e9:.1f} GB",
+        f"groups, {total} visits; time {time_}; memory about {made.memory_bytes / 1e9:.1f} GB{disk}",
         highlight=False,
     )
     for line in _left_out(made):

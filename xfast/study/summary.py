@@ -55,8 +55,9 @@ class _Cells:
         return statistics.log_ratios(self.seconds(key, arm), self.seconds(key, BASELINE))
 
     def arms(self, key: str) -> list[str]:
-        """Those that ran in it."""
-        return list(self.of(key)[0]["seconds"])
+        """Those that ran in all its visits: a run that was continued may have had memory for fewer, or for more."""
+        first, *others = [visit["seconds"] for visit in self.of(key)]
+        return [arm for arm in first if all(arm in each for each in others)]
 
 
 def _parts(key: str) -> dict[str, str]:
@@ -99,6 +100,7 @@ def document_of(records: Sequence[Record], path: Path) -> document.Study:
         machine=records[0]["machine"],
         arms={arm: document.Arm(**facts) for arm, facts in arms.describe(settings).items()},  # type: ignore[typeddict-item]
         sizes={size: _size(sizes[size]) for size in sized},
+        held=_held(records),
         engines={name: _engine(name, engines.get(name), settings.device) for name in names},
         languages={code: language_facts(code) for code in spoken},
         cells=rows,
@@ -128,6 +130,12 @@ def _seconds(records: Sequence[Record]) -> float:
 
 def _size(facts: Record) -> document.Size:
     return document.Size(parameters=facts["parameters"], layers=facts["layers"], hidden_size=facts["hidden_size"])
+
+
+def _held(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """How the arms of each size and engine were held when they were last measured."""
+    known = [record for record in records if record["kind"] == "engine" and "held" in record]
+    return {f"{record['size']} {record['engine']}": record["held"] for record in known}
 
 
 def _engine(name: str, record: Record | None, device: str) -> document.Engine:
@@ -215,7 +223,8 @@ def _equivalence(cells: _Cells, settings: Settings) -> list[document.Equivalence
         if arm == INTERMEDIATE:
             found.append(_test(cells, cells.keys, ALL, arm, settings))
         for scope, keys in _scopes(cells):
-            found.append(_test(cells, keys, scope, arm, settings))
+            if any(arm in cells.arms(key) for key in keys):  # a size may have no room for an arm
+                found.append(_test(cells, keys, scope, arm, settings))
     return found
 
 
@@ -274,7 +283,10 @@ def _scaling(rows: Sequence[document.Cell], settings: Settings, sizes: Mapping[s
             batches = [row for row in inside if (row["policy"], row["batch_size"]) == first]
             single = [row for row in inside if row["latency"]]
             names = dict.fromkeys(arm for row in batches for arm in row["throughput"] if arm != CONTROL)
-            found += [_scaling_row(sizes[size], size, engine, arm, group, batches, single) for arm in names]
+            for arm in names:
+                fast = [row for row in batches if arm in row["throughput"]]
+                slow = [row for row in single if arm in row["latency"]]
+                found.append(_scaling_row(sizes[size], size, engine, arm, group, fast, slow))
     return found
 
 

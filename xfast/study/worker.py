@@ -10,12 +10,14 @@ import gc
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -25,17 +27,22 @@ from torch import nn
 import xfast
 from xfast.benchmarks import workloads
 from xfast.benchmarks.workloads import Batch
-from xfast.errors import XfastError
-from xfast.machine import peak_memory
+from xfast.errors import ArtifactError, XfastError
+from xfast.machine import mapped_again, peak_memory
 from xfast.study import accuracy, arms, probes
-from xfast.study.arms import Build
 from xfast.study.document import BASELINE, CONTROL
 from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, STOCK, TYPES, Cell, EngineName, Settings, labels_of
+from xfast.study.fit import Fit
 from xfast.study.store import Record, visit_name
 from xfast.study.timing import Energy, Runner, seconds_of
 from xfast.study.work import Work, batches_of, facts
 
 Send = Callable[[Record], None]
+
+_PAGE_FAULTS = 100
+"""Reads of mapped files from disk in all visits of a block from which on their times are doubted."""
+
+_SHORT = "other processes left too little memory for them, so that its times are not the machine's"
 
 MIN_VISIT_S = 0.1
 """The arms take turns until each has run this long, so that one interruption does not make a visit worthless."""
@@ -48,24 +55,22 @@ class Job:
     Attributes:
         size, engine: the group.
         cells: with their order of importance, low-resource languages first.
-        arms: names of the arms to build.
-        shared_control: the control runs the baseline's own copy, because a second one does not fit in memory.
+        fit: the arms to build, and how.
         done: visits and jobs that a former run has measured.
         facts: of the model, see ``arms.size_facts``.
-        build: how the models are made.
         work: examples by task, language and whether they are answered one by one.
+        output: the study's folder, where seeded artifacts lie.
     """
 
     settings: dict[str, Any]
     size: str
     engine: str
     cells: tuple[Cell, ...]
-    arms: tuple[str, ...]
-    shared_control: bool
+    fit: Fit
     done: frozenset[str]
     facts: dict[str, Any]
-    build: Build
     work: Mapping[tuple[str, str, bool], Work]
+    output: Path
 
 
 ALIVE: Record = {"kind": "alive"}
@@ -97,6 +102,10 @@ def main(job: Job, connection: Connection) -> None:
     connection.send({"kind": "end"})
 
 
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -117,8 +126,9 @@ class _Group:
             xfast.set_num_threads(self.settings.threads)
         known = job.facts
         self.shape = workloads.Model(known["vocab"], known["pad"], known["limit"])
-        self.build = job.build
+        self.build = job.fit.build
         self.encoders: dict[str, nn.Module] = {}
+        self.mapped_again = 0
 
     def run(self) -> None:
         blocks: dict[tuple[str, int], list[Cell]] = {}
@@ -178,7 +188,7 @@ class _Group:
             return
         work = {cell.key: self._work(cell) for cell in cells}
         runners = {arm: Runner(model, self.settings.device) for arm, model in models.items()}
-        if self.job.shared_control:
+        if CONTROL not in models:  # a copy of its own does not fit
             runners[CONTROL] = runners[BASELINE]
         for batches in work.values():
             for runner in runners.values():
@@ -186,13 +196,18 @@ class _Group:
                     runner(batch)  # packs, compiles, captures: whatever happens when a shape comes first
         explain = "transformers" if self.engine.backend == STOCK else str(xfast.explain(models[BASELINE]))
         engine = {"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain}
-        self.send({**engine, "energy": self.energy.source})
+        self.send({**engine, "energy": self.energy.source, "held": self.job.fit.held})
+        faults = _page_faults()
         for number in range(self.settings.rounds):
             order = list(cells)
             random.Random(f"{self.settings.seed} {number}").shuffle(order)
             for cell in order:
                 if visit_name(cell.key, number) not in self.job.done:
                     self._visit(cell, number, runners, work[cell.key])
+        if self.build.mapped and _page_faults() - faults > _PAGE_FAULTS:
+            where = f"{self.job.size} {self.job.engine}"
+            self.send({"kind": "note", "text": f"{where}: weights were read from disk while they were timed; {_SHORT}"})
+        self.mapped_again = max(self.mapped_again, mapped_again())
         self._take_out(models)
 
     def _models(self, cells: Sequence[Cell]) -> dict[str, nn.Module]:
@@ -204,18 +219,19 @@ class _Group:
         wanted = self._probes(cells)
         inputs = self._probe_inputs(cells) if wanted else {}
         models = {}
-        for arm in self.job.arms:
+        for one in dict.fromkeys(self.job.fit.seeded.values()):  # before any is mapped, which needs the memory
+            one.make(self.job.output, lambda _: self.send(ALIVE))
+        for arm in self.job.fit.arms:
             try:
-                made = arms.model_of(
-                    self.settings, self.job.size, arm, task, self.build.dtype, self.encoders.pop(arm, None)
-                )
+                model = self._model(arm, task)
             except XfastError as error:
                 if self.job.size != CHECKPOINT:
                     raise
                 what = f"{self.job.size} {self.job.engine} {task}"
                 self.send({"kind": "skipped", "what": what, "why": str(error)})
                 return {}
-            model = made.to(self.settings.device)
+            if not arms.is_mapped(model):
+                model = model.to(self.settings.device)
             if inputs and arm != CONTROL:
                 for record in probes.compare(model, self.engine, inputs, wanted):
                     self.send({"kind": "probe", "arm": arm, "size": self.job.size, **record})
@@ -223,6 +239,19 @@ class _Group:
         for name in wanted.values():
             self.send({"kind": "done", "job": name})
         return models
+
+    def _model(self, arm: str, task: str) -> nn.Module:
+        """One arm, on the CPU."""
+        seeded = self.job.fit.seeded.get(arm)
+        if seeded is None:
+            before = self.encoders.pop(arm, None)
+            return arms.model_of(self.settings, self.job.size, arm, task, self.build.dtype, before)
+        try:
+            return arms.mapped_model(seeded.make(self.job.output, lambda _: None), task, self.settings.seed)
+        except ArtifactError:  # damaged since a former run: its values can be had again
+            seeded.remove(self.job.output)
+            found = seeded.make(self.job.output, lambda _: self.send(ALIVE))
+            return arms.mapped_model(found, task, self.settings.seed)
 
     def _take_out(self, models: dict[str, nn.Module]) -> None:
         """Keep the encoders for the next head, where their weights are still there."""
@@ -283,4 +312,5 @@ class _Group:
     def _memory(self) -> Record:
         peak = torch.cuda.max_memory_allocated() if self.settings.device == "cuda" else peak_memory()
         record = {"kind": "memory", "size": self.job.size, "engine": self.job.engine}
-        return {**record, "arms": len(self.job.arms), "peak_bytes": peak}
+        # The control's second mapping of the baseline's files is the same memory.
+        return {**record, "arms": len(self.job.fit.arms), "peak_bytes": peak - self.mapped_again}
