@@ -193,13 +193,13 @@ def _gemm(capability: int) -> Iterator[Case]:
 
 def _weight_only(capability: int) -> Iterator[Case]:
     integers = {"w": "*i8", "steps": "i32"}
-    forms = (("split", False, False), ("gelu", True, False), ("residual", False, True))
+    forms = (("split", False, False), ("gelu", True, False), ("bias", False, False), ("residual", False, True))
     for (dtype, (pointer, size)), group, rows in itertools.product(TYPES.items(), (0, 32, 64, 128), (16, 32, 64, 4096)):
         kind = f"{f'int4g{group}' if group else 'int8'} {dtype}"
         scale = "*bf16" if group else "*fp32"
         tile = tiles.weight_only_tile(rows, size, capability, group)
         inputs = tile.block_k * (2 if group else 1)
-        # The loop is the same in all forms; GELU needs most registers after it
+        # The loop is the same in all; GELU needs most registers after it. EVEN: as in every published size
         for form, activated, residual in forms if rows == 16 else forms[1:2]:
             split = form == "split"
             yield Case(
@@ -211,10 +211,10 @@ def _weight_only(capability: int) -> Iterator[Case]:
                 bytes=tile.block_m * inputs * size + tile.block_n * tile.block_k,
             )  # fmt: skip
         if rows == 16:
-            block = tiles.weight_only_half(group) if group else 1024
             yield Case(
-                f"weight-only-expand {kind}", gemm_weight_only.expand_kernel, pointer, {"GROUP": group, "BLOCK": block},
-                tiles.Tile(1, block, 0, 1 if group else 4, 3), {**integers, "scale": scale},
+                f"weight-only-expand {kind}", gemm_weight_only.expand_kernel, pointer,
+                {"GROUP": group, "HALF": tiles.weight_only_half(group or 64), "BLOCK": 1024},
+                tiles.Tile(1, 1024, 0, 4, 3), {**integers, "scale": scale, "size": "i32"},
             )  # fmt: skip
     for dtype, (pointer, _) in TYPES.items():
         flags = {"BIAS": True, "GELU": True, "RESIDUAL": False, "BLOCK": 1024}

@@ -44,6 +44,12 @@ def test_int4_weights_are_those_of_the_cpu(columns: int) -> None:
         torch.testing.assert_close(values(to_int4(weight, group)), torch.from_numpy(want), rtol=0, atol=0)
 
 
+def test_transposed_weights_are_packed_as_they_read() -> None:
+    weight = randn(32, 9)
+    for group in GROUPS:
+        assert torch.equal(values(packed(weight.t(), group)), values(packed(weight.t().contiguous(), group)))
+
+
 def test_int8_weights_are_those_of_the_cpu() -> None:
     weight = randn(9, 100)
     q, scale = reference.quantize_rows(weight.cpu())
@@ -94,6 +100,19 @@ def test_split_sums_are_exact_and_the_same_every_time(rows: int, group: int, mon
         monkeypatch.setattr(kernels, "weight_only_splits", lambda tiles, steps, sms, n=splits: min(n, steps))
         got = weight_only_gemm(x, packed(weight, group), bias=bias, residual=residual)
         assert torch.equal(got.double(), want), splits
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("rows", [1, 17, 33, 130])
+def test_deep_products_as_models_have_them(rows: int, group: int, dtype: torch.dtype) -> None:
+    """Whole steps, more of them than a pipeline's stages, divided among programs; bias, and a residual in place."""
+    x, w = randn(rows, 1024, dtype=dtype), packed(randn(70, 1024), group)
+    bias, residual = randn(70, dtype=dtype), randn(rows, 70, dtype=dtype)
+    truth = reference.linear(x.cpu(), values(w), bias.cpu()) + residual.cpu().double()
+    stock = F.linear(x.cpu(), values(w).to(dtype), bias.cpu()) + residual.cpu()
+    got = weight_only_gemm(x, w, bias=bias, residual=residual, out=residual).cpu()
+    assert_within(got, truth, stock, floor=2.0**-20, what=f"{dtype} {rows} {group}")
 
 
 def test_writes_over_the_residual_and_reads_strided_rows() -> None:
@@ -207,6 +226,8 @@ def test_no_rows() -> None:
 def test_refuses_what_does_not_multiply() -> None:
     with pytest.raises(ValueError, match="do not multiply"):
         weight_only_gemm(randn(3, 16), to_int8(randn(8, 15)))
+    with pytest.raises(ValueError, match=r"strides \(1, 3\)"):
+        weight_only_gemm(randn(16, 3).t(), to_int8(randn(8, 16)))
     with pytest.raises(ValueError, match="expected a tensor on"):
         weight_only_gemm(randn(3, 16).to("meta"), to_int8(randn(8, 16)))
     with pytest.raises(ValueError, match="group_size: expected 32, 64 or 128, got 16"):

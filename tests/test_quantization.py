@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 import xfast
-from xfast import quantization
+from xfast import calibration, mixed_precision, quantization, trials
 from xfast.recipe import LINEARS, LinearFormat, Recipe
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
@@ -464,3 +464,32 @@ def test_models_on_other_devices() -> None:
     model.encoder.layer[0].output.dense.weight = Elsewhere(model.encoder.layer[0].output.dense.weight)
     with pytest.raises(xfast.BackendUnavailableError, match="cuda:0; this runs on the CPU only"):
         quantization.smooth(model)
+    for backend, place in (("native", "on the CPU only"), ("auto", "with all weights on one GPU")):
+        with pytest.raises(xfast.BackendUnavailableError, match=f"cuda:0; this runs .*{place}"):
+            quantization.mixed(model, [ragged()], tolerance=0.1, backend=backend)
+
+
+def test_formats_of_one_size_are_one_step() -> None:
+    """fp8 and int8 take the same bytes: only the more exact is a step, in whichever order they were measured."""
+    rungs = [mixed_precision.Rung(LinearFormat(p), error, size) for p, error, size in
+             (("fp8", 0.2, 10), ("int8", 0.1, 10), ("bf16", 0.01, 20))]  # fmt: skip
+    for order in itertools.permutations(rungs):
+        path = mixed_precision._path({(0, "qkv"): list(order)})
+        assert [step[0, "qkv"].chosen.precision for step in path] == ["int8", "bf16"]
+
+
+def test_packed_weights_wait_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried is mapped, not held: formats of a large model do not fit in memory together."""
+    target = calibration.find_target(build())
+    run = trials.NativeTrials(target.weights, calibration.read_batches(target, [ragged()]))
+    run.pack(dict.fromkeys(target.products(), LinearFormat("int8")))
+    arrays = [array for packed in run._packed.values() for array in packed.values()]
+    assert len(arrays) > 2 * len(target.products())
+    assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in arrays)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trials.tempfile, "TemporaryFile", full)
+    with pytest.raises(xfast.BackendUnavailableError, match=r"No space left on device; set TMPDIR"):
+        quantization.sensitivity(build(), [ragged()])

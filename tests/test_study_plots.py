@@ -166,3 +166,9 @@ def test_heat_scale_is_monotonous() -> None:
 
 def test_same_study_same_bytes() -> None:
     assert plots(builder.minimal()) == plots(builder.minimal())
+
+
+def test_labels_of_sizes_that_are_near_are_written_below() -> None:
+    places, labels = plots_speed._size_ticks({13113.0: "13b", 277.0: "base", 559.0: "large", 10696.0: "xxl"})
+    assert places == [277.0, 559.0, 10696.0, 13113.0]
+    assert labels == ["base\n277 M", "large\n559 M", "xxl\n10.7 B", "\n\n13b\n13.1 B"]

@@ -63,12 +63,12 @@ class Target:
         return torch.cat([part.float() for part in parts])
 
 
-def find_target(model: Any, *, anywhere: bool = False) -> Target:
-    """The one encoder inside ``model``, on the CPU unless ``anywhere``, with finite weights in products and LayerNorms.
+def find_target(model: Any, *, gpu: bool = False) -> Target:
+    """The one encoder inside ``model``, on the CPU (or on one ``gpu``), with finite weights in products and LayerNorms.
 
     Raises:
         UnsupportedModelError: none, several, or one that differs from its family.
-        BackendUnavailableError: it is not on the CPU.
+        BackendUnavailableError: it is elsewhere, or in several places.
         InvalidWeightsError: weights without values, NaN or infinity.
     """
     root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
@@ -84,9 +84,10 @@ def find_target(model: Any, *, anywhere: bool = False) -> Target:
         tensor = getattr(owner, parameter)
         if tensor.is_meta:
             raise InvalidWeightsError(f"model: {name} is on the meta device: it has no values; load the weights first")
-        if tensor.device.type != "cpu" and not anywhere:
+        if tensor.device.type != "cpu" and not (gpu and tensor.device == weights.modules[-1, "word"].weight.device):
+            places = "on the CPU or with all weights on one GPU" if gpu else "on the CPU only"
             raise BackendUnavailableError(
-                f'model: {name} is on {tensor.device}; this runs on the CPU only: use model.to("cpu")'
+                f'model: {name} is on {tensor.device}; this runs {places}: use model.to("cpu")'
             )
         if isinstance(owner, nn.LayerNorm) and owner.bias is None:
             raise InvalidWeightsError(f"model: {name.removesuffix('weight')}bias is missing")

@@ -54,9 +54,11 @@ def cheapest(
     within = [each for each in tried if each[1].error <= tolerance]
     if not within:
         least = min(m.error for _, m in tried)
+        exact = trials.plain.precision
+        remedy = "" if exact in names else f", or add {exact} to precisions"
         raise BackendUnavailableError(
             f"tolerance: no choice of {', '.join(names)} stays within {tolerance:g} on the calibration batches; the "
-            f"least error was {least:.2e}; raise it, or add fp32 to precisions"
+            f"least error was {least:.2e}; raise it{remedy}"
         )
     chosen, result = min(within, key=lambda each: each[1].bytes)
     return chosen, dict(zip(names, uniform, strict=True)), result
@@ -85,7 +87,7 @@ def _path(ladders: Ladders) -> list[dict[Product, Rung]]:
 def _climbable(rungs: list[Rung]) -> list[Rung]:
     """From small to large, without those that are larger but not more exact."""
     kept: list[Rung] = []
-    for rung in sorted(rungs, key=lambda rung: rung.bytes):
+    for rung in sorted(rungs, key=lambda rung: (rung.bytes, rung.error)):
         if not kept or rung.error < kept[-1].error:
             kept.append(rung)
     return kept

@@ -19,13 +19,14 @@ class Options:
 
     Attributes:
         backend: ``"auto"`` (first backend that supports the case) or a backend's name.
-        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"`` (CPU, TensorRT),
-            ``"int4"`` (CPU: weights in 4 bits, activations in 8), ``"fp16"``, ``"fp8"`` (GPU) by name;
-            ``"auto"`` measures on ``calibration`` and takes the fastest precision within ``tolerance``.
+        precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``
+            (weights in 8 or 4 bits; activations in 8 on the CPU and in TensorRT's int8, in bf16 in Triton), ``"fp16"``,
+            ``"fp8"`` (GPU) by name; ``"auto"`` measures on ``calibration`` and takes the fastest precision within
+            ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
-            With int8 and int4 the word embeddings go too, replaced by 8 bits a value with one scale a row (which
-            changes results a little), unless a masked-LM head is tied to them.
+            With int8 and int4 on the CPU the word embeddings go too, replaced by 8 bits a value with one scale a row
+            (which changes results a little), unless a masked-LM head is tied to them.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
@@ -72,7 +73,7 @@ class Options:
         if self.backend == "tensorrt":
             raise InvalidOptionError('recipe: is not accepted with backend="tensorrt", which has one precision')
         if self.precision == "auto":
-            raise InvalidOptionError('recipe: is not accepted with precision="auto", which chooses one for everything')
+            raise InvalidOptionError('recipe: is not accepted with precision="auto", which chooses itself')
 
     def _check_auto(self) -> None:
         if self.precision != "auto":

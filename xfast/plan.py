@@ -15,7 +15,7 @@ from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
-from xfast.calibration import encoder_arguments, engine_output, original_output, relative_error
+from xfast.calibration import Product, encoder_arguments, engine_output, original_output, relative_error
 from xfast.errors import (
     BackendUnavailableError,
     InvalidOptionError,
@@ -48,6 +48,7 @@ class Plan:
         self.backend_name = "none"
         self.notes: list[str] = []
         self.freed = ""  # why the original weights are gone
+        self._mixture: dict[Product, LinearFormat] | None = None  # that "auto" found last
         self._lock = threading.Lock()
         self._watch: WeightWatch | None = None
         self.inner = InnerWatch(module)
@@ -179,7 +180,9 @@ class Plan:
                 refused.append(precision)
                 continue
             if backend.name == TritonBackend.name and (precision, refused) == ("bf16", ["fp8"]):
-                engine = self._fp8_where_possible(weights, batches, reference, tolerance) or engine
+                formats = self._fp8_where_possible(weights, batches, reference, tolerance)
+                if formats is not None:
+                    engine = backend.compile(weights, precision, Recipe(linears=formats))
             return backend.name, engine
         raise BackendUnavailableError(
             f"no precision stays within tolerance={tolerance} on the calibration batches: "
@@ -193,19 +196,40 @@ class Plan:
 
     def _fp8_where_possible(
         self, weights: EncoderWeights, batches: list[dict[str, torch.Tensor]], reference: torch.Tensor, tolerance: float
-    ) -> Engine | None:
-        """An engine with as many products in fp8 as the tolerance allows, the others in bf16; None: not one."""
-        trials = TritonTrials(weights, "bf16", lambda e: engine_output(e, batches, self.layers), reference)
-        ladders: Ladders = {}
-        climb(ladders, trials, dict.fromkeys(trials.products, LinearFormat("fp8")))
-        climb(ladders, trials, dict.fromkeys(trials.products, trials.plain))
-        found, _, result = cheapest(trials, ladders, tolerance)
-        formats = formats_of(found)
-        count = sum(chosen.precision == "fp8" for chosen in formats.values())
-        if not count:
+    ) -> dict[Product, LinearFormat] | None:
+        """As many products in fp8 as the tolerance allows, the others in bf16; None: too few to be worth it.
+
+        What was found for former weights is tried first: fine-tuning changes them at every step.
+        """
+
+        def run(engine: Engine) -> torch.Tensor:
+            return engine_output(engine, batches, self.layers)
+
+        try:
+            if self._mixture is not None:
+                former = run(TritonBackend().compile(weights, "bf16", Recipe(linears=self._mixture)))
+                if (error := relative_error(former, reference)) <= tolerance:
+                    return self._noted(self._mixture, error)
+            trials = TritonTrials(weights, "bf16", run, reference, self.layers)
+            ladders: Ladders = {}
+            climb(ladders, trials, dict.fromkeys(trials.products, LinearFormat("fp8")))
+            climb(ladders, trials, dict.fromkeys(trials.products, trials.plain))
+            found, _, result = cheapest(trials, ladders, tolerance)
+        except (torch.OutOfMemoryError, BackendUnavailableError) as error:
+            self.notes.append(f"auto: fp8 in some products was not tried: {error}")
             return None
-        self._within(f"fp8 in {count} of {len(formats)} products, the others bf16:", result.error, tolerance)
-        return TritonBackend().compile(weights, "bf16", Recipe(linears=formats))
+        formats = formats_of(found)
+        if 2 * sum(chosen.precision == "fp8" for chosen in formats.values()) < len(formats):
+            return None
+        self._mixture = formats
+        return self._noted(formats, result.error)
+
+    def _noted(self, formats: dict[Product, LinearFormat], error: float) -> dict[Product, LinearFormat]:
+        count = sum(chosen.precision == "fp8" for chosen in formats.values())
+        self.notes.append(
+            f"auto: fp8 in {count} of {len(formats)} products, the others bf16, instead: error {error:.2e}"
+        )
+        return formats
 
 
 def _free(leaf: nn.Module) -> None:

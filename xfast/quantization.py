@@ -167,26 +167,28 @@ def mixed(
         tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`; on a GPU
             y_fp32 is what the original code gives.
         precisions: to choose from, of ``PRECISIONS`` or on a GPU ``GPU_PRECISIONS``; None: on the CPU all, bf16 only
-            where it has the instruction; on a GPU fp8 and bf16, which are about speed (for memory: int4, int8, bf16).
+            where it has the instruction; on a GPU fp8 (where it has none: int8) and bf16, which are about speed (for
+            memory: int4, int8, bf16).
         group_size: of int4.
         smoothing: also let products have divisors, where those help (CPU).
         backend: "auto" (where the model is), "native" or "triton".
 
     Every product is measured alone in every precision; those that lose most per byte saved are given more. The error
     of the result is measured, not predicted. It names every product, so ``accelerate``'s ``precision`` decides about
-    none. Cost: one engine run a product and precision over the batches.
+    none; on a GPU it says what everything else is computed in: bf16, unless ``precisions`` has another float. Cost: one
+    engine run a product and precision over the batches.
 
     Raises:
         BackendUnavailableError: no choice stays within ``tolerance``; and as :func:`smooth`.
     """
-    target = find_target(model, anywhere=True)
+    _one_of("backend", backend, ("auto", "native", "triton"))
+    target = find_target(model, gpu=backend != "native")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise InvalidOptionError(f"tolerance: expected a number > 0, got {tolerance!r}")
-    _one_of("backend", backend, ("auto", "native", "triton"))
     Recipe(group_size)  # checks it
     batches = read_batches(target, calibration)
     on_gpu = backend == "triton" or (backend == "auto" and target.device.type == "cuda")
-    names = _precisions(precisions, on_gpu)
+    names = _precisions(precisions, target if on_gpu else None)
     inputs = product_inputs(target, batches) if smoothing and not on_gpu else {}
     trials: Trials = _on_gpu(target, batches, names) if on_gpu else NativeTrials(target.weights, batches)
     ladders: Ladders = {}
@@ -214,7 +216,7 @@ def _on_gpu(target: Target, batches: Sequence[Batch], names: Sequence[str]) -> T
     layers = target.weights.spec.num_layers
     given = [{key: value.to(target.device) for key, value in batch.arguments.items()} for batch in batches]
     reference = original_output(target.module, given, layers)
-    return TritonTrials(target.weights, plain, lambda engine: engine_output(engine, given, layers), reference)
+    return TritonTrials(target.weights, plain, lambda engine: engine_output(engine, given, layers), reference, layers)
 
 
 # --- smoothing -------------------------------------------------------------------------------------------------------
@@ -354,12 +356,13 @@ def _strengths(given: Any, default: Sequence[float], single: bool = False) -> li
     return [float(value) for value in values]
 
 
-def _precisions(given: Sequence[str] | None, on_gpu: bool) -> tuple[str, ...]:
-    accepted = GPU_PRECISIONS if on_gpu else PRECISIONS
+def _precisions(given: Sequence[str] | None, on_gpu: Target | None) -> tuple[str, ...]:
+    accepted = PRECISIONS if on_gpu is None else GPU_PRECISIONS
     if given is None:
         # Without the instruction bf16 takes the time of fp32
-        if on_gpu:
-            return ("fp8", "bf16")
+        if on_gpu is not None:
+            no_fp8 = TritonBackend().supports(on_gpu.weights.spec, on_gpu.device, "fp8")
+            return ("int8" if no_fp8 else "fp8", "bf16")
         native = "bf16" in requested_isa()
         return tuple(name for name in PRECISIONS if name != "bf16" or native)
     if isinstance(given, str) or not isinstance(given, Sequence) or not given or len(set(map(str, given))) < len(given):

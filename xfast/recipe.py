@@ -36,11 +36,11 @@ class LinearFormat:
 
     Attributes:
         precision: "fp32", "bf16", "int8" (weights per output, activations per token) or "int4" (weights per group of
-            inputs, activations as in int8).
+            inputs, activations as in int8); on a GPU also "fp16" and "fp8", and int8 and int4 of weights alone.
         group_size: int4 only, one of 32, 64, 128.
         divisor: fp32 [in_features], positive, or None. The product's inputs are divided by it before they are
             quantised and its weight columns multiplied by it: the same result, spread more evenly (SmoothQuant,
-            arXiv 2211.10438). int8 and int4 only.
+            arXiv 2211.10438). int8 and int4 on the CPU only.
     """
 
     precision: str
@@ -115,15 +115,15 @@ class Recipe:
                 raise InvalidOptionError(f"{where}.divisor: shape {chosen.divisor.shape}; expected ({inputs},)")
 
 
-def summary(formats: Sequence[Mapping[str, StoredFormat]]) -> list[str]:
-    """What ``explain`` says of every layer's products, where there is anything to say."""
+def summary(formats: Sequence[Mapping[str, StoredFormat]], precision: str) -> list[str]:
+    """What ``explain`` says of all layers' products in an engine of this precision, where there is anything to say."""
     every = [stored for layer in formats for stored in layer.values()]
     counts = Counter(
         f"int4, groups of {stored.group_size}" if stored.precision == "int4" else stored.precision for stored in every
     )
     smoothed = sum(stored.smoothed for stored in every)
     lines = []
-    if len(counts) > 1 or "int4" in next(iter(counts), ""):
+    if any(stored.precision != precision or precision == "int4" for stored in every):
         lines.append("products: " + "; ".join(f"{count} in {name}" for name, count in counts.most_common()))
     if smoothed:
         lines.append(f"products with smoothed inputs: {smoothed} of {len(every)}")

@@ -33,15 +33,17 @@ class Trials(ABC):
     Args:
         weights: of the encoder.
         plain: the format of products that are not named.
+        layers: that run.
 
     Attributes:
+        products: of these layers.
         plain: as given: formats are told apart by what they are, not by what they say.
         runs: of the engine so far, over all batches.
     """
 
-    def __init__(self, weights: EncoderWeights, plain: LinearFormat) -> None:
+    def __init__(self, weights: EncoderWeights, plain: LinearFormat, layers: int) -> None:
         self.weights = weights
-        self.products = [(layer, name) for layer in range(weights.spec.num_layers) for name in LINEARS]
+        self.products = [(layer, name) for layer in range(layers) for name in LINEARS]
         self.runs = 0
         self.plain = plain
         self._plain = dict.fromkeys(self.products, plain)
@@ -53,7 +55,7 @@ class Trials(ABC):
 
     @abstractmethod
     def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
-        """Makes formats ready to be run; ``formats`` names every product of the encoder."""
+        """Makes formats ready to be run; ``formats`` names every one of ``products``."""
 
     @abstractmethod
     def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
@@ -100,7 +102,7 @@ class NativeTrials(Trials):
     def __init__(self, weights: EncoderWeights, batches: Sequence[Batch]) -> None:
         self._batches = batches
         self._packed: dict[tuple[Product, LinearFormat], Mapping[str, np.ndarray]] = {}
-        super().__init__(weights, LinearFormat("fp32"))
+        super().__init__(weights, LinearFormat("fp32"), weights.spec.num_layers)
 
     def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
         """See :class:`Trials`."""
@@ -145,8 +147,7 @@ def _mapped(layer: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str
             mapped = np.memmap(file, np.uint8, "r")
     except OSError as error:
         raise BackendUnavailableError(
-            f"packed weights wait in {tempfile.gettempdir()}, which cannot hold them: {error}; "
-            "set TMPDIR to another folder"
+            f"packed weights wait in temporary files, which cannot be written: {error}; set TMPDIR to another folder"
         ) from error
     out: dict[str, dict[str, np.ndarray]] = {name: {} for name in layer}
     for (name, key), (begin, array) in places.items():
@@ -160,45 +161,48 @@ class TritonTrials(Trials):
     Args:
         weights: of the encoder.
         plain: "bf16", "fp16" or "fp32": what everything is computed in, and products that are not named.
-        run: hidden states of all tokens [T, hidden_size] from an engine.
+        run: hidden states of all tokens [T, hidden_size] from an engine, after ``layers`` layers.
         reference: the original's, likewise.
+        layers: that run.
     """
 
     def __init__(
-        self, weights: EncoderWeights, plain: str, run: Callable[[Engine], torch.Tensor], reference: torch.Tensor
+        self,
+        weights: EncoderWeights,
+        plain: str,
+        run: Callable[[Engine], torch.Tensor],
+        reference: torch.Tensor,
+        layers: int,
     ) -> None:
         self._precision, self._engine_outputs, self._given = plain, run, reference
         self._held: dict[tuple[Product, LinearFormat], Weight] = {}
-        self._sizes: dict[tuple[Product, LinearFormat], int] = {}
         self._parameters: Parameters | None = None
-        super().__init__(weights, LinearFormat(plain))
+        super().__init__(weights, LinearFormat(plain), layers)
 
     def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
         """See :class:`Trials`."""
-        recipe = Recipe(linears=formats)
-        packer = Packer(self.weights, self._precision, recipe)
-        if self._parameters is None:
+        packer = Packer(self.weights, self._precision, Recipe(linears=formats))
+        if self._parameters is None:  # the plain formats, first
             self._parameters = packer.pack()
+            plain = self._parameters.layers
+            self._held = {((i, name), each): getattr(plain[i], name) for (i, name), each in formats.items()}
         for key, chosen in formats.items():
             if (key, chosen) not in self._held:
-                weight = packer.product(*key)
-                self._held[key, chosen] = weight
-                self._sizes[key, chosen] = size_of(weight)
+                self._held[key, chosen] = packer.product(*key)
 
     def bytes(self, formats: Mapping[Product, LinearFormat]) -> int:
         """See :class:`Trials`."""
-        return sum(self._sizes[each] for each in formats.items())
+        return sum(size_of(self._held[each]) for each in formats.items())
 
     def _reference(self) -> torch.Tensor:
         return self._given
 
     def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
         assert self._parameters is not None
-        layers = tuple(
-            replace(layer, **cast("Any", {name: self._held[(i, name), formats[i, name]] for name in LINEARS}))
-            for i, layer in enumerate(self._parameters.layers)
-        )
+        layers = list(self._parameters.layers)
+        for (i, name), chosen in formats.items():
+            layers[i] = replace(layers[i], **cast("Any", {name: self._held[(i, name), chosen]}))
         engine = TritonEngine(
-            self.weights, self._precision, Recipe(linears=formats), replace(self._parameters, layers=layers)
+            self.weights, self._precision, Recipe(linears=formats), replace(self._parameters, layers=tuple(layers))
         )
         return self._engine_outputs(engine)

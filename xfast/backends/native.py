@@ -132,7 +132,7 @@ class NativeEngine:
             "fused: QKV in one product; bias + GELU, bias + residual, LayerNorm and "
             + ("per-token int8 quantisation" if self.precision in QUANTISED else "operand conversion")
             + " where the product leaves its tile; attention over real tokens only",
-            *summary(self.formats),
+            *summary(self.formats, self.precision),
         ]
         if self._origin is not None:
             lines.append(

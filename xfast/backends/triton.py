@@ -103,7 +103,7 @@ class TritonEngine:
         recipe: Recipe | None = None,
         packed: Parameters | None = None,
     ) -> None:
-        """``packed``: parameters that are in the recipe's formats already."""
+        """``packed``: parameters in the recipe's formats, for a few runs: nothing is captured."""
         from xfast.backends.triton_forward import TritonForward
         from xfast.backends.triton_graphs import GraphCache
         from xfast.kernels.launch import on
@@ -118,7 +118,7 @@ class TritonEngine:
         parameters = packed or packer.pack()
         self._forward: TritonForward = TritonForward(self.spec, parameters, dtype_of(precision), self.device)
         with on(self.device):  # its stream and memory pool belong to a device
-            self._graphs = GraphCache(self._forward)
+            self._graphs = GraphCache(self._forward, capture=packed is None)
         self._copied_bytes = packer.copied_bytes
 
     def unpad(
@@ -168,7 +168,7 @@ class TritonEngine:
             "fused: QKV in one product; product + residual; bias + LayerNorm, bias + GELU"
             + (", each with per-token e4m3 quantisation" if "fp8" in used else "")
             + "; varlen attention over real tokens only",
-            *summary(self._formats),
+            *summary(self._formats, self.precision),
             *self._graphs.describe(),
         ]
         if used & set(QUANTISED):

@@ -197,6 +197,7 @@ class TritonForward:
             shape = (self.spec.hidden_size, self.spec.intermediate_size, operand.shape[0])
             if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
                 return gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
+            return bias_gelu(self._product(operand, weight, None), layer.ffn_in_bias)
         return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
 
     def _projected(self, x: torch.Tensor | Scaled, weight: Weight, residual: torch.Tensor) -> torch.Tensor:

@@ -30,11 +30,13 @@ class Key:
 
 
 class GraphCache:
-    """Runs forwards, through graphs where they pay."""
+    """Runs forwards, through graphs where they pay; never with ``capture`` False."""
 
-    def __init__(self, forward: TritonForward) -> None:
+    def __init__(self, forward: TritonForward, capture: bool = True) -> None:
         self._forward = forward
         self.graphs = Graphs(forward.device)
+        if not capture:
+            self.graphs.capture = None
 
     def run(
         self, packed: DevicePacked, selected: torch.Tensor | None, layers: int, hidden_states: bool
@@ -90,8 +92,8 @@ class GraphCache:
         )
 
     def _prepared(self, key: Key) -> tuple[DeviceBatch, Any]:
-        buffers = self._buffers(key)
-        return buffers, lambda: self._forward(buffers, key.layers)[0]
+        buffers, forward = self._buffers(key), self._forward
+        return buffers, lambda: forward(buffers, key.layers)[0]  # not self: graphs would wait for the cycle collector
 
     def _buffers(self, key: Key) -> DeviceBatch:
         """Input buffers of a bucket, filled with one token so that the first run reads nothing undefined."""

@@ -1,8 +1,7 @@
 """Products with int8 or int4 weights, which become floats on their way to the tensor cores; activations stay floats.
 
 y = epilogue(x W^T): x [rows, in], W [out, in] in int8 with one scale an output, or int4 with one for each group of
-inputs. A half or a quarter of bf16's bytes: for models that do not fit otherwise, and for few tokens, whose time goes
-into reading weights.
+inputs. A half or a quarter of bf16's bytes: for memory, and for few tokens, whose time goes into reading weights.
 
 * Integers are multiplied as integers (exact in bf16 and fp16) and fp32 sums are scaled: int4's after every group, where
   scaling 16-bit weights would round each of them once more.
@@ -27,7 +26,7 @@ from xfast.kernels.integer_weights import IntegerWeights
 from xfast.kernels.launch import _INTERPRETED, INTERPRETED, capability_of, cast, check_device, dot, multiprocessors_of
 from xfast.kernels.tiles import weight_only_expands, weight_only_half, weight_only_splits, weight_only_tile
 
-_COMBINE = 1024
+_BLOCK = 1024
 
 
 # Integers become floats by their bits: put into the mantissa of a power of two, which is then subtracted, both exact.
@@ -226,35 +225,36 @@ def combine_kernel(
 
 
 @triton.jit
-def expand_kernel(w, scale, out, depth, stride_w, stride_scale, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK bytes of one output's weights as floats [out, in]; of int4 BLOCK is half a block of inputs."""
+def expand_kernel(
+    w, scale, out, depth, size, stride_w, stride_scale, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK of the ``size`` bytes of one output's weights as floats [out, in]."""
     row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    start = tl.program_id(1) * BLOCK
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < size
     if GROUP == 0:
-        q = tl.load(w + row * stride_w + start + k, mask=start + k < depth, other=0).to(tl.float32)
-        values = q * tl.load(scale + row)
-        tl.store(out + row * depth + start + k, cast(values, out.dtype.element_ty), mask=start + k < depth)
+        values = tl.load(w + row * stride_w + byte, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)
+        tl.store(out + row * depth + byte, cast(values, out.dtype.element_ty), mask=inside)
     else:
-        pairs = tl.load(w + row * stride_w + start + k)
-        s0 = tl.load(scale + row * stride_scale + 2 * start // GROUP).to(tl.float32)
-        s1 = tl.load(scale + row * stride_scale + (2 * start + BLOCK) // GROUP).to(tl.float32)
-        inputs = 2 * start + k
-        at = out + row * depth + inputs
-        low, high = from_int4(pairs, tl.float32)
-        tl.store(at, cast(low * s0, out.dtype.element_ty), mask=inputs < depth)
-        tl.store(at + BLOCK, cast(high * s1, out.dtype.element_ty), mask=inputs + BLOCK < depth)
+        first = byte // HALF * 2 * HALF + byte % HALF
+        low, high = from_int4(tl.load(w + row * stride_w + byte, mask=inside, other=0), tl.float32)
+        scales = scale + row * stride_scale
+        low *= tl.load(scales + first // GROUP, mask=inside, other=0.0).to(tl.float32)
+        high *= tl.load(scales + (first + HALF) // GROUP, mask=inside, other=0.0).to(tl.float32)
+        at = out + row * depth + first
+        tl.store(at, cast(low, out.dtype.element_ty), mask=inside & (first < depth))
+        tl.store(at + HALF, cast(high, out.dtype.element_ty), mask=inside & (first + HALF < depth))
 
 
 def expand(w: IntegerWeights, dtype: torch.dtype) -> torch.Tensor:
     """The weights as floats, [out, in]."""
     check_device("w", w.values)
     out = torch.empty(w.shape, dtype=dtype, device=w.values.device)
+    size = w.values.shape[1]
     if out.numel():
-        block = weight_only_half(w.group_size) if w.group_size else 1024
-        expand_kernel[(w.shape[0], triton.cdiv(w.values.shape[1], block))](
-            w.values, w.scale, out, w.depth, w.values.stride(0), w.scale.stride(0), GROUP=w.group_size, BLOCK=block,
-            num_warps=1 if w.group_size else 4,
+        expand_kernel[(w.shape[0], triton.cdiv(size, _BLOCK))](
+            w.values, w.scale, out, w.depth, size, w.values.stride(0), w.scale.stride(0), GROUP=w.group_size,
+            HALF=weight_only_half(w.group_size or 64), BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -281,8 +281,8 @@ def weight_only_gemm(
         ValueError: shapes that do not go together.
     """
     check_device("x", x)
-    if x.shape[1] != w.depth:
-        raise ValueError(f"x, w: {tuple(x.shape)} and {w.shape} do not multiply")
+    if x.shape[1] != w.depth or x.stride(1) != 1:
+        raise ValueError(f"x, w: {tuple(x.shape)}, strides {x.stride()}, and {w.shape} do not multiply")
     rows, columns = x.shape[0], w.shape[0]
     if out is None:
         out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -306,8 +306,8 @@ def weight_only_gemm(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
-        combine_kernel[(rows, triton.cdiv(columns, _COMBINE))](
-            target, *addends, out, rows, columns, splits, stride, out.stride(0), **epilogue, BLOCK=_COMBINE, num_warps=4
+        combine_kernel[(rows, triton.cdiv(columns, _BLOCK))](
+            target, *addends, out, rows, columns, splits, stride, out.stride(0), **epilogue, BLOCK=_BLOCK, num_warps=4
         )
     return out
 

@@ -45,11 +45,13 @@ class IntegerWeights:
 
 
 def to_int8(weight: torch.Tensor) -> IntegerWeights:
-    """[out, in] -> int8 with scale absmax / 127 an output. In torch, once; the CPU's int8 weights are the same."""
-    values = weight.detach().float()
-    scale = values.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(scale > _TINY, 1 / scale.clamp_min(_TINY), 0.0)
-    return IntegerWeights((values * inverse).round_().clamp_(-127, 127).to(torch.int8), scale, weight.shape[1])
+    """[out, in] -> int8 with scale absmax / 127 an output, by the CPU's rule. In torch, once."""
+    values = weight.detach().float().contiguous()
+    largest = values.abs().amax(1, keepdim=True)
+    steps = torch.full_like(largest, 127)  # a tensor: by a number, CUDA multiplies by its rounded inverse
+    inverse = torch.where(largest > _TINY, steps / largest.clamp_min(_TINY), 0.0)
+    quantised = (values * inverse).round_().clamp_(-127, 127).to(torch.int8)
+    return IntegerWeights(quantised, largest / steps, weight.shape[1])
 
 
 def to_int4(weight: torch.Tensor, group_size: int = 64) -> IntegerWeights:
@@ -69,7 +71,7 @@ def to_int4(weight: torch.Tensor, group_size: int = 64) -> IntegerWeights:
     best = torch.full_like(extreme, torch.inf)
     scale, q = torch.zeros_like(extreme), torch.zeros_like(groups)
     for steps in _STEPS:
-        tried = (extreme / -steps).bfloat16().float()
+        tried = (extreme / torch.full_like(extreme, -steps)).bfloat16().float()
         inverse = torch.where(tried.abs() > _TINY, 1 / tried, 0.0)
         rounded = (groups * inverse).round_().clamp_(-8, 7)
         error = (groups - tried * rounded).square_().sum(2, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -26,6 +26,7 @@ from xfast.study.languages import LOW_RESOURCE
 from xfast.study.tables import decimals, grouped
 
 _ENGINES = 6  # panels of latency; more are in the table
+_NEAR = 0.15  # share of the axis of sizes that a label takes
 _DARK = 0.7  # share of the heat map's scale from which text is light
 
 
@@ -198,10 +199,22 @@ def scaling(study: Study) -> Drawing | str:
         axes.set_yscale("log")
         plain_log(axes.yaxis)
         sizes = {one["parameters"] / 1e6: one["size"] for one in found}
-        axes.set_xticks(list(sizes), [f"{clip(size)}\n{millions:,.0f} M" for millions, size in sizes.items()])
+        axes.set_xticks(*_size_ticks(sizes))
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(sizes) * 0.8, max(sizes) * 1.25)
         axes.set_title(titles[measure], color=INK)
         axes.grid()
     legend_above(made, all_axes[0], 3)
     return Drawing(made, "Geometric means over the languages; both axes are logarithmic.")
+
+
+def _size_ticks(sizes: Mapping[float, str]) -> tuple[list[float], list[str]]:
+    """Places and labels by millions of parameters; a label too near to the one before it is written below that."""
+    places = sorted(sizes)
+    near = _NEAR * math.log(places[-1] / places[0])
+    labels: list[str] = []
+    for i, millions in enumerate(places):
+        close = i > 0 and math.log(millions / places[i - 1]) < near and not labels[-1].startswith("\n")
+        count = f"{millions:,.0f} M" if millions < 1000 else f"{millions / 1000:,.1f} B"
+        labels.append("\n\n" * close + f"{clip(sizes[millions])}\n{count}")
+    return places, labels
