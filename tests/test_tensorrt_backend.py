@@ -81,7 +81,9 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(backend.TensorRTEngine, "_made", make)
     monkeypatch.setattr(
-        backend.TensorRTBackend, "supports", lambda self, spec, device, precision: networks.refusal(spec, precision)
+        backend.TensorRTBackend,
+        "supports",
+        lambda self, spec, device, precision, recipe=None: networks.refusal(spec, precision),
     )
     return made
 

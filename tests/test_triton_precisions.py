@@ -87,7 +87,7 @@ def test_integer_weights_are_expanded_for_many_rows(monkeypatch: pytest.MonkeyPa
 
     batch = moved(ragged())
     for precision in ("int8", "int4"):
-        model = fast(model_of(head="base-no-pooler"), precision=precision)
+        model = fast(model_of(head="base-no-pooler", num_hidden_layers=1), precision=precision)
         few = first_output(model, batch)
         expanded: list[object] = []
 
@@ -99,7 +99,7 @@ def test_integer_weights_are_expanded_for_many_rows(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(triton_forward, "expand", counted)
         many = first_output(model, batch)
         monkeypatch.undo()
-        assert len(expanded) == 2 * 4  # each product once
+        assert len(expanded) == 4  # each product once
         assert 0 < norm_error(at_tokens(many, batch["attention_mask"]), at_tokens(few, batch["attention_mask"])) <= 2e-2
 
 
