@@ -183,6 +183,7 @@ _INSTRUCTIONS: dict[str, Callable[..., int]] = {  # PTX ISA 8, semantics of each
     "sub.rn.f32": lambda a, b: _float32_bits(_float32(a) - _float32(b)),
     "sub.rn.f16x2": lambda a, b: _lanes(lambda x, y: x - y, _FP16, a, b),
     "fma.rn.bf16x2": lambda a, b, c: _lanes(lambda x, y, z: x * y + z, _BF16, a, b, c),
+    "fma.rn.f16x2": lambda a, b, c: _lanes(lambda x, y, z: x * y + z, _FP16, a, b, c),
     "cvt.rn.bf16x2.f32": lambda high, low: _bits(_float32(high), _BF16) << 16 | _bits(_float32(low), _BF16),
 }
 

@@ -55,12 +55,17 @@ class Target:
 
     def products(self) -> list[Product]:
         """All of them, in the order in which they run."""
-        return [(layer, name) for layer in range(self.weights.spec.num_layers) for name in LINEARS]
+        return products_of(self.weights.spec.num_layers)
 
     def weight(self, layer: int, name: str) -> torch.Tensor:
         """fp32 [O, I] of one product, whatever the model's dtype."""
         parts = [self.weights.modules[layer, role].weight.detach() for role in _ROLES.get(name, (name,))]
         return torch.cat([part.float() for part in parts])
+
+
+def products_of(layers: int) -> list[Product]:
+    """All products of so many layers, in the order in which they run."""
+    return [(layer, name) for layer in range(layers) for name in LINEARS]
 
 
 def find_target(model: Any, *, gpu: bool = False) -> Target:

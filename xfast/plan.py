@@ -180,9 +180,7 @@ class Plan:
                 refused.append(precision)
                 continue
             if backend.name == TritonBackend.name and (precision, refused) == ("bf16", ["fp8"]):
-                formats = self._fp8_where_possible(weights, batches, reference, tolerance)
-                if formats is not None:
-                    engine = backend.compile(weights, precision, Recipe(linears=formats))
+                engine = self._fp8_where_possible(weights, batches, reference, tolerance) or engine
             return backend.name, engine
         raise BackendUnavailableError(
             f"no precision stays within tolerance={tolerance} on the calibration batches: "
@@ -196,7 +194,7 @@ class Plan:
 
     def _fp8_where_possible(
         self, weights: EncoderWeights, batches: list[dict[str, torch.Tensor]], reference: torch.Tensor, tolerance: float
-    ) -> dict[Product, LinearFormat] | None:
+    ) -> Engine | None:
         """As many products in fp8 as the tolerance allows, the others in bf16; None: too few to be worth it.
 
         What was found for former weights is tried first: fine-tuning changes them at every step.
@@ -207,9 +205,10 @@ class Plan:
 
         try:
             if self._mixture is not None:
-                former = run(TritonBackend().compile(weights, "bf16", Recipe(linears=self._mixture)))
-                if (error := relative_error(former, reference)) <= tolerance:
-                    return self._noted(self._mixture, error)
+                former = TritonBackend().compile(weights, "bf16", Recipe(linears=self._mixture))
+                if (error := relative_error(run(former), reference)) <= tolerance:
+                    self._note_mixture(self._mixture, error)
+                    return former
             trials = TritonTrials(weights, "bf16", run, reference, self.layers)
             ladders: Ladders = {}
             climb(ladders, trials, dict.fromkeys(trials.products, LinearFormat("fp8")))
@@ -222,14 +221,15 @@ class Plan:
         if 2 * sum(chosen.precision == "fp8" for chosen in formats.values()) < len(formats):
             return None
         self._mixture = formats
-        return self._noted(formats, result.error)
+        self._note_mixture(formats, result.error)
+        del trials  # whose weights are as large as the engine's
+        return TritonBackend().compile(weights, "bf16", Recipe(linears=formats))
 
-    def _noted(self, formats: dict[Product, LinearFormat], error: float) -> dict[Product, LinearFormat]:
+    def _note_mixture(self, formats: dict[Product, LinearFormat], error: float) -> None:
         count = sum(chosen.precision == "fp8" for chosen in formats.values())
         self.notes.append(
             f"auto: fp8 in {count} of {len(formats)} products, the others bf16, instead: error {error:.2e}"
         )
-        return formats
 
 
 def _free(leaf: nn.Module) -> None:

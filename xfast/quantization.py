@@ -41,11 +41,10 @@ from xfast.quantization_reports import (
     ProductOutliers,
     SensitivityReport,
 )
-from xfast.recipe import DEFAULT_GROUP_SIZE, LINEARS, QUANTISED, LinearFormat, Recipe
+from xfast.recipe import DEFAULT_GROUP_SIZE, GPU_PRECISIONS, LINEARS, QUANTISED, LinearFormat, Recipe
 from xfast.trials import NativeTrials, Trials, TritonTrials
 
 PRECISIONS = ("int4", "int8", "bf16", "fp32")
-GPU_PRECISIONS = ("int4", "int8", "fp8", "bf16", "fp16", "fp32")
 GAIN_STRENGTH = 0.3
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """What ``smooth`` tries with calibration batches."""

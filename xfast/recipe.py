@@ -24,10 +24,8 @@ QUANTISED = ("int8", "int4")
 PRECISIONS = ("fp32", "bf16", *QUANTISED)
 """What a product can be computed in on the CPU."""
 
-GPU_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", *QUANTISED)
-"""What a product can be computed in by Triton. fp8 quantises both operands, int8 and int4 the weights alone."""
-
-_PRECISIONS = tuple(dict.fromkeys((*PRECISIONS, *GPU_PRECISIONS)))
+GPU_PRECISIONS = (*PRECISIONS, "fp16", "fp8")
+"""What a product can be computed in by Triton; int8 and int4 quantise the weights alone. All that there is."""
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -78,9 +76,9 @@ class Recipe:
             where = f"recipe.linears[{key!r}]"
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
-            if chosen.precision not in _PRECISIONS:
+            if chosen.precision not in GPU_PRECISIONS:
                 raise InvalidOptionError(
-                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(_PRECISIONS)}"
+                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(GPU_PRECISIONS)}"
                 )
             _check_group(f"{where}.group_size", chosen.group_size)
             if chosen.divisor is not None:

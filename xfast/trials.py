@@ -19,7 +19,7 @@ from xfast.backends.base import Engine
 from xfast.backends.native import NativeEngine, PackedWeights, pack_layer
 from xfast.backends.triton import TritonEngine
 from xfast.backends.triton_weights import Packer, Parameters, Weight, size_of
-from xfast.calibration import Batch, Product, relative_error
+from xfast.calibration import Batch, Product, products_of, relative_error
 from xfast.errors import BackendUnavailableError, InvalidInputError
 from xfast.quantization_reports import Measured
 from xfast.recipe import LINEARS, LinearFormat, Recipe
@@ -43,7 +43,7 @@ class Trials(ABC):
 
     def __init__(self, weights: EncoderWeights, plain: LinearFormat, layers: int) -> None:
         self.weights = weights
-        self.products = [(layer, name) for layer in range(layers) for name in LINEARS]
+        self.products = products_of(layers)
         self.runs = 0
         self.plain = plain
         self._plain = dict.fromkeys(self.products, plain)

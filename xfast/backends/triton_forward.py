@@ -190,15 +190,15 @@ class TritonForward:
         operand = x.operand(_is_fp8(layer.ffn_in))
         if _is_fp8(layer.ffn_out):
             return bias_gelu_quantize(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
-        if isinstance(operand, torch.Tensor):
-            weight = self._ready(layer.ffn_in, operand.shape[0])
-            if isinstance(weight, IntegerWeights):
-                return weight_only_gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
-            shape = (self.spec.hidden_size, self.spec.intermediate_size, operand.shape[0])
-            if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
-                return gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
-            return bias_gelu(self._product(operand, weight, None), layer.ffn_in_bias)
-        return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
+        if isinstance(operand, tuple):
+            return bias_gelu(self._product(operand, layer.ffn_in, None), layer.ffn_in_bias)
+        weight = self._ready(layer.ffn_in, operand.shape[0])
+        if isinstance(weight, IntegerWeights):
+            return weight_only_gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
+        shape = (self.spec.hidden_size, self.spec.intermediate_size, operand.shape[0])
+        if choose(f"{self.dtype.itemsize * 8}-gelu", *shape) == "triton":
+            return gemm(operand, weight, bias=layer.ffn_in_bias, activation="gelu")
+        return bias_gelu(torch.mm(operand, weight.t()), layer.ffn_in_bias)
 
     def _projected(self, x: torch.Tensor | Scaled, weight: Weight, residual: torch.Tensor) -> torch.Tensor:
         """x W^T added to the residual, in place, in the product's accumulator; alone if e4m3 (LayerNorm adds it then).
@@ -224,8 +224,9 @@ class TritonForward:
             return weight_only_gemm(x, ready, bias=bias)
         return torch.mm(x, ready.t()) if bias is None else torch.addmm(bias, x, ready.t())
 
-    def _ready(self, weight: torch.Tensor | IntegerWeights, rows: int) -> torch.Tensor | IntegerWeights:
+    def _ready(self, weight: Weight, rows: int) -> torch.Tensor | IntegerWeights:
         """Integer weights as floats, where there are so many rows that cuBLASLt is worth expanding them for."""
+        assert not isinstance(weight, tuple)
         return expand(weight, self.dtype) if isinstance(weight, IntegerWeights) and expands(rows) else weight
 
 

@@ -10,14 +10,14 @@ import torch
 from xfast.architecture import EncoderWeights
 from xfast.backends.parameters import ParameterReader
 from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
-from xfast.recipe import LinearFormat, Recipe
+from xfast.recipe import QUANTISED, LinearFormat, Recipe
 
 COMPUTED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
 """What everything but a product's operands (fp8) or weights (int8, int4) is computed in, by an encoder's precision."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_QUANTISED = ("fp8", "int8", "int4")
+_QUANTISED = ("fp8", *QUANTISED)
 _QKV = ("query", "key", "value")
 
 Weight: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor] | IntegerWeights"

@@ -28,6 +28,18 @@ Empty: nothing has been measured on a GPU yet, and cuBLASLt is the safe choice f
 
 
 @triton.jit
+def finish(acc, bias, residual, at, column, valid, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr):
+    """The epilogue on fp32 sums; ``column`` has their shape or broadcasts to it, ``at`` is the residual's place."""
+    if BIAS:
+        acc += tl.load(bias + column).to(tl.float32)
+    if GELU:
+        acc = gelu(acc)
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def gemm_kernel(
     x, w, bias, residual, out, scale_x, scale_w,
     rows, columns, depth, stride_x, stride_w, stride_residual, stride_out,
@@ -55,14 +67,10 @@ def gemm_kernel(
         w_tile += BLOCK_K
     if SCALED:
         acc = acc * tl.load(scale_x + row % rows)[:, None] * tl.load(scale_w + column % columns)[None, :]
-    if BIAS:
-        acc += tl.load(bias + column % columns).to(tl.float32)[None, :]
-    if GELU:
-        acc = gelu(acc)
     place = row[:, None].to(tl.int64)
     valid = (row < rows)[:, None] & (column < columns)[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + place * stride_residual + column[None, :], mask=valid, other=0.0).to(tl.float32)
+    at = place * stride_residual + column[None, :]
+    acc = finish(acc, bias, residual, at, (column % columns)[None, :], valid, BIAS, GELU, RESIDUAL)
     tl.store(out + place * stride_out + column[None, :], cast(acc, out.dtype.element_ty), mask=valid)
 
 

@@ -9,7 +9,7 @@ inputs. A half or a quarter of bf16's bytes: for memory, and for few tokens, who
   once they are expanded, and its right one may be narrow. Up to 16 rows fit the older mma, which needs fewer
   instructions around it; only there rows are on the left.
 * A byte of int4 holds one value of the first half of a block of inputs and its counterpart of the second, so that a
-  tile of bytes is two tiles of weights and no lane has to move (as in Marlin, Frantar et al., 2024).
+  tile of bytes is two tiles of weights and no lane has to move.
 * Few tokens and outputs do not fill the machine: the inputs are divided among programs, whose fp32 sums a second kernel
   adds in their order. Same bits every time.
 * Many tokens are bound by arithmetic: the weights are expanded once, for cuBLASLt.
@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from xfast.kernels.activation import gelu
+from xfast.kernels.gemm import finish
 from xfast.kernels.integer_weights import IntegerWeights
 from xfast.kernels.launch import _INTERPRETED, INTERPRETED, capability_of, cast, check_device, dot, multiprocessors_of
-from xfast.kernels.tiles import weight_only_expands, weight_only_half, weight_only_splits, weight_only_tile
+from xfast.kernels.tiles import WEIGHT_ONLY_EXPAND_ROWS, weight_only_half, weight_only_splits, weight_only_tile
 
 _BLOCK = 1024
 
@@ -61,39 +61,29 @@ INT8_TO_FP16 = tl.constexpr("""{
     sub.rn.f16x2 $0, a, m;
     sub.rn.f16x2 $1, b, m;
 }""")
-INT4_TO_BF16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, e, f, one, m;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 m, 0xC308C308;
+_INT4 = """{
+    .reg .b32 a, b, c, d, one, m;
+    mov.b32 one, %(one)s;
+    mov.b32 m, %(minus)s;
     prmt.b32 a, $4, 0, 0x4140;
     prmt.b32 b, $4, 0, 0x4342;
     shr.u32 c, a, 4;
     shr.u32 d, b, 4;
-    lop3.b32 e, a, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 f, b, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, e, one, m;
-    fma.rn.bf16x2 $1, f, one, m;
-    fma.rn.bf16x2 $2, c, one, m;
-    fma.rn.bf16x2 $3, d, one, m;
-}""")
-INT4_TO_FP16 = tl.constexpr("""{
-    .reg .b32 a, b, c, d, e, f, m;
-    mov.b32 m, 0x64086408;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    shr.u32 c, a, 4;
-    shr.u32 d, b, 4;
-    lop3.b32 e, a, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 f, b, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 c, c, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 d, d, 0x000F000F, 0x64006400, 0xEA;
-    sub.rn.f16x2 $0, e, m;
-    sub.rn.f16x2 $1, f, m;
-    sub.rn.f16x2 $2, c, m;
-    sub.rn.f16x2 $3, d, m;
-}""")
+    lop3.b32 a, a, 0x000F000F, %(power)s, 0xEA;
+    lop3.b32 b, b, 0x000F000F, %(power)s, 0xEA;
+    lop3.b32 c, c, 0x000F000F, %(power)s, 0xEA;
+    lop3.b32 d, d, 0x000F000F, %(power)s, 0xEA;
+    fma.rn.%(type)s $0, a, one, m;
+    fma.rn.%(type)s $1, b, one, m;
+    fma.rn.%(type)s $2, c, one, m;
+    fma.rn.%(type)s $3, d, one, m;
+}"""
+INT4_TO_BF16 = tl.constexpr(  # 128 + q + 8, then - 136; bf16 has no subtraction before 9.0
+    _INT4 % {"type": "bf16x2", "power": "0x43004300", "one": "0x3F803F80", "minus": "0xC308C308"}
+)
+INT4_TO_FP16 = tl.constexpr(  # 1024 + q + 8, then - 1032
+    _INT4 % {"type": "f16x2", "power": "0x64006400", "one": "0x3C003C00", "minus": "0xE408E408"}
+)
 
 
 @triton.jit
@@ -129,8 +119,7 @@ def from_int4(pairs, dtype: tl.constexpr):
 @triton.jit
 def _multiply(weights, x, acc):
     """acc + weights x: [outputs, inputs], [inputs, rows], [outputs, rows]. wgmma's left side is 64 or more."""
-    wide: tl.constexpr = x.shape[1] >= 32
-    return dot(weights, x, acc) if wide else tl.trans(dot(tl.trans(x), tl.trans(weights), tl.trans(acc)))
+    return dot(weights, x, acc) if x.shape[1] >= 32 else tl.trans(dot(tl.trans(x), tl.trans(weights), tl.trans(acc)))
 
 
 @triton.jit
@@ -143,18 +132,6 @@ def _load(pointers, mask, EVEN: tl.constexpr):
 def _group_scale(scale, column, stride, first, GROUP: tl.constexpr):
     """The scales of the group that the input ``first`` lies in, [outputs, 1]."""
     return tl.load(scale + column * stride + first // GROUP).to(tl.float32)[:, None]
-
-
-@triton.jit
-def _finish(acc, bias, residual, at, column, valid, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr):
-    """The epilogue on fp32 sums; ``column`` has their shape or broadcasts to it, ``at`` is the residual's place."""
-    if BIAS:
-        acc += tl.load(bias + column).to(tl.float32)
-    if GELU:
-        acc = gelu(acc)
-    if RESIDUAL:
-        acc += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
-    return acc
 
 
 @triton.jit
@@ -204,7 +181,7 @@ def weight_only_kernel(
         out += tl.program_id(1).to(tl.int64) * rows * columns
     else:
         at = place * stride_residual + column[:, None]
-        acc = _finish(acc, bias, residual, at, safe[:, None], valid, BIAS, GELU, RESIDUAL)
+        acc = finish(acc, bias, residual, at, safe[:, None], valid, BIAS, GELU, RESIDUAL)
     tl.store(out + place * stride_out + column[:, None], cast(acc, out.dtype.element_ty), mask=valid)
 
 
@@ -220,7 +197,7 @@ def combine_kernel(
     acc = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         acc += tl.load(sums + (split * rows + row).to(tl.int64) * columns + column, mask=valid, other=0.0)
-    acc = _finish(acc, bias, residual, row * stride_residual + column, column % columns, valid, BIAS, GELU, RESIDUAL)
+    acc = finish(acc, bias, residual, row * stride_residual + column, column % columns, valid, BIAS, GELU, RESIDUAL)
     tl.store(out + row * stride_out + column, cast(acc, out.dtype.element_ty), mask=valid)
 
 
@@ -314,4 +291,4 @@ def weight_only_gemm(
 
 def expands(rows: int) -> bool:
     """Whether a product of so many rows expands the weights first. Never in the interpreter, but for tests of it."""
-    return not INTERPRETED and weight_only_expands(rows)
+    return not INTERPRETED and rows >= WEIGHT_ONLY_EXPAND_ROWS

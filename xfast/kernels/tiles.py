@@ -111,11 +111,6 @@ WEIGHT_ONLY_EXPAND_ROWS = 1024
 product, which cuBLASLt does faster than any kernel that expands weights again for every block of rows. Predicted."""
 
 
-def weight_only_expands(rows: int) -> bool:
-    """Whether so many rows are worth expanding the weights for."""
-    return rows >= WEIGHT_ONLY_EXPAND_ROWS
-
-
 def row_warps(columns: int, itemsize: int = 2) -> int:
     """Warps for a program that owns one row: each thread should hold about 16 bytes of loads, twice over."""
     return min(16, max(1, columns * itemsize // (32 * 32)))
