@@ -14,12 +14,12 @@ QUICK = pytest.mark.quick
 
 
 @pytest.mark.parametrize("length", [pytest.param(n, marks=QUICK if n in (32, 384) else ()) for n in LENGTHS])
-@pytest.mark.parametrize("engine", ["xfast", "torch-sdpa"])
+@pytest.mark.parametrize("engine", ["xfast", "xfast-int16", "torch-sdpa"])
 def test_attention(benchmark, engine: str, length: int) -> None:
     generator = np.random.default_rng(0)
     q, k, v = (generator.standard_normal((length, HEADS, HEAD_DIM), dtype=np.float32) for _ in range(3))
-    if engine == "xfast":
-        benchmark(_C.kernels.attention, "auto", q, k, v, HEAD_DIM**-0.5)
+    if engine.startswith("xfast"):
+        benchmark(_C.kernels.attention, "auto", q, k, v, HEAD_DIM**-0.5, engine == "xfast-int16")
     else:
         torch.set_num_threads(1)
         tensors = [torch.from_numpy(x).transpose(0, 1).unsqueeze(0) for x in (q, k, v)]

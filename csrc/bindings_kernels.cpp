@@ -106,8 +106,9 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
   return y;
 }
 
-// Attention of one sequence: q [queries, heads, head_dim], k and v [keys, heads, head_dim] -> like q
-F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, float scale) {
+// Attention of one sequence, its products in fp32 or 16-bit integers: q [queries, heads, head_dim], k and v [keys,
+// heads, head_dim] -> like q
+F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, float scale, bool int16) {
   require_array(q, "q", {-1, -1, -1});
   require_array(k, "k", {-1, -1, -1});
   const int64_t queries = q.shape(0), heads = q.shape(1), head_dim = q.shape(2), keys = k.shape(0);
@@ -119,7 +120,7 @@ F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, 
   F32 out({queries, heads, head_dim});
   AlignedBuffer scratch(attention_scratch_floats(head_dim, queries) * static_cast<int64_t>(sizeof(float)));
   kernel_table(isa).attention({q.data(), ld, queries, k.data(), v.data(), ld, keys, 0, static_cast<int>(heads),
-                               static_cast<int>(head_dim), scale, out.mutable_data(), ld,
+                               static_cast<int>(head_dim), scale, int16, out.mutable_data(), ld,
                                reinterpret_cast<float*>(scratch.data())});
   return out;
 }
@@ -158,7 +159,8 @@ void bind_kernels(py::module_& m) {
       .def("multiply", &PyLinear::multiply, py::arg("isa"), py::arg("x"), py::arg("epilogue"), py::arg("residual"));
   k.def("quantize", &quantize, py::arg("isa"), py::arg("x"));
   k.def("layer_norm", &layer_norm, py::arg("isa"), py::arg("x"), py::arg("gamma"), py::arg("beta"), py::arg("eps"));
-  k.def("attention", &attention, py::arg("isa"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"));
+  k.def("attention", &attention, py::arg("isa"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
+        py::arg("int16") = false);
   k.def("embed", &embed, py::arg("isa"), py::arg("word"), py::arg("position"), py::arg("type"), py::arg("ids"),
         py::arg("position_ids"), py::arg("type_ids"));
 }

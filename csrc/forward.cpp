@@ -5,8 +5,8 @@
 namespace xfast {
 namespace {
 
-// fp32 attention costs this many times more per multiply-add than the products of the precision do.
-double attention_weight(Precision p) { return is_quantised(p) ? 5.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
+// Attention costs this many times more per multiply-add than the products of the precision do.
+double attention_weight(Precision p) { return is_quantised(p) ? 4.0 : p == Precision::kBf16 ? 2.5 : 1.5; }
 
 // Ends of `threads` runs of rows of about equal cost. A row's cost: its share of the products, plus attention over
 // its sequence (2 * 2 * length * hidden against 24 * hidden^2 operations a layer). An end that comes close to the end

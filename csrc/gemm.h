@@ -79,6 +79,15 @@ TileFn tile_for(int rows, int prefetch_lines) {
   return kTiles[prefetch_lines];
 }
 
+// The same without prefetch from memory: attention's operands are in L1 or L2.
+template <class Dot, int R = Dot::kMaxRows>
+TileFn plain_tile_for(int rows) {
+  if constexpr (R > 1) {
+    if (rows != R) return plain_tile_for<Dot, R - 1>(rows);
+  }
+  return tile<Dot, R, 0>;
+}
+
 // Chunks of `in` that one pass over the rows takes: 48 KiB of weights, so that they and the operand's part stay in L2
 // however long `in` is.
 constexpr int64_t kPassChunks = 24;

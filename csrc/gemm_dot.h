@@ -1,4 +1,5 @@
-// The multiply-accumulate step of each precision on each target. Three policies a target: DotF32, DotBf16, DotInt8.
+// The multiply-accumulate step of each precision on each target. Four policies a target: DotF32, DotBf16, DotInt8,
+// DotInt16.
 //
 //   Acc      accumulator register            A   one 4-byte activation group, broadcast
 //   B        one register of 4-byte weight groups (Reg lanes = outputs)
@@ -36,7 +37,9 @@ inline FloatReg as_float(IntReg a) { return _mm512_castsi512_ps(a); }
 inline FloatReg fma_reg(FloatReg a, FloatReg b, FloatReg c) { return _mm512_fmadd_ps(a, b, c); }
 inline IntReg shift_left_16(IntReg a) { return _mm512_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
-constexpr int kRowsF32 = 14, kRowsBf16Widened = 10;
+inline IntReg add_i32(IntReg a, IntReg b) { return _mm512_add_epi32(a, b); }
+inline IntReg multiply_pairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
+constexpr int kRowsF32 = 14, kRowsBf16Widened = 10, kRowsInt16 = 14;
 
 #elif defined(XFAST_AVX2)
 
@@ -61,7 +64,9 @@ inline FloatReg as_float(IntReg a) { return _mm256_castsi256_ps(a); }
 inline FloatReg fma_reg(FloatReg a, FloatReg b, FloatReg c) { return _mm256_fmadd_ps(a, b, c); }
 inline IntReg shift_left_16(IntReg a) { return _mm256_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
-constexpr int kRowsF32 = 6, kRowsBf16Widened = 4;
+inline IntReg add_i32(IntReg a, IntReg b) { return _mm256_add_epi32(a, b); }
+inline IntReg multiply_pairs(IntReg a, IntReg b) { return _mm256_madd_epi16(a, b); }
+constexpr int kRowsF32 = 6, kRowsBf16Widened = 4, kRowsInt16 = 6;
 
 #endif
 
@@ -92,6 +97,21 @@ struct DotBf16Widened {
   static B load_b(const uint8_t* p) { return widen(load_group(p)); }
   static A load_a(const uint8_t* p) { return widen(broadcast_group(p)); }
   static void step(Acc& acc, const A& a, const B& b) { acc = fma_reg(a.odd, b.odd, fma_reg(a.even, b.even, acc)); }
+};
+
+// Pairs of 16-bit integers (attention).
+struct DotInt16 {
+  using Acc = IntReg;
+  using A = IntReg;
+  using B = IntReg;
+  static constexpr int kMaxRows = kRowsInt16;
+  static B load_b(const uint8_t* p) { return load_group(p); }
+  static A load_a(const uint8_t* p) { return broadcast_group(p); }
+#if defined(XFAST_VNNI)
+  static void step(Acc& acc, A a, B b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+#else
+  static void step(Acc& acc, A a, B b) { acc = add_i32(acc, multiply_pairs(a, b)); }
+#endif
 };
 
 #if defined(XFAST_VNNI)
@@ -235,6 +255,29 @@ struct DotBf16 {
       const uint32_t pair = static_cast<uint32_t>(b.v[n]);
       acc.v[n] += a.even * bits_to_float(pair << 16) + a.odd * bits_to_float(pair & 0xFFFF0000u);
     }
+  }
+};
+struct DotInt16 {
+  using Acc = IntReg;
+  struct A {
+    int16_t v[2];
+  };
+  struct B {
+    int16_t v[64];
+  };
+  static constexpr int kMaxRows = 4;
+  static B load_b(const uint8_t* p) {
+    B r;
+    __builtin_memcpy(&r, p, sizeof r);
+    return r;
+  }
+  static A load_a(const uint8_t* p) {
+    A a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static void step(Acc& acc, const A& a, const B& b) {
+    for (int n = 0; n < 32; ++n) acc.v[n] += a.v[0] * b.v[2 * n] + a.v[1] * b.v[2 * n + 1];
   }
 };
 struct DotInt8 {

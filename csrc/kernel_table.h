@@ -106,6 +106,7 @@ struct EmbeddingArgs {
 };
 
 constexpr int64_t kKeyBlock = 256;  // keys per online-softmax step: memory stays linear in length
+constexpr int64_t kInt16MaxHeadDim = 128;  // up to here sums of 16-bit products cannot overflow
 
 // Softmax(scale q k^T) v for one sequence and heads [head_begin, head_end). Row-major with leading dimensions;
 // head h occupies columns [h * head_dim, (h + 1) * head_dim).
@@ -117,15 +118,17 @@ struct AttentionArgs {
   int64_t ldkv, kv_len;
   int head_begin, head_end, head_dim;
   float scale;
+  bool int16;  // products of 16-bit integers where head_dim allows it, for quantised encoders
   float* out;
   int64_t ldo;
   float* scratch;  // attention_scratch_floats(head_dim, q_count)
 };
 constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
-  const int64_t d16 = ceil_div(head_dim, 16) * 16, d32 = ceil_div(head_dim, 32) * 32;
-  return kKeyBlock * (d16 + d32)                       // transposed keys, values
-         + kMaxTileRows * (d16 + 2 * kKeyBlock + kPanel)  // query operand, scores, probabilities, tile
-         + 2 * q_count + 64;                           // running maximum and sum
+  const int64_t d32 = ceil_div(head_dim, 32) * 32;
+  return 2 * kKeyBlock * d32                              // transposed keys, values
+         + kMaxTileRows * (d32 + 2 * kKeyBlock + kPanel)  // query operand, scores, probabilities, tile
+         + kKeyBlock + d32 + 16                           // scales of keys, values, queries
+         + 2 * q_count + 64;                              // running maximum and sum
 }
 
 struct KernelTable {

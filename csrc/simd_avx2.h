@@ -37,6 +37,7 @@ inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline V16 add(V16 a, V16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline V16 sub(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline V16 mul(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline V16 div(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 inline V16 max(V16 a, V16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline V16 min(V16 a, V16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
@@ -77,14 +78,23 @@ inline V16 scale_by_power(V16 a, I16 n) {
   const __m256 fhi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23));
   return {_mm256_mul_ps(a.lo, flo), _mm256_mul_ps(a.hi, fhi)};
 }
+// packs work within 128-bit halves; the permute puts the four groups of four back in order
+inline __m256i to_words(I16 a) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xD8); }
 inline __m128i to_bytes(I16 a) {
-  // packs work within 128-bit halves; the permute puts the four groups of four back in order
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xD8);
+  const __m256i words = to_words(a);
   return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bytes(a)); }
 inline void store_u8(uint8_t* p, I16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(to_bytes(a), _mm_set1_epi8(static_cast<char>(0x80))));
+}
+inline void store_i16(int16_t* p, I16 a, I16 b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_words(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), to_words(b));
+}
+inline void store_pairs(float* p, I16 a, I16 b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(a.lo, _mm256_slli_epi32(b.lo, 16), 0xAA));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_blend_epi16(a.hi, _mm256_slli_epi32(b.hi, 16), 0xAA));
 }
 inline __m256i to_bf16_bits(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);

@@ -22,6 +22,7 @@ inline V16 set1(float x) { return _mm512_set1_ps(x); }
 inline V16 add(V16 a, V16 b) { return _mm512_add_ps(a, b); }
 inline V16 sub(V16 a, V16 b) { return _mm512_sub_ps(a, b); }
 inline V16 mul(V16 a, V16 b) { return _mm512_mul_ps(a, b); }
+inline V16 div(V16 a, V16 b) { return _mm512_div_ps(a, b); }
 inline V16 fma(V16 a, V16 b, V16 c) { return _mm512_fmadd_ps(a, b, c); }
 inline V16 max(V16 a, V16 b) { return _mm512_max_ps(a, b); }
 inline V16 min(V16 a, V16 b) { return _mm512_min_ps(a, b); }
@@ -45,14 +46,19 @@ inline float reduce_max(V16 a) {
 inline I16 round_to_int(V16 a) { return _mm512_cvtps_epi32(a); }
 inline V16 to_float(I16 a) { return _mm512_cvtepi32_ps(a); }
 inline I16 load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
-inline V16 scale_by_power(V16 a, I16 n) {
-  const I16 bits = _mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23);
-  return _mm512_mul_ps(a, _mm512_castsi512_ps(bits));
-}
+inline V16 scale_by_power(V16 a, I16 n) { return _mm512_scalef_ps(a, _mm512_cvtepi32_ps(n)); }
 inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 inline void store_u8(uint8_t* p, I16 a) {
   const __m128i bytes = _mm512_cvtepi32_epi8(a);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
+}
+inline void store_i16(int16_t* p, I16 a, I16 b) {
+  // packs work within 128-bit quarters; the permute puts the eight groups of four back in order
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b)));
+}
+inline void store_pairs(float* p, I16 a, I16 b) {
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16)));
 }
 inline void store_bf16(uint16_t* p, V16 a) {
   const __m512i bits = _mm512_castps_si512(a);

@@ -46,6 +46,10 @@ inline V16 mul(V16 a, V16 b) {
   XFAST_LANES a.v[i] *= b.v[i];
   return a;
 }
+inline V16 div(V16 a, V16 b) {
+  XFAST_LANES a.v[i] /= b.v[i];
+  return a;
+}
 // a * b + c with one rounding, as the hardware instruction does (libm's fmaf where the CPU has none).
 inline V16 fma(V16 a, V16 b, V16 c) {
   XFAST_LANES a.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
@@ -119,6 +123,18 @@ inline V16 scale_by_power(V16 a, I16 n) {
 // 16 values in [-127, 127] -> bytes + 128
 inline void store_i8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(static_cast<int8_t>(a.v[i])); }
 inline void store_u8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(a.v[i] + 128); }
+// a's, then b's values in [-32767, 32767] -> 16 bits each
+inline void store_i16(int16_t* p, I16 a, I16 b) {
+  XFAST_LANES p[i] = static_cast<int16_t>(a.v[i]);
+  XFAST_LANES p[16 + i] = static_cast<int16_t>(b.v[i]);
+}
+// likewise, alternating: as many bytes as 16 floats
+inline void store_pairs(float* p, I16 a, I16 b) {
+  XFAST_LANES {
+    const int16_t pair[2] = {static_cast<int16_t>(a.v[i]), static_cast<int16_t>(b.v[i])};
+    std::memcpy(p + i, pair, 4);
+  }
+}
 // round to nearest even bf16; NaN stays NaN
 inline void store_bf16(uint16_t* p, V16 a) {
   XFAST_LANES {

@@ -39,6 +39,7 @@ from xfast import _C, artifact
 quick = pytest.fixture(autouse=True)(quick_settings)
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_TOLERANCE = 0.03  # of the largest value: the int8 rounding steps of a tiny model
 
 
 def accelerated(family: str = "xlm-roberta", head: str = "base", precision: str = "int8", **changes: Any) -> Any:
@@ -307,11 +308,16 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["format1", "format2"])
 def test_the_golden_artifact_of_every_format(name: str) -> None:
-    """format1: int8. format2: int8 and int4 in one layer, with divided inputs."""
+    """format1: int8. format2: int8 and int4 in one layer, with divided inputs.
+
+    The files and what they gave when they were made never change. The arithmetic may: since then attention's products
+    went from fp32 to 16-bit integers. Anything misread is wrong by orders of magnitude more.
+    """
     expected = json.loads((GOLDEN / f"{name}-expected.json").read_text())
     model = xfast.load(GOLDEN / name, verify=True)
-    out = model(input_ids=torch.tensor(expected["input_ids"])).last_hidden_state
-    assert out.numpy().astype("<f4").tobytes().hex() == expected["last_hidden_state"]
+    out = model(input_ids=torch.tensor(expected["input_ids"])).last_hidden_state.numpy()
+    want = np.frombuffer(bytes.fromhex(expected["last_hidden_state"]), "<f4").reshape(out.shape)
+    assert np.abs(out - want).max() <= GOLDEN_TOLERANCE * np.abs(want).max()
 
 
 @pytest.mark.parametrize("verify", [0, 1, "full", "no"])

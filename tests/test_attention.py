@@ -54,30 +54,35 @@ def test_is_as_accurate_as_torch(isa: str, case: tuple[int, int, int, int], rng:
     check(isa, *make(rng, case), what=f"{case}")
 
 
+@pytest.mark.parametrize("int16", [False, True], ids=["fp32", "int16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_has_the_same_bits_on_every_target(isa: str, case: tuple[int, int, int, int], rng: np.random.Generator) -> None:
-    q, k, v, scale = make(rng, case)
-    got = _C.kernels.attention(isa, q[:9], k, v, scale)
-    assert_same_bits(got, _C.kernels.attention(PORTABLE, q[:9], k, v, scale), f"{case}")
-
-
-@pytest.mark.parametrize("case", [(29, 33, 2, 17), (43, 300, 2, 64)], ids=str)
-def test_a_query_does_not_depend_on_the_other_queries(
-    isa: str, case: tuple[int, int, int, int], rng: np.random.Generator
+def test_has_the_same_bits_on_every_target(
+    isa: str, case: tuple[int, int, int, int], int16: bool, rng: np.random.Generator
 ) -> None:
     q, k, v, scale = make(rng, case)
-    whole = _C.kernels.attention(isa, q, k, v, scale)
+    got = _C.kernels.attention(isa, q[:9], k, v, scale, int16)
+    assert_same_bits(got, _C.kernels.attention(PORTABLE, q[:9], k, v, scale, int16), f"{case}")
+
+
+@pytest.mark.parametrize("int16", [False, True], ids=["fp32", "int16"])
+@pytest.mark.parametrize("case", [(29, 33, 2, 17), (43, 300, 2, 64)], ids=str)
+def test_a_query_does_not_depend_on_the_other_queries(
+    isa: str, case: tuple[int, int, int, int], int16: bool, rng: np.random.Generator
+) -> None:
+    q, k, v, scale = make(rng, case)
+    whole = _C.kernels.attention(isa, q, k, v, scale, int16)
     for rows in ([0], [case[0] - 1], [3, 4, 5], list(range(0, case[0], 2)), list(range(case[0]))[::-1]):
-        part = _C.kernels.attention(isa, np.ascontiguousarray(q[rows]), k, v, scale)
+        part = _C.kernels.attention(isa, np.ascontiguousarray(q[rows]), k, v, scale, int16)
         assert_same_bits(part, whole[rows], f"queries {rows}")
 
 
-def test_heads_are_independent(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("int16", [False, True], ids=["fp32", "int16"])
+def test_heads_are_independent(isa: str, int16: bool, rng: np.random.Generator) -> None:
     q, k, v, scale = make(rng, (17, 41, 5, 48))
-    whole = _C.kernels.attention(isa, q, k, v, scale)
+    whole = _C.kernels.attention(isa, q, k, v, scale, int16)
     for head in range(5):
         one = [np.ascontiguousarray(x[:, head : head + 1]) for x in (q, k, v)]
-        assert_same_bits(_C.kernels.attention(isa, *one, scale), whole[:, head : head + 1], f"head {head}")
+        assert_same_bits(_C.kernels.attention(isa, *one, scale, int16), whole[:, head : head + 1], f"head {head}")
 
 
 @pytest.mark.parametrize("keys", [1, 15, 33, 257, 600])

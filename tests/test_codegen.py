@@ -18,8 +18,12 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-S", "-o"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 TARGETS = {
-    "avx2": (AVX2, {"vfmadd": 12, "vpmaddwd": 8}),
-    "avx512_bf16": ([*AVX512, "-mavx512vnni", "-mavx512bf16"], {"vfmadd": 28, "vdpbf16ps": 28, "vpdpbusd": 28}),
+    "avx2": (AVX2, {"vfmadd": 12, "vpmaddwd": 12}),
+    "avx512": (AVX512, {"vfmadd": 28, "vpmaddwd": 28}),
+    "avx512_bf16": (
+        [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        {"vfmadd": 28, "vdpbf16ps": 28, "vpdpbusd": 28, "vpdpwssd": 28},
+    ),
 }
 
 

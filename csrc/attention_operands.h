@@ -1,0 +1,202 @@
+// How attention's two products see their operands: AttentionF32 and AttentionInt16, policies of attention.h. `Whole`: a
+// head is whole panels wide, so that nothing needs a mask.
+//
+//   Dot           multiply-accumulate of both products (gemm_dot.h)       kChunk   elements of a 64-byte chunk
+//   pack_keys     a block of keys -> weight panels, one after another     pack_values   likewise, of the values
+//   take_query    one query -> a row of the first product's operand
+//   score         16 sums of the first product -> scores
+//   take_probs    32 scores, less their maximum -> a row of the second product's operand; returns what they add to the
+//                 row's sum
+//   weighted      16 sums of the second product -> sum of p v, in units of the row's sum
+//
+// Integers (for int8 and int4 encoders): queries and keys are rounded per row to 12 bits and a sign, probabilities to
+// 13 bits, values per column of a key block to 10 bits and a sign, so that sums of kInt16MaxHeadDim and of kKeyBlock
+// products are exact in 32 bits, and so the same on every target. That is twice as fast as fp32 where there is
+// vpdpwssd, and far finer than the 8 bits that the input was computed in and the output is rounded to. Probabilities of
+// 8 bits would not do: a key with less than 1/510 of the largest would vanish, and beside an attention sink most do.
+#pragma once
+
+namespace xfast {
+namespace XFAST_TARGET {
+
+constexpr int64_t kQueryChunkStride = kMaxTileRows * kChunkBytes;
+// Rows of the QKV buffer lie too far apart for hardware prefetchers, and long sequences' do not fit in L2.
+constexpr int64_t kRowsAhead = 8;
+
+template <bool Whole>
+V16 load_part(const float* x, int64_t n) {
+  return Whole ? load(x) : load_n(x, n);
+}
+
+struct AttentionScratch {
+  float *keys, *values, *query, *scores, *probs, *tile, *key_scale, *value_scale, *query_scale, *row_max, *row_sum;
+  AttentionScratch(const AttentionArgs& args, int64_t d32) {
+    keys = args.scratch;
+    values = keys + kKeyBlock * d32;
+    query = values + kKeyBlock * d32;
+    scores = query + kMaxTileRows * d32;
+    probs = scores + kMaxTileRows * kKeyBlock;
+    tile = probs + kMaxTileRows * kKeyBlock;
+    key_scale = tile + kMaxTileRows * kPanel;
+    value_scale = key_scale + kKeyBlock;
+    query_scale = value_scale + d32;
+    row_max = query_scale + 16;
+    row_sum = row_max + args.q_count;
+  }
+};
+
+// Where a row of an operand has its chunk `chunk`.
+template <class T>
+T* operand_chunk(float* operand, int64_t row, int64_t chunk) {
+  return reinterpret_cast<T*>(reinterpret_cast<uint8_t*>(operand) + chunk * kQueryChunkStride + row * kChunkBytes);
+}
+
+inline void prefetch_row(const float* row, int64_t head_dim) {
+  for (int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(row + d, 0, 3);
+}
+
+template <bool Whole>
+struct AttentionF32 {
+  using Dot = DotF32Exact;
+  static constexpr bool kWhole = Whole;
+  static constexpr int64_t kChunk = 16;
+
+  // k [n keys, ld] -> [key panel][element][32 keys]; absent keys and columns are zero.
+  static void pack_keys(const AttentionScratch& s, const float* k, int64_t ld, int64_t n, int64_t head_dim) {
+    const int64_t d16 = ceil_div(head_dim, 16) * 16;
+    float* dst = s.keys;
+    for (int64_t panel = 0; panel < ceil_div(n, kPanel); ++panel, dst += d16 * kPanel)
+      for (int64_t j = 0; j < kPanel; j += 16) {
+        const int64_t key = panel * kPanel + j, count = n - key < 16 ? n - key : 16;
+        for (int64_t i = 16; i < 32 && key + i < n; ++i) prefetch_row(k + (key + i) * ld, head_dim);
+        for (int64_t d = 0; d < d16; d += 16) {
+          const float* src = k + key * ld + d;
+          alignas(64) float block[16 * 16];
+          if (count == 16 && d + 16 <= head_dim) {
+            transpose16(src, ld, dst + d * kPanel + j, kPanel);
+            continue;
+          }
+          for (int64_t i = 0; i < 16; ++i)
+            store(block + 16 * i, i < count ? load_n(src + i * ld, head_dim - d) : set1(0));
+          transpose16(block, 16, dst + d * kPanel + j, kPanel);
+        }
+      }
+  }
+  // v [n keys, ld] -> [head_dim panel][kKeyBlock][32]; keys up to a multiple of 16 and absent columns are zero.
+  static void pack_values(const AttentionScratch& s, const float* v, int64_t ld, int64_t n, int64_t head_dim) {
+    const int64_t n16 = ceil_div(n, 16) * 16;
+    float* dst = s.values;
+    for (int64_t d = 0; d < head_dim; d += kPanel, dst += kKeyBlock * kPanel)
+      for (int64_t key = 0; key < n16; ++key) {
+        if (d == 0 && key + kRowsAhead < n) prefetch_row(v + (key + kRowsAhead) * ld, head_dim);
+        for (int64_t j = 0; j < kPanel; j += 16)
+          store(dst + key * kPanel + j, key < n ? load_part<Whole>(v + key * ld + d + j, head_dim - d - j) : set1(0));
+      }
+  }
+  static void take_query(const AttentionScratch& s, int64_t row, const float* q, int64_t head_dim, float scale) {
+    operand_row_f32(q, head_dim, {reinterpret_cast<uint8_t*>(s.query), kQueryChunkStride, nullptr}, row);
+    s.query_scale[row] = scale;
+  }
+  static V16 score(const AttentionScratch&, const float* sums, V16 query_scale, int64_t) {
+    return mul(load(sums), query_scale);
+  }
+  // a, b: scores of keys [key, key + count) less their maximum; 32 of them if Full.
+  template <bool Full>
+  static V16 take_probs(const AttentionScratch& s, int64_t row, int64_t key, int64_t count, V16 a, V16 b) {
+    a = exp_nonpositive(a), b = Full || count > 16 ? exp_nonpositive(b) : set1(0.0f);
+    if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
+    store(operand_chunk<float>(s.probs, row, key / kChunk), a);
+    store(operand_chunk<float>(s.probs, row, key / kChunk + 1), b);
+    return add(a, b);
+  }
+  static V16 weighted(const AttentionScratch&, const float* sums, int64_t) { return load(sums); }
+};
+
+template <bool Whole>
+struct AttentionInt16 {
+  using Dot = DotInt16;
+  static constexpr bool kWhole = Whole;
+  static constexpr int64_t kChunk = 32;
+  static constexpr float kRowLimit = 4095, kValueLimit = 1023;
+  static_assert(kInt16MaxHeadDim * int64_t{4095 * 4095} <= INT32_MAX, "scores must not overflow");
+  static_assert(kKeyBlock * int64_t{1023} * int64_t{8191} <= INT32_MAX && kRoundedExpOfZero == 8191, "nor outputs");
+
+  // The clamp only matters for NaN and infinities, which it makes harmless integers (as in quantize.h).
+  static I16 rounded(V16 x, V16 inverse, float limit) {
+    return round_to_int(min(max(mul(x, inverse), set1(-limit)), set1(limit)));
+  }
+
+  // x [head_dim] -> 64-byte chunks `stride` bytes apart, the last one filled up with zeros; returns the scale.
+  static float round_row(const float* x, int64_t head_dim, uint8_t* dst, int64_t stride) {
+    V16 largest = set1(0.0f);
+    for (int64_t d = 0; d < head_dim; d += 16) largest = max(abs(load_part<Whole>(x + d, head_dim - d)), largest);
+    const float absmax = reduce_max(largest), size = absmax > 1e-30f ? absmax : 1e-30f;
+    const V16 inverse = set1(kRowLimit / size);
+    for (int64_t d = 0; d < head_dim; d += kChunk, dst += stride)
+      store_i16(reinterpret_cast<int16_t*>(dst), rounded(load_part<Whole>(x + d, head_dim - d), inverse, kRowLimit),
+                rounded(load_part<Whole>(x + d + 16, head_dim - d - 16), inverse, kRowLimit));
+    return size * (1.0f / kRowLimit);
+  }
+
+  // k [n keys, ld] -> [key panel][pair of elements][32 keys], and key_scale. Absent keys are whatever lay there.
+  static void pack_keys(const AttentionScratch& s, const float* k, int64_t ld, int64_t n, int64_t head_dim) {
+    const int64_t chunks = ceil_div(head_dim, kChunk);
+    alignas(64) float block[16 * kInt16MaxHeadDim / 2];  // 16 rounded keys, a pair of elements in the place of a float
+    for (int64_t key = 0; key < n; key += 16) {
+      for (int64_t i = key; i < key + 16 && i < n; ++i) {
+        if (i + kRowsAhead < n) prefetch_row(k + (i + kRowsAhead) * ld, head_dim);
+        s.key_scale[i] =
+            round_row(k + i * ld, head_dim, reinterpret_cast<uint8_t*>(block + (i - key) * chunks * 16), kChunkBytes);
+      }
+      float* dst = s.keys + key / kPanel * chunks * kGroups * kPanel + key % kPanel;
+      for (int64_t c = 0; c < chunks; ++c) transpose16(block + c * 16, chunks * 16, dst + c * kGroups * kPanel, kPanel);
+    }
+  }
+  // v [n keys, ld] -> [head_dim panel][pair of keys][32], and value_scale. A last odd key's partner is zero; beyond it
+  // lies whatever lay there: its probabilities are zero, and these are integers.
+  static void pack_values(const AttentionScratch& s, const float* v, int64_t ld, int64_t n, int64_t head_dim) {
+    float* dst = s.values;
+    for (int64_t d = 0; d < head_dim; d += kPanel, dst += kKeyBlock / 2 * kPanel) {
+      const int64_t valid = head_dim - d;
+      V16 largest[2] = {set1(1e-30f), set1(1e-30f)}, inverse[2];
+      for (int64_t key = 0; key < n; ++key) {
+        if (d == 0 && key + kRowsAhead < n) prefetch_row(v + (key + kRowsAhead) * ld, head_dim);
+        for (int i = 0; i < 2; ++i)
+          largest[i] = max(abs(load_part<Whole>(v + key * ld + d + 16 * i, valid - 16 * i)), largest[i]);
+      }
+      for (int i = 0; i < 2; ++i) {
+        inverse[i] = div(set1(kValueLimit), largest[i]);
+        store(s.value_scale + d + 16 * i, mul(largest[i], set1(1.0f / kValueLimit)));
+      }
+      for (int64_t key = 0; key < n; key += 2)
+        for (int i = 0; i < 2; ++i) {
+          const float* pair = v + key * ld + d + 16 * i;
+          const V16 second = key + 1 < n ? load_part<Whole>(pair + ld, valid - 16 * i) : set1(0.0f);
+          store_pairs(dst + key / 2 * kPanel + 16 * i,
+                      rounded(load_part<Whole>(pair, valid - 16 * i), inverse[i], kValueLimit),
+                      rounded(second, inverse[i], kValueLimit));
+        }
+    }
+  }
+  static void take_query(const AttentionScratch& s, int64_t row, const float* q, int64_t head_dim, float scale) {
+    s.query_scale[row] = scale * round_row(q, head_dim, operand_chunk<uint8_t>(s.query, row, 0), kQueryChunkStride);
+  }
+  static V16 score(const AttentionScratch& s, const float* sums, V16 query_scale, int64_t key) {
+    const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(sums)));
+    return mul(mul(sum, load(s.key_scale + key)), query_scale);
+  }
+  template <bool Full>
+  static V16 take_probs(const AttentionScratch& s, int64_t row, int64_t key, int64_t count, V16 a, V16 b) {
+    a = exp_rounded(a), b = Full || count > 16 ? exp_rounded(b) : set1(0.0f);
+    if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
+    const I16 p = round_to_int(a), q = round_to_int(b);
+    store_i16(operand_chunk<int16_t>(s.probs, row, key / kChunk), p, q);
+    return add(to_float(p), to_float(q));  // of the rounded ones, so that the weights still add up to 1
+  }
+  static V16 weighted(const AttentionScratch& s, const float* sums, int64_t column) {
+    return mul(to_float(load_i32(reinterpret_cast<const int32_t*>(sums))), load(s.value_scale + column));
+  }
+};
+
+}  // namespace XFAST_TARGET
+}  // namespace xfast

@@ -1,0 +1,110 @@
+"""Attention with 16-bit integer products (quantised encoders): its definition, its error, and what must not overflow.
+
+That its bits depend on nothing else is tested with the fp32 form, in test_attention.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from reference import assert_same_bits, attention
+from test_attention import CASES, make
+
+from xfast import _C
+
+LARGEST_HEAD = 128  # beyond it 32-bit sums could overflow: fp32 products
+
+
+def rounded(x: np.ndarray, limit: int, axis: int) -> np.ndarray:
+    """x as integers of at most `limit` along `axis`, times their scale again."""
+    size = np.maximum(np.abs(x).max(axis=axis, keepdims=True), 1e-30)
+    return np.rint(x * (limit / size)) * (size / limit)
+
+
+def defined(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+    """What the kernel computes, in fp64: rounded operands, an online softmax over blocks of 256 keys."""
+    q, k, v = (x.astype(np.float64).transpose(1, 0, 2) for x in (q, k, v))
+    scores = rounded(q, 4095, 2) @ rounded(k, 4095, 2).transpose(0, 2, 1) * scale
+    out, total = np.zeros_like(q), np.zeros((*q.shape[:2], 1))
+    largest = np.full_like(total, -np.inf)
+    for block in range(0, k.shape[1], 256):
+        part = scores[:, :, block : block + 256]
+        before, largest = largest, np.maximum(largest, part.max(axis=2, keepdims=True))
+        shrink, p = np.exp(before - largest), np.rint(8191 * np.exp(part - largest))
+        out = out * shrink + p @ rounded(v[:, block : block + 256], 1023, 1)
+        total = total * shrink + p.sum(axis=2, keepdims=True)
+    return (out / total).transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_what_it_is_defined_to_be(isa: str, case: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+    q, k, v, scale = make(rng, case)
+    out, size = _C.kernels.attention(isa, q, k, v, scale, True), np.abs(v).max()
+    # A probability that lies between two integers may go to the other one: a few times 1 / 8191 of a value.
+    assert np.abs(out - defined(q, k, v, scale)).max() <= 2e-4 * size
+    truth = attention(*map(torch.from_numpy, (q, k, v)), scale).numpy()
+    assert np.abs(out - truth).max() <= 1e-3 * size
+
+
+@pytest.mark.parametrize("keys", [255, 800])
+def test_keys_beside_a_sink_count(isa: str, keys: int, rng: np.random.Generator) -> None:
+    # One key takes most of the attention, all others 1/2000 of it each: 8-bit probabilities would be zero.
+    q = np.ones((3, 1, 16), np.float32)
+    k = np.zeros((keys, 1, 16), np.float32)
+    k[1:, 0, 0] = -np.log(2000.0)
+    v = rng.uniform(0.5, 1.0, (keys, 1, 16)).astype(np.float32)
+    v[0] = 0
+    out = _C.kernels.attention(isa, q, k, v, 1.0, True)
+    truth = attention(*map(torch.from_numpy, (q, k, v)), 1.0).numpy()
+    assert truth.min() > 0.08
+    np.testing.assert_allclose(out, truth, rtol=0.04)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("keys", [256, 512])
+def test_the_largest_sums_do_not_overflow(isa: str, keys: int, sign: float) -> None:
+    q, k = np.ones((15, 1, LARGEST_HEAD), np.float32), np.full((keys, 1, LARGEST_HEAD), sign, np.float32)
+    for v in (np.ones_like(k), -np.ones_like(k)):
+        out = _C.kernels.attention(isa, q, k, v, 1.0, True)
+        np.testing.assert_allclose(out, np.broadcast_to(v[:1], out.shape), rtol=1e-6)
+
+
+def test_wider_heads_take_fp32(isa: str, rng: np.random.Generator) -> None:
+    q, k, v, scale = make(rng, (5, 40, 1, LARGEST_HEAD + 32))
+    int16, fp32 = (_C.kernels.attention(isa, q, k, v, scale, kind) for kind in (True, False))
+    assert_same_bits(int16, fp32)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-42, 0.0, 1e30])
+def test_values_of_any_size(isa: str, size: float, rng: np.random.Generator) -> None:
+    q, k, v, scale = make(rng, (5, 40, 1, 32))
+    v = (v * size).astype(np.float32)
+    out = _C.kernels.attention(isa, q, k, v, scale, True)
+    truth = attention(*map(torch.from_numpy, (q, k, v)), scale).numpy()
+    # Below 1e-30 the scale stays where it is.
+    assert np.abs(out - truth).max() <= 1e-3 * max(np.abs(v).max(), 1e-30)
+
+
+@pytest.mark.parametrize("keys", [1, 33, 600])
+@pytest.mark.parametrize("size", [1e4, -1e4, 1e18, -1e18])
+def test_scores_far_apart_stay_between_the_values(isa: str, keys: int, size: float, rng: np.random.Generator) -> None:
+    q, k, v, _ = make(rng, (3, keys, 1, 8))
+    out = _C.kernels.attention(isa, q, (k * size).astype(np.float32), v, 1.0, True)
+    assert np.isfinite(out).all()
+    assert np.abs(out).max() <= np.abs(v).max() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_numbers_that_are_none_stay_in_their_head(
+    isa: str, name: str, value: float, rng: np.random.Generator
+) -> None:
+    q, k, v, scale = make(rng, (15, 40, 2, 32))
+    want = _C.kernels.attention(isa, q, k, v, scale, True)
+    {"q": q, "k": k, "v": v}[name][3, 0, 5] = value
+    got = _C.kernels.attention(isa, q, k, v, scale, True)
+    assert_same_bits(np.ascontiguousarray(got[:, 1]), np.ascontiguousarray(want[:, 1]))
+    if name == "q":
+        rest = np.arange(15) != 3
+        assert_same_bits(got[rest], want[rest])
