@@ -97,9 +97,7 @@ def test_scores_far_apart_stay_between_the_values(isa: str, keys: int, size: flo
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_numbers_that_are_none_stay_in_their_head(
-    isa: str, name: str, value: float, rng: np.random.Generator
-) -> None:
+def test_numbers_that_are_none_stay_in_their_head(isa: str, name: str, value: float, rng: np.random.Generator) -> None:
     q, k, v, scale = make(rng, (15, 40, 2, 32))
     want = _C.kernels.attention(isa, q, k, v, scale, True)
     {"q": q, "k": k, "v": v}[name][3, 0, 5] = value
