@@ -11,9 +11,10 @@
 //
 // Integers (for int8 and int4 encoders): queries and keys are rounded per row to 12 bits and a sign, probabilities to
 // 13 bits, values per column of a key block to 10 bits and a sign, so that sums of kInt16MaxHeadDim and of kKeyBlock
-// products are exact in 32 bits, and so the same on every target. That is twice as fast as fp32 where there is
-// vpdpwssd, and far finer than the 8 bits that the input was computed in and the output is rounded to. Probabilities of
-// 8 bits would not do: a key with less than 1/510 of the largest would vanish, and beside an attention sink most do.
+// products are exact in 32 bits, and so the same on every target. The products take half of fp32's time where there is
+// vpdpwssd, and are far finer than the 8 bits that the input was computed in and the output is rounded to.
+// Probabilities of 8 bits would not do: a key with less than 1/510 of the largest would vanish, and beside an attention
+// sink most do. Scores beyond fp32 give NaN.
 #pragma once
 
 namespace xfast {
@@ -133,20 +134,25 @@ struct AttentionInt16 {
     const float absmax = reduce_max(largest), size = absmax > 1e-30f ? absmax : 1e-30f;
     const V16 inverse = set1(kRowLimit / size);
     for (int64_t d = 0; d < head_dim; d += kChunk, dst += stride)
-      store_i16(reinterpret_cast<int16_t*>(dst), rounded(load_part<Whole>(x + d, head_dim - d), inverse, kRowLimit),
+      store_i16(dst, rounded(load_part<Whole>(x + d, head_dim - d), inverse, kRowLimit),
                 rounded(load_part<Whole>(x + d + 16, head_dim - d - 16), inverse, kRowLimit));
     return size * (1.0f / kRowLimit);
   }
 
-  // k [n keys, ld] -> [key panel][pair of elements][32 keys], and key_scale. Absent keys are whatever lay there.
+  // k [n keys, ld] -> [key panel][pair of elements][32 keys], and key_scale; absent keys and columns are zero.
   static void pack_keys(const AttentionScratch& s, const float* k, int64_t ld, int64_t n, int64_t head_dim) {
     const int64_t chunks = ceil_div(head_dim, kChunk);
     alignas(64) float block[16 * kInt16MaxHeadDim / 2];  // 16 rounded keys, a pair of elements in the place of a float
-    for (int64_t key = 0; key < n; key += 16) {
-      for (int64_t i = key; i < key + 16 && i < n; ++i) {
-        if (i + kRowsAhead < n) prefetch_row(k + (i + kRowsAhead) * ld, head_dim);
-        s.key_scale[i] =
-            round_row(k + i * ld, head_dim, reinterpret_cast<uint8_t*>(block + (i - key) * chunks * 16), kChunkBytes);
+    for (int64_t key = 0; key < ceil_div(n, kPanel) * kPanel; key += 16) {
+      for (int64_t i = 0; i < 16; ++i) {
+        uint8_t* dst = reinterpret_cast<uint8_t*>(block + i * chunks * 16);
+        if (key + i >= n) {
+          s.key_scale[key + i] = 0.0f;
+          for (int64_t c = 0; c < chunks; ++c) store(reinterpret_cast<float*>(dst) + c * 16, set1(0.0f));
+          continue;
+        }
+        if (key + i + kRowsAhead < n) prefetch_row(k + (key + i + kRowsAhead) * ld, head_dim);
+        s.key_scale[key + i] = round_row(k + (key + i) * ld, head_dim, dst, kChunkBytes);
       }
       float* dst = s.keys + key / kPanel * chunks * kGroups * kPanel + key % kPanel;
       for (int64_t c = 0; c < chunks; ++c) transpose16(block + c * 16, chunks * 16, dst + c * kGroups * kPanel, kPanel);
@@ -183,14 +189,14 @@ struct AttentionInt16 {
   }
   static V16 score(const AttentionScratch& s, const float* sums, V16 query_scale, int64_t key) {
     const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(sums)));
-    return mul(mul(sum, load(s.key_scale + key)), query_scale);
+    return mul(sum, mul(load(s.key_scale + key), query_scale));
   }
   template <bool Full>
   static V16 take_probs(const AttentionScratch& s, int64_t row, int64_t key, int64_t count, V16 a, V16 b) {
     a = exp_rounded(a), b = Full || count > 16 ? exp_rounded(b) : set1(0.0f);
     if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
     const I16 p = round_to_int(a), q = round_to_int(b);
-    store_i16(operand_chunk<int16_t>(s.probs, row, key / kChunk), p, q);
+    store_i16(operand_chunk<uint8_t>(s.probs, row, key / kChunk), p, q);
     return add(to_float(p), to_float(q));  // of the rounded ones, so that the weights still add up to 1
   }
   static V16 weighted(const AttentionScratch& s, const float* sums, int64_t column) {

@@ -79,7 +79,7 @@ TileFn tile_for(int rows, int prefetch_lines) {
   return kTiles[prefetch_lines];
 }
 
-// The same without prefetch from memory: attention's operands are in L1 or L2.
+// The same without prefetch from memory (attention's operands are in L1 or L2), and without compiling tiles that do.
 template <class Dot, int R = Dot::kMaxRows>
 TileFn plain_tile_for(int rows) {
   if constexpr (R > 1) {

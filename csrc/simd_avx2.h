@@ -88,9 +88,9 @@ inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m1
 inline void store_u8(uint8_t* p, I16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(to_bytes(a), _mm_set1_epi8(static_cast<char>(0x80))));
 }
-inline void store_i16(int16_t* p, I16 a, I16 b) {
+inline void store_i16(uint8_t* p, I16 a, I16 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_words(a));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), to_words(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), to_words(b));
 }
 inline void store_pairs(float* p, I16 a, I16 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(a.lo, _mm256_slli_epi32(b.lo, 16), 0xAA));

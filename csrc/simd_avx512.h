@@ -52,7 +52,7 @@ inline void store_u8(uint8_t* p, I16 a) {
   const __m128i bytes = _mm512_cvtepi32_epi8(a);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
 }
-inline void store_i16(int16_t* p, I16 a, I16 b) {
+inline void store_i16(uint8_t* p, I16 a, I16 b) {
   // packs work within 128-bit quarters; the permute puts the eight groups of four back in order
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b)));

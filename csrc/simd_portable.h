@@ -124,9 +124,11 @@ inline V16 scale_by_power(V16 a, I16 n) {
 inline void store_i8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(static_cast<int8_t>(a.v[i])); }
 inline void store_u8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(a.v[i] + 128); }
 // a's, then b's values in [-32767, 32767] -> 16 bits each
-inline void store_i16(int16_t* p, I16 a, I16 b) {
-  XFAST_LANES p[i] = static_cast<int16_t>(a.v[i]);
-  XFAST_LANES p[16 + i] = static_cast<int16_t>(b.v[i]);
+inline void store_i16(uint8_t* p, I16 a, I16 b) {
+  int16_t words[32];
+  XFAST_LANES words[i] = static_cast<int16_t>(a.v[i]);
+  XFAST_LANES words[16 + i] = static_cast<int16_t>(b.v[i]);
+  std::memcpy(p, words, sizeof words);
 }
 // likewise, alternating: as many bytes as 16 floats
 inline void store_pairs(float* p, I16 a, I16 b) {

@@ -95,6 +95,26 @@ def test_scores_far_apart_stay_between_the_values(isa: str, keys: int, size: flo
     assert np.abs(out).max() <= np.abs(v).max() * (1 + 1e-6)
 
 
+def test_keys_large_and_queries_small(isa: str, rng: np.random.Generator) -> None:
+    # The scores are of ordinary size; sums times the keys' scale alone would be infinite.
+    q, k, v, scale = make(rng, (5, 40, 1, LARGEST_HEAD))
+    far = _C.kernels.attention(isa, q * np.float32(2.0**-100), k * np.float32(2.0**100), v, scale, True)
+    np.testing.assert_allclose(far, _C.kernels.attention(isa, q, k, v, scale, True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e20, 1e-42])
+@pytest.mark.parametrize("name", ["q", "k", "v", "all"])
+def test_extreme_numbers_are_the_same_on_every_target(
+    isa: str, name: str, value: float, rng: np.random.Generator
+) -> None:
+    q, k, v, scale = make(rng, (15, 45, 1, 48))
+    for key, x in (("q", q), ("k", k), ("v", v)):
+        if name in (key, "all"):
+            x[3] = value
+    got = _C.kernels.attention(isa, q, k, v, scale, True)
+    np.testing.assert_array_equal(got, _C.kernels.attention("portable", q, k, v, scale, True))  # NaN equals NaN
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_numbers_that_are_none_stay_in_their_head(isa: str, name: str, value: float, rng: np.random.Generator) -> None:

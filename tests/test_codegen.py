@@ -18,11 +18,16 @@ FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-S", "-o"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 TARGETS = {
-    "avx2": (AVX2, {"vfmadd": 12, "vpmaddwd": 12}),
-    "avx512": (AVX512, {"vfmadd": 28, "vpmaddwd": 28}),
+    "avx2": (AVX2, {"DotF32": ("vfmadd", 12), "DotInt8": ("vpmaddwd", 8), "DotInt16": ("vpmaddwd", 12)}),
+    "avx512": (AVX512, {"DotF32": ("vfmadd", 28), "DotInt8": ("vpmaddwd", 40), "DotInt16": ("vpmaddwd", 28)}),
     "avx512_bf16": (
         [*AVX512, "-mavx512vnni", "-mavx512bf16"],
-        {"vfmadd": 28, "vdpbf16ps": 28, "vpdpbusd": 28, "vpdpwssd": 28},
+        {
+            "DotF32": ("vfmadd", 28),
+            "DotBf16": ("vdpbf16ps", 28),
+            "DotInt8": ("vpdpbusd", 28),
+            "DotInt16": ("vpdpwssd", 28),
+        },
     ),
 }
 
@@ -54,6 +59,7 @@ def test_tiles_keep_their_accumulators_in_registers(target: str) -> None:
     for name, body in bodies.items():
         spills = [line for line in body.splitlines() if re.search(r"%[yz]mm", line) and re.search(r"%r[sb]p\)", line)]
         assert not spills, f"{name} spills vector registers:\n" + "\n".join(spills[:5])
-    # The tallest tile of each precision really consists of the instruction it was written for.
-    for instruction, count in multiplies.items():
-        assert max(len(re.findall(rf"^\s*{instruction}", body, re.MULTILINE)) for body in bodies.values()) >= count
+    # The tallest tile of each kind really consists of the instruction it was written for.
+    for dot, (instruction, count) in multiplies.items():
+        own = [body for name, body in bodies.items() if f"{len(dot)}{dot}E" in name]
+        assert max(len(re.findall(rf"^\s*{instruction}", body, re.MULTILINE)) for body in own) >= count, dot
