@@ -19,7 +19,7 @@ inline float* scores_of(const AttentionScratch& s, int64_t row, int64_t key) {
 // Sums of `rows` queries with n packed keys -> scratch.scores.
 template <class Kind>
 void score_tile(const AttentionScratch& s, int64_t rows, int64_t n, int64_t chunks) {
-  const TileFn multiply = plain_tile_for<typename Kind::Dot>(static_cast<int>(rows));
+  const TileFn multiply = tile_for<typename Kind::Dot, false>(static_cast<int>(rows));
   for (int64_t key = 0; key < n; key += kPanel)
     multiply(reinterpret_cast<const uint8_t*>(s.query), kQueryChunkStride,
              reinterpret_cast<const uint8_t*>(s.keys) + key / kPanel * chunks * kPanelChunkBytes, chunks, nullptr, 0,
@@ -37,20 +37,16 @@ template <class Kind>
 float scale_row(const AttentionScratch& s, int64_t row, int64_t n, float floor) {
   const V16 query_scale = set1(s.query_scale[row]);
   V16 largest[2] = {set1(floor), set1(floor)};
+  const auto scale = [&](int64_t at) {
+    float* scores = scores_of(s, row, at);
+    const V16 x = Kind::score(s, scores, query_scale, at);
+    store(scores, x);
+    return x;
+  };
   int64_t key = 0;
   for (; key + kPanel <= n; key += kPanel)
-    for (int i = 0; i < 2; ++i) {
-      float* scores = scores_of(s, row, key) + 16 * i;
-      const V16 x = Kind::score(s, scores, query_scale, key + 16 * i);
-      store(scores, x);
-      largest[i] = max(x, largest[i]);
-    }
-  for (int i = 0; key < n; key += 16, ++i) {
-    float* scores = scores_of(s, row, key);
-    const V16 x = Kind::score(s, scores, query_scale, key);
-    store(scores, x);
-    largest[i] = max(lowest_beyond(x, n - key), largest[i]);
-  }
+    for (int i = 0; i < 2; ++i) largest[i] = max(scale(key + 16 * i), largest[i]);
+  for (int i = 0; key < n; key += 16, ++i) largest[i] = max(lowest_beyond(scale(key), n - key), largest[i]);
   return reduce_max(max(largest[0], largest[1]));
 }
 
@@ -89,7 +85,7 @@ void softmax_tile(const AttentionScratch& s, int64_t rows, int64_t n, float* row
 template <class Kind>
 void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float* out, int64_t rows, int64_t n,
                      const float* shrink, const float* row_sum, bool first, bool last) {
-  const TileFn multiply = plain_tile_for<typename Kind::Dot>(static_cast<int>(rows));
+  const TileFn multiply = tile_for<typename Kind::Dot, false>(static_cast<int>(rows));
   const uint8_t* values = reinterpret_cast<const uint8_t*>(s.values);
   alignas(64) float inverse[16];
   store(inverse, last ? div(set1(1.0f), load_n(row_sum, rows)) : set1(1.0f));

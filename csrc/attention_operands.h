@@ -119,13 +119,8 @@ struct AttentionInt16 {
   static constexpr bool kWhole = Whole;
   static constexpr int64_t kChunk = 32;
   static constexpr float kRowLimit = 4095, kValueLimit = 1023;
-  static_assert(kInt16MaxHeadDim * int64_t{4095 * 4095} <= INT32_MAX, "scores must not overflow");
-  static_assert(kKeyBlock * int64_t{1023} * int64_t{8191} <= INT32_MAX && kRoundedExpOfZero == 8191, "nor outputs");
-
-  // The clamp only matters for NaN and infinities, which it makes harmless integers (as in quantize.h).
-  static I16 rounded(V16 x, V16 inverse, float limit) {
-    return round_to_int(min(max(mul(x, inverse), set1(-limit)), set1(limit)));
-  }
+  static_assert(kInt16MaxHeadDim * double{kRowLimit} * kRowLimit <= INT32_MAX, "scores must not overflow");
+  static_assert(kKeyBlock * double{kValueLimit} * kRoundedExpOfZero <= INT32_MAX, "nor outputs");
 
   // x [head_dim] -> 64-byte chunks `stride` bytes apart, the last one filled up with zeros; returns the scale.
   static float round_row(const float* x, int64_t head_dim, uint8_t* dst, int64_t stride) {
@@ -134,8 +129,8 @@ struct AttentionInt16 {
     const float absmax = reduce_max(largest), size = absmax > 1e-30f ? absmax : 1e-30f;
     const V16 inverse = set1(kRowLimit / size);
     for (int64_t d = 0; d < head_dim; d += kChunk, dst += stride)
-      store_i16(dst, rounded(load_part<Whole>(x + d, head_dim - d), inverse, kRowLimit),
-                rounded(load_part<Whole>(x + d + 16, head_dim - d - 16), inverse, kRowLimit));
+      store_i16(dst, round_within(mul(load_part<Whole>(x + d, head_dim - d), inverse), kRowLimit),
+                round_within(mul(load_part<Whole>(x + d + 16, head_dim - d - 16), inverse), kRowLimit));
     return size * (1.0f / kRowLimit);
   }
 
@@ -179,8 +174,8 @@ struct AttentionInt16 {
           const float* pair = v + key * ld + d + 16 * i;
           const V16 second = key + 1 < n ? load_part<Whole>(pair + ld, valid - 16 * i) : set1(0.0f);
           store_pairs(dst + key / 2 * kPanel + 16 * i,
-                      rounded(load_part<Whole>(pair, valid - 16 * i), inverse[i], kValueLimit),
-                      rounded(second, inverse[i], kValueLimit));
+                      round_within(mul(load_part<Whole>(pair, valid - 16 * i), inverse[i]), kValueLimit),
+                      round_within(mul(second, inverse[i]), kValueLimit));
         }
     }
   }

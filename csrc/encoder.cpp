@@ -181,7 +181,7 @@ class Worker {
                &layer.attention_out);
       sync();
     }
-    attend(set, set.groups[0], heads, projected(qkv, 0), in_int16(layer));
+    attend(set, set.groups[0], heads, projected(qkv, 0), layer);
     sync();
     finish_group(set, set.groups[0], index, qkv_after(index));
   }
@@ -199,7 +199,7 @@ class Worker {
       if (group.shared) return;
       float* qkv = plan_.wide[member_.id];
       project(group, layer, qkv, layer.attention_out);
-      attend(set, group, {0, shape_.heads}, projected(qkv, group.begin), in_int16(layer));
+      attend(set, group, {0, shape_.heads}, projected(qkv, group.begin), layer);
       const Group* following = &group == &set.groups.back() ? nullptr : &group + 1;
       const bool more = following != nullptr && following->owner == member_.id && !following->shared;
       finish_group(set, group, index, more ? &layer.qkv : after);
@@ -208,7 +208,7 @@ class Worker {
     sync();
     for_groups(set, [&](const Group& group) {
       if (!group.shared) return;
-      attend(set, group, {0, shape_.heads}, projected(shared_qkv, 0), in_int16(layer));
+      attend(set, group, {0, shape_.heads}, projected(shared_qkv, 0), layer);
       finish_group(set, group, index, after);
     });
   }
@@ -229,7 +229,7 @@ class Worker {
   }
 
   // Attention of the group's queries -> ctx scratch [group rows, ld].
-  void attend(const RowSet& set, const Group& group, Range heads, const Projected& p, bool int16) const {
+  void attend(const RowSet& set, const Group& group, Range heads, const Projected& p, const Layer& layer) const {
     if (heads.begin >= heads.end) return;
     const int64_t hidden = shape_.hidden, ld = plan_.ld_qkv;
     for (size_t i = group.first_segment; i < group.last_segment; ++i) {
@@ -240,7 +240,7 @@ class Worker {
       kernels_.attention({p.q + (begin - p.q_first) * p.ldq, p.ldq, end - begin, kv + hidden, kv + 2 * hidden, ld,
                           args_.cu_seqlens[segment.sequence + 1] - first_key, static_cast<int>(heads.begin),
                           static_cast<int>(heads.end), static_cast<int>(shape_.head_dim),
-                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), int16,
+                          1.0f / std::sqrt(static_cast<float>(shape_.head_dim)), in_int16(layer),
                           plan_.ctx[scratch(set)] + (begin - group.begin) * plan_.ld, plan_.ld,
                           plan_.attention[member_.id]});
     }
@@ -313,13 +313,13 @@ class Worker {
     sync();
     const Projected p{set.q, set.ldq, 0, qkv, 0};
     if (set.by_columns) {
-      attend(set, set.groups[0], share(0, shape_.heads), p, in_int16(layer));
+      attend(set, set.groups[0], share(0, shape_.heads), p, layer);
       sync();
       finish_group(set, set.groups[0], index, nullptr);
       return;
     }
     for_groups(set, [&](const Group& group) {
-      attend(set, group, {0, shape_.heads}, p, in_int16(layer));
+      attend(set, group, {0, shape_.heads}, p, layer);
       finish_group(set, group, index, nullptr);
     });
   }

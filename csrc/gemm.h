@@ -69,23 +69,19 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
 
 using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const void*, int64_t, void*, const uint8_t*);
 
-// The tile function for `rows` rows (1 .. Dot::kMaxRows) and 0, 1, 2 or 4 prefetched lines in two groups.
-template <class Dot, int R = Dot::kMaxRows>
-TileFn tile_for(int rows, int prefetch_lines) {
+// The tile function for `rows` rows (1 .. Dot::kMaxRows) and 0, 1, 2 or 4 prefetched lines in two groups. Without
+// `Prefetches` only tiles that prefetch nothing from memory are compiled: attention's operands are in L1 or L2.
+template <class Dot, bool Prefetches = true, int R = Dot::kMaxRows>
+TileFn tile_for(int rows, int prefetch_lines = 0) {
   if constexpr (R > 1) {
-    if (rows != R) return tile_for<Dot, R - 1>(rows, prefetch_lines);
+    if (rows != R) return tile_for<Dot, Prefetches, R - 1>(rows, prefetch_lines);
   }
-  constexpr TileFn kTiles[] = {tile<Dot, R, 0>, tile<Dot, R, 1>, tile<Dot, R, 2>, nullptr, tile<Dot, R, 4>};
-  return kTiles[prefetch_lines];
-}
-
-// The same without prefetch from memory (attention's operands are in L1 or L2), and without compiling tiles that do.
-template <class Dot, int R = Dot::kMaxRows>
-TileFn plain_tile_for(int rows) {
-  if constexpr (R > 1) {
-    if (rows != R) return plain_tile_for<Dot, R - 1>(rows);
+  if constexpr (Prefetches) {
+    constexpr TileFn kTiles[] = {tile<Dot, R, 0>, tile<Dot, R, 1>, tile<Dot, R, 2>, nullptr, tile<Dot, R, 4>};
+    return kTiles[prefetch_lines];
+  } else {
+    return tile<Dot, R, 0>;
   }
-  return tile<Dot, R, 0>;
 }
 
 // Chunks of `in` that one pass over the rows takes: 48 KiB of weights, so that they and the operand's part stay in L2

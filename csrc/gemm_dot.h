@@ -99,14 +99,18 @@ struct DotBf16Widened {
   static void step(Acc& acc, const A& a, const B& b) { acc = fma_reg(a.odd, b.odd, fma_reg(a.even, b.even, acc)); }
 };
 
-// Pairs of 16-bit integers (attention).
-struct DotInt16 {
-  using Acc = IntReg;
+// Groups that the instruction takes as they lie in memory.
+struct PlainGroups {
   using A = IntReg;
   using B = IntReg;
-  static constexpr int kMaxRows = kRowsInt16;
   static B load_b(const uint8_t* p) { return load_group(p); }
   static A load_a(const uint8_t* p) { return broadcast_group(p); }
+};
+
+// Pairs of 16-bit integers (attention).
+struct DotInt16 : PlainGroups {
+  using Acc = IntReg;
+  static constexpr int kMaxRows = kRowsInt16;
 #if defined(XFAST_VNNI)
   static void step(Acc& acc, A a, B b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 #else
@@ -115,14 +119,10 @@ struct DotInt16 {
 };
 
 #if defined(XFAST_VNNI)
-struct DotInt8 {
+struct DotInt8 : PlainGroups {
   using Acc = IntReg;
-  using A = IntReg;
-  using B = IntReg;
   static constexpr int kMaxRows = 14;
   static constexpr bool kSigned = false;
-  static B load_b(const uint8_t* p) { return load_group(p); }
-  static A load_a(const uint8_t* p) { return broadcast_group(p); }
   static void step(Acc& acc, A a, B b) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 };
 #elif defined(XFAST_AVX512)
@@ -176,13 +176,9 @@ struct DotInt8 {
 #endif
 
 #if defined(XFAST_BF16)
-struct DotBf16 {
+struct DotBf16 : PlainGroups {
   using Acc = FloatReg;
-  using A = IntReg;
-  using B = IntReg;
   static constexpr int kMaxRows = 14;
-  static B load_b(const uint8_t* p) { return load_group(p); }
-  static A load_a(const uint8_t* p) { return broadcast_group(p); }
   static void step(Acc& acc, A a, B b) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
 };
 #else
@@ -217,16 +213,8 @@ struct DotF32 {
   using A = float;
   using B = FloatReg;
   static constexpr int kMaxRows = 4;
-  static B load_b(const uint8_t* p) {
-    B r;
-    __builtin_memcpy(&r, p, sizeof r);
-    return r;
-  }
-  static A load_a(const uint8_t* p) {
-    float a;
-    __builtin_memcpy(&a, p, 4);
-    return a;
-  }
+  static B load_b(const uint8_t* p) { return load_acc(p, B{}); }
+  static A load_a(const uint8_t* p) { return load_acc(p, A{}); }
   static void step(Acc& acc, A a, const B& b) {
     for (int n = 0; n < 32; ++n) acc.v[n] += a * b.v[n];
   }
@@ -266,16 +254,8 @@ struct DotInt16 {
     int16_t v[64];
   };
   static constexpr int kMaxRows = 4;
-  static B load_b(const uint8_t* p) {
-    B r;
-    __builtin_memcpy(&r, p, sizeof r);
-    return r;
-  }
-  static A load_a(const uint8_t* p) {
-    A a;
-    __builtin_memcpy(&a, p, sizeof a);
-    return a;
-  }
+  static B load_b(const uint8_t* p) { return load_acc(p, B{}); }
+  static A load_a(const uint8_t* p) { return load_acc(p, A{}); }
   static void step(Acc& acc, const A& a, const B& b) {
     for (int n = 0; n < 32; ++n) acc.v[n] += a.v[0] * b.v[2 * n] + a.v[1] * b.v[2 * n + 1];
   }
@@ -290,11 +270,7 @@ struct DotInt8 {
   };
   static constexpr int kMaxRows = 4;
   static constexpr bool kSigned = false;
-  static B load_b(const uint8_t* p) {
-    B r;
-    __builtin_memcpy(&r, p, sizeof r);
-    return r;
-  }
+  static B load_b(const uint8_t* p) { return load_acc(p, B{}); }
   static A load_a(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static void step(Acc& acc, const A& a, const B& b) {
     for (int n = 0; n < 32; ++n)

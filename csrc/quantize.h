@@ -27,9 +27,12 @@ V16 input_values(const float* x, const float* column_scale, int64_t c, int64_t c
   return values;
 }
 
-// Symmetric per row: scale = max|x| / 127, q = round-to-nearest-even(x / scale), stored as q + 128 (int8) or as it is
-// (int4, whose weights are the unsigned side). The clamp only matters for NaN and infinities, which it makes harmless
+// To the nearest integer, ties to even. The clamp only matters for NaN and infinities, which it makes harmless
 // integers.
+inline I16 round_within(V16 x, float limit) { return round_to_int(min(max(x, set1(-limit)), set1(limit))); }
+
+// Symmetric per row: scale = max|x| / 127, q = round-to-nearest-even(x / scale), stored as q + 128 (int8) or as it is
+// (int4, whose weights are the unsigned side).
 template <bool Signed, bool Scaled>
 void operand_row_quantised(const float* x, const float* column_scale, int64_t cols, const Operand& out, int64_t row) {
   V16 largest = set1(0.0f);
@@ -40,8 +43,7 @@ void operand_row_quantised(const float* x, const float* column_scale, int64_t co
   uint8_t* dst = out.data + row * kChunkBytes;
   for (int64_t c = 0; c < cols; c += 64, dst += out.chunk_stride)
     for (int64_t g = 0; g < 64; g += 16) {
-      const V16 scaled = mul(input_values<Scaled>(x, column_scale, c + g, cols), inverse);
-      const I16 q = round_to_int(min(max(scaled, set1(-127.0f)), set1(127.0f)));
+      const I16 q = round_within(mul(input_values<Scaled>(x, column_scale, c + g, cols), inverse), 127.0f);
       if constexpr (Signed)
         store_i8(dst + g, q);
       else
