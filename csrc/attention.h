@@ -98,11 +98,7 @@ void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float
         float* dst = out + r * args.ldo + d + j;
         V16 y = Kind::weighted(s, s.tile + r * kPanel + j, d + j);
         if (!first) y = fma(load_part<Kind::kWhole>(dst, left), set1(shrink[r]), y);
-        y = mul(y, set1(inverse[r]));
-        if constexpr (Kind::kWhole)
-          store(dst, y);
-        else
-          store_n(dst, y, left);
+        store_part<Kind::kWhole>(dst, mul(y, set1(inverse[r])), left);
       }
     }
   }

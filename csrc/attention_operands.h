@@ -24,11 +24,6 @@ constexpr int64_t kQueryChunkStride = kMaxTileRows * kChunkBytes;
 // Rows of the QKV buffer lie too far apart for hardware prefetchers, and long sequences' do not fit in L2.
 constexpr int64_t kRowsAhead = 8;
 
-template <bool Whole>
-V16 load_part(const float* x, int64_t n) {
-  return Whole ? load(x) : load_n(x, n);
-}
-
 struct AttentionScratch {
   float *keys, *values, *query, *scores, *probs, *tile, *key_scale, *value_scale, *query_scale, *row_max, *row_sum;
   AttentionScratch(const AttentionArgs& args, int64_t d32) {

@@ -12,12 +12,12 @@
 #include <string>
 
 #include "bindings_kernels.h"
+#include "bindings_watch.h"
 #include "checks.h"
 #include "encoder.h"
 #include "isa.h"
 #include "measure.h"
 #include "packing.h"
-#include "probe.h"
 #include "thread_pool.h"
 
 namespace xfast {
@@ -281,21 +281,6 @@ class PyEncoder {
   py::dict borrowed_;  // (layer, name) -> the arrays whose memory it reads
 };
 
-class PyProbe {
- public:
-  explicit PyProbe(const std::vector<py::array>& arrays) : arrays_(arrays) {
-    for (const py::array& array : arrays_) {
-      require((array.flags() & py::array::c_style) != 0, "arrays: must be contiguous");
-      probe_.add(array.data(), array.nbytes());
-    }
-  }
-  bool changed() const { return probe_.changed(); }
-
- private:
-  std::vector<py::array> arrays_;  // keep the memory alive
-  Probe probe_;
-};
-
 IdView id_view(const std::optional<I64>& ids, const char* name, int64_t batch, int64_t length) {
   if (!ids) return {};
   require(ids->ndim() == 2, std::string(name) + ": expected 2 dimensions");
@@ -438,8 +423,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("types"), py::arg("padding_idx"));
   m.def("pad", &py_pad, py::arg("packed").noconvert(), py::arg("indices").noconvert(), py::arg("out"),
         py::arg("threads"));
+  m.def("alert_workers", &alert_workers, py::arg("threads"));
   bind_kernels(m);
-  py::class_<PyProbe>(m, "Probe").def(py::init<const std::vector<py::array>&>()).def("changed", &PyProbe::changed);
+  bind_watch(m);
   py::class_<PyEncoder>(m, "Encoder")
       .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("shape"), py::arg("precision"),
            py::arg("isa"))

@@ -16,8 +16,8 @@ bool writes_operand(const Layer& layer) {
   return layer.ffn_in.precision() == layer.ffn_out.precision() && !is_quantised(layer.ffn_in.precision());
 }
 
-// Attention's input was computed in 8 bits: 16 are enough for its products.
-bool in_int16(const Layer& layer) { return is_quantised(layer.qkv.precision()); }
+// Attention's input was computed from 8 significant bits: 16 are enough for its products.
+bool in_int16(const Layer& layer) { return layer.qkv.precision() != Precision::kFp32; }
 
 // One thread's part of a forward call; forward.h explains the two modes.
 class Worker {

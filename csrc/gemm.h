@@ -88,6 +88,23 @@ TileFn tile_for(int rows, int prefetch_lines = 0) {
 // however long `in` is.
 constexpr int64_t kPassChunks = 24;
 
+inline void prefetch_panel(const void* vector, int64_t panel) {
+  const uint8_t* at = static_cast<const uint8_t*>(vector) + panel * kPanel * 4;
+  __builtin_prefetch(at, 0, 3);
+  __builtin_prefetch(at + 64, 0, 3);
+}
+
+// What the panel's epilogue reads beside the accumulators, and what the next panel's tiles start from: by then weights
+// have driven them out of every cache, and each would be waited for by itself.
+template <Precision P>
+void prefetch_vectors(const LinearView& w, int64_t panel) {
+  prefetch_panel(w.bias, panel);
+  if constexpr (P == Precision::kInt8) {
+    prefetch_panel(w.scale, panel);
+    prefetch_panel(w.compensation, panel + 1);
+  }
+}
+
 // Rows [row_begin, row_end) of one panel. `next` is where the weights continue after this panel, or null.
 template <class Dot, Precision P>
 void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end, int64_t panel,
@@ -97,6 +114,7 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
   const uint8_t* weights = args.w.data + panel * args.w.panel_bytes;
   const void* start = nullptr;
   if constexpr (P == Precision::kInt8) start = Dot::kSigned ? nullptr : args.w.compensation + panel * kPanel;
+  prefetch_vectors<P>(args.w, panel);
   int64_t start_stride = 0;
   for (int64_t chunk = 0; chunk < args.w.chunks; chunk += kPassChunks) {
     const bool last = chunk + kPassChunks >= args.w.chunks;
@@ -112,6 +130,12 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
       // As much as this pass reads is fetched for the next one, spread over the tiles: memory has no bursts to give.
       const int64_t steps = chunks * kGroups / 2 * kHalves, wanted = ceil_div(lines_ahead, steps * (tiles.count - t));
       const int lines = wanted > 2 ? 4 : static_cast<int>(wanted);
+      if (last && args.out_operand.data == nullptr)
+        for (int64_t r = 0; r < rows; ++r) {
+          const float* dst = args.out + (row + r) * args.ldo + panel * kPanel;
+          __builtin_prefetch(dst, 1, 3);
+          __builtin_prefetch(dst + 16, 1, 3);
+        }
       tile_for<Dot>(static_cast<int>(rows), lines)(args.a.data + chunk * args.a.chunk_stride + row * kChunkBytes,
                                                    args.a.chunk_stride, pass_weights, chunks,
                                                    start_stride == 0 ? start : tile_acc, start_stride, tile_acc, ahead);

@@ -50,10 +50,8 @@ void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t
       store(reinterpret_cast<float*>(dst), y[0]);
       if (valid > 16) store(reinterpret_cast<float*>(dst + args.out_operand.chunk_stride), y[1]);
     } else if constexpr (Direct) {
-      uint16_t* dst = reinterpret_cast<uint16_t*>(args.out_operand.data + row * kChunkBytes +
-                                                  panel * args.out_operand.chunk_stride);
-      store_bf16(dst, y[0]);
-      store_bf16(dst + 16, y[1]);
+      uint8_t* dst = args.out_operand.data + row * kChunkBytes + panel * args.out_operand.chunk_stride;
+      store_bf16(reinterpret_cast<uint16_t*>(dst), y[0], y[1]);
     }
   }
 }

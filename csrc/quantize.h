@@ -4,6 +4,19 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
+// 16 values of a row that has `n` more, zero beyond them. Whole: there are 16.
+template <bool Whole>
+V16 load_part(const float* x, int64_t n) {
+  return Whole ? load(x) : load_n(x, n);
+}
+template <bool Whole>
+void store_part(float* x, V16 values, int64_t n) {
+  if constexpr (Whole)
+    store(x, values);
+  else
+    store_n(x, values, n);
+}
+
 // One row, columns beyond `cols` zero. x: [cols], out row at `row` of an operand with out.chunk_stride.
 inline void operand_row_f32(const float* x, int64_t cols, const Operand& out, int64_t row) {
   uint8_t* dst = out.data + row * kChunkBytes;
@@ -13,42 +26,60 @@ inline void operand_row_f32(const float* x, int64_t cols, const Operand& out, in
 
 inline void operand_row_bf16(const float* x, int64_t cols, const Operand& out, int64_t row) {
   uint8_t* dst = out.data + row * kChunkBytes;
-  for (int64_t c = 0; c < cols; c += 32, dst += out.chunk_stride) {
-    store_bf16(reinterpret_cast<uint16_t*>(dst), load_n(x + c, cols - c));
-    store_bf16(reinterpret_cast<uint16_t*>(dst) + 16, load_n(x + c + 16, cols - c - 16));
-  }
+  for (int64_t c = 0; c < cols; c += 32, dst += out.chunk_stride)
+    store_bf16(reinterpret_cast<uint16_t*>(dst), load_n(x + c, cols - c), load_n(x + c + 16, cols - c - 16));
 }
 
 // The 16 values of a row from column c on, smoothed if they are to be. Beyond `cols` zero.
-template <bool Scaled>
+template <bool Scaled, bool Whole>
 V16 input_values(const float* x, const float* column_scale, int64_t c, int64_t cols) {
-  const V16 values = load_n(x + c, cols - c);
-  if constexpr (Scaled) return mul(values, load_n(column_scale + c, cols - c));
+  const V16 values = load_part<Whole>(x + c, cols - c);
+  if constexpr (Scaled) return mul(values, load_part<Whole>(column_scale + c, cols - c));
   return values;
+}
+
+// The largest |x| of a row, NaN apart. Four maxima: one would wait for itself.
+template <bool Scaled>
+float row_absmax(const float* x, const float* column_scale, int64_t cols) {
+  V16 largest[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+  int64_t c = 0;
+  for (; c + 64 <= cols; c += 64)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      largest[i] = max(abs(input_values<Scaled, true>(x, column_scale, c + 16 * i, cols)), largest[i]);
+  for (; c < cols; c += 16) largest[0] = max(abs(input_values<Scaled, false>(x, column_scale, c, cols)), largest[0]);
+  return reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
 // To the nearest integer, ties to even. The clamp only matters for NaN and infinities, which it makes harmless
 // integers.
 inline I16 round_within(V16 x, float limit) { return round_to_int(min(max(x, set1(-limit)), set1(limit))); }
 
+// 64 values from column c on -> a chunk of an operand.
+template <bool Signed, bool Scaled, bool Whole>
+void quantise_chunk(const float* x, const float* column_scale, int64_t c, int64_t cols, V16 inverse, uint8_t* dst) {
+#pragma GCC unroll 4
+  for (int64_t g = 0; g < 64; g += 16) {
+    const I16 q = round_within(mul(input_values<Scaled, Whole>(x, column_scale, c + g, cols), inverse), 127.0f);
+    if constexpr (Signed)
+      store_i8(dst + g, q);
+    else
+      store_u8(dst + g, q);
+  }
+}
+
 // Symmetric per row: scale = max|x| / 127, q = round-to-nearest-even(x / scale), stored as q + 128 (int8) or as it is
 // (int4, whose weights are the unsigned side).
 template <bool Signed, bool Scaled>
 void operand_row_quantised(const float* x, const float* column_scale, int64_t cols, const Operand& out, int64_t row) {
-  V16 largest = set1(0.0f);
-  for (int64_t c = 0; c < cols; c += 16) largest = max(abs(input_values<Scaled>(x, column_scale, c, cols)), largest);
-  const float absmax = reduce_max(largest);
+  const float absmax = row_absmax<Scaled>(x, column_scale, cols);
   out.scale[row] = absmax / 127.0f;
   const V16 inverse = set1(absmax > 1e-30f ? 127.0f / absmax : 0.0f);
   uint8_t* dst = out.data + row * kChunkBytes;
-  for (int64_t c = 0; c < cols; c += 64, dst += out.chunk_stride)
-    for (int64_t g = 0; g < 64; g += 16) {
-      const I16 q = round_within(mul(input_values<Scaled>(x, column_scale, c + g, cols), inverse), 127.0f);
-      if constexpr (Signed)
-        store_i8(dst + g, q);
-      else
-        store_u8(dst + g, q);
-    }
+  int64_t c = 0;
+  for (; c + 64 <= cols; c += 64, dst += out.chunk_stride)
+    quantise_chunk<Signed, Scaled, true>(x, column_scale, c, cols, inverse, dst);
+  if (c < cols) quantise_chunk<Signed, Scaled, false>(x, column_scale, c, cols, inverse, dst);
 }
 
 template <bool Signed>

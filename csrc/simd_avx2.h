@@ -105,9 +105,12 @@ inline __m256i to_bf16_bits(__m256 a) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, quiet, nan);
 }
-inline void store_bf16(uint16_t* p, V16 a) {
-  const __m256i words = _mm256_packus_epi32(to_bf16_bits(a.lo), to_bf16_bits(a.hi));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xD8));
+inline __m256i to_bf16_bits(V16 a) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16_bits(a.lo), to_bf16_bits(a.hi)), 0xD8);
+}
+inline void store_bf16(uint16_t* p, V16 a, V16 b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), to_bf16_bits(b));
 }
 inline V16 load_bf16(const uint16_t* p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -60,15 +60,25 @@ inline void store_i16(uint8_t* p, I16 a, I16 b) {
 inline void store_pairs(float* p, I16 a, I16 b) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16)));
 }
-inline void store_bf16(uint16_t* p, V16 a) {
+#if defined(XFAST_BF16)
+// The instruction takes denormal numbers for zero, as the products of bf16 do.
+inline void store_bf16(uint16_t* p, V16 a, V16 b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+}
+#else
+inline __m256i to_bf16_bits(V16 a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded =
       _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
-  const __m512i words = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), rounded, quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), rounded, quiet));
 }
+inline void store_bf16(uint16_t* p, V16 a, V16 b) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(a));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), to_bf16_bits(b));
+}
+#endif
 inline V16 load_bf16(const uint16_t* p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));

@@ -138,13 +138,17 @@ inline void store_pairs(float* p, I16 a, I16 b) {
   }
 }
 // round to nearest even bf16; NaN stays NaN
-inline void store_bf16(uint16_t* p, V16 a) {
+inline void store_bf16_half(uint16_t* p, V16 a) {
   XFAST_LANES {
     uint32_t bits;
     std::memcpy(&bits, &a.v[i], 4);
     const bool nan = a.v[i] != a.v[i];
     p[i] = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
   }
+}
+inline void store_bf16(uint16_t* p, V16 a, V16 b) {
+  store_bf16_half(p, a);
+  store_bf16_half(p + 16, b);
 }
 inline V16 load_bf16(const uint16_t* p) {
   V16 r;

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -62,6 +63,20 @@ class Pool {
     return std::min(static_cast<int>(workers_.size()), wanted);
   }
 
+  // Wakes the workers that are there, so that they are awake when work comes.
+  void alert(int wanted) {
+    const int count = std::min(static_cast<int>(workers_.size()), wanted);
+    for (int i = 0; i < count; ++i) {
+      Worker& worker = *workers_[i];
+      if (!worker.asleep.load(std::memory_order_acquire)) continue;
+      {
+        std::lock_guard<std::mutex> lock(worker.mutex);
+        worker.alerted = true;
+      }
+      worker.wake.notify_one();
+    }
+  }
+
   void run(int threads, const std::function<void(const Member&)>& body) {
     Barrier barrier(threads);
     body_ = &body;
@@ -86,20 +101,42 @@ class Pool {
     std::mutex mutex;
     std::condition_variable wake;
     std::atomic<unsigned> generation{0};
+    std::atomic<bool> asleep{false};
+    bool alerted = false;
   };
 
   void work(Worker& self, int id) {
     [[maybe_unused]] const DefaultFloatMode mode;
+    // Stay hot for a moment between back-to-back calls, then sleep so that nobody else is slowed down.
+    constexpr std::chrono::microseconds kBetweenCalls{100}, kAlerted{1000};
     for (unsigned seen = 0;; ++seen) {
-      // Stay hot for a moment between back-to-back calls, then sleep so that nobody else is slowed down.
-      for (int spin = 0; spin < 2000 && self.generation.load(std::memory_order_acquire) == seen; ++spin) relax(0);
-      {
-        std::unique_lock<std::mutex> lock(self.mutex);
-        self.wake.wait(lock, [&] { return self.generation.load(std::memory_order_relaxed) != seen; });
-      }
+      bool rung = spin_for(self, seen, kBetweenCalls);
+      while (!rung) rung = sleep(self, seen) || spin_for(self, seen, kAlerted);
       (*body_)(Member{id, threads_, barrier_});
       left_.fetch_sub(1, std::memory_order_release);
     }
+  }
+
+  static bool spin_for(const Worker& self, unsigned seen, std::chrono::microseconds patience) {
+    const auto end = std::chrono::steady_clock::now() + patience;
+    do {
+      for (int spin = 0; spin < 32; ++spin) {
+        if (self.generation.load(std::memory_order_acquire) != seen) return true;
+        relax(0);
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+  }
+
+  // Until there is work, which is true, or an alert.
+  static bool sleep(Worker& self, unsigned seen) {
+    std::unique_lock<std::mutex> lock(self.mutex);
+    const auto work = [&] { return self.generation.load(std::memory_order_relaxed) != seen; };
+    self.alerted = false;
+    self.asleep.store(true, std::memory_order_release);
+    self.wake.wait(lock, [&] { return work() || self.alerted; });
+    self.asleep.store(false, std::memory_order_relaxed);
+    return work();
   }
 
   std::atomic<bool> busy_{false};
@@ -136,6 +173,12 @@ void Barrier::wait() {
     return;
   }
   for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) relax(spin);
+}
+
+void alert_workers(int threads) {
+  if (threads <= 1 || !pool().try_acquire()) return;
+  pool().alert(threads - 1);
+  pool().release();
 }
 
 Team::Team(int wanted) {

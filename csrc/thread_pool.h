@@ -44,6 +44,9 @@ class Team {
   int size_ = 1;
 };
 
+// Says that a region on so many threads comes within a millisecond: sleeping threads wake meanwhile. Returns at once.
+void alert_workers(int threads);
+
 // Team(threads).run(body) for bodies that adapt to whatever member.count they get.
 inline void run_parallel(int threads, const std::function<void(const Member&)>& body) { Team(threads).run(body); }
 

@@ -47,7 +47,8 @@ def same(path: Path, model: Any, batch: dict[str, torch.Tensor]) -> None:
     """Every output at every position, padding included: the original's arithmetic, whatever it does there."""
     got, want = run(path, batch), outputs_of(model(**batch))
     for ours, theirs in zip(got, want.values(), strict=True):
-        assert error(ours, theirs) <= BOUND
+        # A single small logit is a difference of larger numbers: its own size is no scale
+        assert error(ours, theirs) <= BOUND or float((ours - theirs).abs().max()) <= 1e-6
 
 
 def padded(kind: str, length: int) -> dict[str, torch.Tensor]:

@@ -33,9 +33,19 @@ def unpad(
     padding_idx: int,
 ) -> dict[str, Any]: ...
 def pad(packed: NDArray[np.float32], indices: NDArray[np.int32], out: NDArray[np.float32], threads: int) -> None: ...
+def alert_workers(threads: int) -> None: ...
 
-class Probe:
-    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None: ...
+class Watch:
+    def __init__(
+        self,
+        dicts: list[dict[str, Any]],
+        modules: list[Any],
+        states: list[dict[str, Any]],
+        tensors: list[Any],
+        counted: list[Any],
+        samples: Sequence[NDArray[Any]],
+        objects: Sequence[tuple[int, int, int]],
+    ) -> None: ...
     def changed(self) -> bool: ...
 
 class Encoder:

@@ -176,6 +176,7 @@ class EncoderPatch(Patch):
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
         module = self.module
+        self.plan.alert()
         if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
             return self.original(*args, **kwargs)  # which raises TypeError
         call = dict(zip(self._names, args, strict=False), **kwargs)

@@ -12,7 +12,7 @@ from torch import nn
 
 from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
 from xfast.backends.base import CannotRunError, Engine, choose
-from xfast.backends.native import NativeBackend
+from xfast.backends.native import NativeBackend, NativeEngine
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
 from xfast.calibration import Product, encoder_arguments, engine_output, original_output, relative_error
@@ -62,6 +62,11 @@ class Plan:
     def layers(self) -> int:
         """Number of encoder layers that run."""
         return self.weights.spec.num_layers if self.options.layers is None else self.options.layers
+
+    def alert(self) -> None:
+        """Says that a call is on its way, before anything about it is known."""
+        if isinstance(self.engine, NativeEngine):
+            self.engine.alert()
 
     def current_engine(self, module: nn.Module) -> Engine | None:
         """The engine for the weights as they are now, repacked if they changed; None when no backend supports them.

@@ -8,8 +8,8 @@ the one change that goes unseen.
 
 from __future__ import annotations
 
-from itertools import chain, repeat
-from operator import attrgetter, contains, itemgetter
+from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -23,44 +23,53 @@ from xfast.architecture import EncoderWeights
 class WeightWatch:
     """A snapshot of an encoder's submodules and parameters.
 
-    Holds the submodules but not the encoder itself, which holds this. The snapshots are flat lists, taken again and
-    compared whole: ``map`` keeps the loops in C, which matters for a check that runs before every call.
+    Holds the submodules but not the encoder itself, which holds this.
     """
 
     def __init__(self, encoder: nn.Module, weights: EncoderWeights) -> None:
-        self._modules = list(encoder.modules())[1:]  # without the encoder, whose forward is xfast's
-        self._children = [m._modules for m in (encoder, *self._modules) if m._modules]
-        self._states = [module.__dict__ for module in self._modules if "forward" not in module.__dict__]
+        modules = list(encoder.modules())[1:]  # without the encoder, whose forward is xfast's
+        children = [m._modules for m in (encoder, *modules) if m._modules]
+        states = [module.__dict__ for module in modules if "forward" not in module.__dict__]
         watched = [(module, getattr(module, name)) for _, module, name in weights.parameters()]
-        self._owners = list({id(module): module._parameters for module, _ in watched}.values())
-        self._tensors: list[torch.Tensor] = [parameter for _, parameter in watched]
-        self._counted = [t for t in self._tensors if not t.is_inference()]  # the others have no version
-        self._probe = _C.Probe([_bytes(t) for t in self._tensors if t.device.type == "cpu" and t.numel()])
-        self._snapshot = self._take()
-        # An id may be given to a new object once its owner is gone: these keep the owners alive.
-        self._kept = [list(values.values()) for values in (*self._children, *self._owners)]
-
-    def _take(self) -> tuple[list[Any], ...]:
-        flat = chain.from_iterable
-        return (
-            list(map(id, flat(map(dict.values, self._children)))),
-            list(map(id, flat(map(dict.values, self._owners)))),
-            list(map(type, self._modules)),
-            list(map(_data_ptr, self._tensors)),
-            list(map(_version, self._counted)),
+        owners = list({id(module): module._parameters for module, _ in watched}.values())
+        tensors: list[torch.Tensor] = [parameter for _, parameter in watched]
+        dicts = [*children, *owners]
+        # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
+        self._kept = (modules, dicts, states, tensors, [list(values.values()) for values in dicts])
+        self._watch = _C.Watch(
+            dicts,
+            modules,
+            states,
+            tensors,
+            [t for t in tensors if not t.is_inference()],  # the others have no version
+            [_bytes(t) for t in tensors if t.device.type == "cpu" and t.numel()],
+            [*_objects(modules, dicts, states), *_tensor_objects(tensors)],
         )
 
     def changed(self) -> bool:
         """True when any submodule or parameter differs from the snapshot."""
-        return (
-            self._take() != self._snapshot
-            or any(map(contains, self._states, repeat("forward")))
-            or bool(self._probe.changed())
-        )
+        return self._watch.changed()
 
 
-_data_ptr = torch.Tensor.data_ptr
-_version = attrgetter("_version")
+def _objects(
+    modules: list[nn.Module], dicts: list[dict[str, Any]], states: list[dict[str, Any]]
+) -> Iterator[tuple[int, int, int]]:
+    """What will be read: addresses (CPython's ids), bytes, and bytes behind the pointers there."""
+    for each in (*modules, *states):
+        yield id(each), _HEADER, 0
+    for table in dicts:
+        yield id(table), dict.__basicsize__, _TABLE
+
+
+def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
+    for tensor in tensors:
+        yield id(tensor), _HEADER, 0
+        yield tensor._cdata, _IMPL, 0
+        yield tensor._cdata, _LINE, _LINE  # its storage and its version lie behind the first pointers
+
+
+_LINE = 64
+_HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
 
 def _bytes(parameter: torch.Tensor) -> Any:

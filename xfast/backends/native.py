@@ -107,6 +107,10 @@ class NativeEngine:
         )
         return out, states
 
+    def alert(self) -> None:
+        """Wakes sleeping threads, which takes as long as everything else before ``run``. A call is on its way."""
+        _C.alert_workers(get_num_threads())
+
     def own_word_table(self) -> bool:
         """See :class:`xfast.backends.base.Engine`. Quantised: one byte a value, one scale a row."""
         if self.precision in QUANTISED and not self._owns_words:
