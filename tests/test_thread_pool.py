@@ -167,6 +167,21 @@ def test_calls_from_several_threads_agree_with_one_after_another(precision: str)
             assert_same_bits(got, expected)
 
 
+def test_alerted_threads_are_ready_and_go_back_to_sleep() -> None:
+    model, batch = xfast.accelerate(make_model(64, 2), precision="int8"), make_batch([40, 60])
+    want = model(**batch)[0]
+    for wanted in (0, -1, 1, 2, 300):  # nothing asks for more threads than there are
+        _C.alert_workers(wanted)
+    for pause in (0.0, 0.005):  # alerted ones stay awake for a millisecond
+        for _ in range(3):
+            _C.alert_workers(2)
+            time.sleep(pause)
+            assert_same_bits(model(**batch)[0].numpy(), want.numpy())
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1, "threads spin although nothing was asked of them"
+
+
 def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
     models = [xfast.accelerate(make_model(96, 3), precision=p) for p in ("fp32", "int8")]
     batch = make_batch(BATCHES["many"])

@@ -25,6 +25,7 @@ from models import (
 from torch import nn
 
 import xfast
+from xfast import _C
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
@@ -362,3 +363,41 @@ def test_training_a_freed_model_says_so() -> None:
         model.train()(**ragged())
     with torch.enable_grad(), pytest.raises(xfast.WeightsFreedError, match="gradients"):
         model.eval()(**ragged())
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_watch_takes_only_what_it_can_compare(place: int) -> None:
+    lists: list[list[Any]] = [[{}], [nn.Linear(1, 1)], [{}], [torch.ones(1)], [torch.ones(1)]]
+    assert not _C.Watch(*lists, [], []).changed()
+    lists[2 * (place // 2)] = [[1]]  # no dictionary
+    if place == 1:
+        lists[0], lists[3] = [{}], [object()]  # nothing that has memory
+    with pytest.raises((ValueError, AttributeError)):
+        _C.Watch(*lists, [], [])
+
+
+def test_every_sign_of_a_change_counts() -> None:
+    child, tensor = nn.Linear(2, 2), torch.zeros(40)
+    values, state = {"a": child}, dict(child.__dict__)
+    objects = [(id(values), dict.__basicsize__, 192), (tensor._cdata, 64, 64)]
+
+    def watch() -> _C.Watch:
+        return _C.Watch([values], [child], [state], [tensor], [tensor], [tensor.numpy()], objects)
+
+    changes: dict[str, Callable[[], Any]] = {
+        "another object": lambda: values.update(a=nn.Linear(2, 2)),
+        "one more": lambda: values.update(b=child),
+        "one less": lambda: values.pop("b"),
+        "another class": lambda: setattr(child, "__class__", nn.Bilinear),
+        "a forward": lambda: state.update(forward=None),
+        "a version": lambda: tensor.add_(0),
+        "a value": lambda: tensor.numpy().__setitem__(0, 1.0),
+    }
+    for name, change in changes.items():
+        state.pop("forward", None)
+        watched = watch()
+        assert not watched.changed(), name
+        kept = dict(values)  # what is compared by its address must stay alive
+        change()
+        assert watched.changed(), name
+        del kept
