@@ -126,7 +126,9 @@ def test_writes_over_the_residual_and_reads_strided_rows() -> None:
 def test_a_part_of_the_outputs(group: int) -> None:
     x, w = randn(5, 96), packed(randn(48, 96), group)
     assert w.part(16, 40).shape == (24, 96)
-    assert torch.equal(weight_only_gemm(x, w.part(16, 40)), weight_only_gemm(x, w)[:, 16:40])
+    got, want = weight_only_gemm(x, w.part(16, 40)), weight_only_gemm(x, w)[:, 16:40]
+    # The interpreter's products are NumPy's, whose sums depend on the shape on some CPUs
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from xfast import attention_interface
@@ -18,6 +19,7 @@ from xfast.errors import BackendUnavailableError, InvalidOptionError, Unsupporte
 from xfast.explain import Explanation, explain_patches
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
+from xfast.packed_model import BACKENDS as PACKED_BACKENDS
 from xfast.packed_model import check_saveable, parameters_outside, put_under
 from xfast.packed_model import load as load_model
 from xfast.packed_model import save as save_model
@@ -168,8 +170,15 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
     save_model(root, patches[0].plan, engines[0], Path(folder), tokenizer)
 
 
-def load(folder: str | os.PathLike[str], *, verify: bool | None = None, head: nn.Module | None = None) -> Any:
-    """Loads a packed artifact: a transformers model in eval mode, accelerated; packed weights are mapped, not copied.
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    verify: bool | None = None,
+    head: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+) -> Any:
+    """Loads a packed artifact: a transformers model in eval mode, accelerated.
 
     Args:
         folder: what :func:`save` or ``xfast convert`` wrote.
@@ -177,23 +186,39 @@ def load(folder: str | os.PathLike[str], *, verify: bool | None = None, head: nn
             False: sizes, headers and the small files' hashes only; damaged weights then give wrong results.
         head: a transformers model with a task head, which gets the artifact's encoder in place of its own (that one may
             be on the meta device) and is returned; a pooler that only it has stays. None: the model that was saved.
+        device: on the CPU packed weights are mapped, not copied; on a GPU each product is unpacked there by itself, so
+            that the model need not fit there, nor into the host's memory, in the type that it had.
+        backend: "native" (CPU), "triton" (GPU) or "auto", the one of the device.
 
     The model is one with ``keep_weights=False``: it cannot be restored, trained or saved by ``save_pretrained``.
 
     Raises:
         ArtifactError: no artifact, of another format, incomplete or damaged.
-        InvalidOptionError: ``verify`` is something else, or ``head`` is for another encoder.
+        BackendUnavailableError: the backend does not run on the device, or not what the artifact's recipe asks for.
+        InvalidOptionError: ``verify``, ``device`` or ``backend`` is something else, or ``head`` is for another encoder.
     """
     if verify is not None and not isinstance(verify, bool):
         raise InvalidOptionError(f"verify: expected True, False or None, got {verify!r}")
-    loaded = load_model(Path(folder), {None: "checksum", True: "full", False: "size"}[verify])
+    accepted = ("auto", *(one.name for one in PACKED_BACKENDS))
+    if backend not in accepted:
+        raise InvalidOptionError(f"backend: {backend!r} is not accepted; accepted: {', '.join(accepted)}")
+    level = {None: "checksum", True: "full", False: "size"}[verify]
+    loaded = load_model(Path(folder), level, _device(device), backend)
     root = loaded.model if head is None else put_under(head, loaded)
-    options = Options("native", loaded.manifest.precision, loaded.manifest.layers, keep_weights=False)
+    options = Options(loaded.backend_name, loaded.manifest.precision, loaded.manifest.layers, keep_weights=False)
     patch = EncoderPatch(loaded.encoder, options)
-    patch.plan.adopt(loaded.engine, "native", [], loaded.freed, loaded.encoder)
+    patch.plan.adopt(loaded.engine, loaded.backend_name, [], loaded.freed, loaded.encoder)
     for installed in (patch, *_head_patches(root, [loaded.encoder])):
         installed.install()
     return root
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """With its index."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise InvalidOptionError(f"device: {device!r} is not accepted: {error}") from None
 
 
 def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:

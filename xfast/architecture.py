@@ -41,6 +41,12 @@ class EncoderSpec:
     embedding_norm: bool = True
     final_norm: bool = False
 
+    def product_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a layer's product: "qkv", "attention_out", "ffn_in" or "ffn_out"."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes = {"qkv": (3 * hidden, hidden), "ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
+        return shapes.get(name, (hidden, hidden))
+
     @property
     def first_position(self) -> int:
         """The position of a sequence's first token."""

@@ -52,14 +52,11 @@ def layer_file(layer: int) -> str:
 
 def layer_tensors(spec: EncoderSpec, formats: Mapping[str, StoredFormat]) -> Shapes:
     """(dtype, shape) by name of a layer's file, large blocks first: each then starts at a whole 64 bytes."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    sizes = {"qkv": (3 * hidden, hidden), "attention_out": (hidden, hidden)}
-    sizes |= {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
     panel, chunk = _C.panel_outputs, _C.chunk_bytes
     data: Shapes = {}
     others: Shapes = {}
     for name in LINEARS:
-        stored, (outputs, inputs) = formats[name], sizes[name]
+        stored, (outputs, inputs) = formats[name], spec.product_shape(name)
         panels = -(-outputs // panel)
         if stored.precision == "int4":  # 4 bits a value and 16 a group's scale, in one stream
             padded = -(-inputs // chunk) * chunk

@@ -25,10 +25,18 @@ from torch.overrides import TorchFunctionMode
 from xfast import _C, artifact, tokenizer_files
 from xfast.architecture import LINEAR_ROLES, EncoderWeights, describe, find_encoders
 from xfast.artifact import Manifest, Reader, Shapes, Staging
-from xfast.backends.native import NativeEngine, PackedWeights
-from xfast.errors import ArtifactError, InvalidOptionError, UnsupportedModelError, XfastError
+from xfast.backends.base import Engine, PackedBackend, choose
+from xfast.backends.native import NativeBackend, NativeEngine
+from xfast.backends.triton import TritonBackend
+from xfast.errors import (
+    ArtifactError,
+    BackendUnavailableError,
+    InvalidOptionError,
+    UnsupportedModelError,
+    XfastError,
+)
 from xfast.plan import Plan, refuse_state_dict
-from xfast.recipe import LINEARS, QUANTISED, StoredFormat
+from xfast.recipe import LINEARS, QUANTISED, PackedWeights, StoredFormat
 from xfast.tensor_files import DTYPES, NAMES, Mapped, as_bytes, strict_json
 from xfast.threads import get_num_threads
 
@@ -37,6 +45,7 @@ _INITIALISERS = {"normal_", "_no_grad_normal_", "trunc_normal_", "uniform_", "ka
 _INITIALISERS |= {"constant_", "zero_", "fill_", "copy_", "mul_"}
 _CLASS_NAME = re.compile(r"(transformers\.models(?:\.\w+)+):(\w+)")
 _SIZE = re.compile(r"^num_|_size$|_dim$|_embeddings$")
+BACKENDS: tuple[PackedBackend, ...] = (NativeBackend(), TritonBackend())
 PackedLayer = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -297,16 +306,24 @@ class Loaded:
 
     model: nn.Module
     encoder: nn.Module
-    engine: NativeEngine
+    engine: Engine
+    backend_name: str
     manifest: Manifest
     freed: str
 
 
-def load(folder: Path, verify: str) -> Loaded:
-    """Builds the model of an artifact around its mapped files. ``verify``: see :class:`xfast.artifact.Reader`.
+def load(folder: Path, verify: str, device: torch.device, backend: str) -> Loaded:
+    """Builds the model of an artifact around its mapped files, or on another device from them.
+
+    Args:
+        folder: the artifact.
+        verify: see :class:`xfast.artifact.Reader`.
+        device: with its index.
+        backend: "auto" or a name of ``BACKENDS``.
 
     Raises:
         ArtifactError: no artifact, damaged, or made for something that this version of transformers does not have.
+        BackendUnavailableError: no backend runs it on the device.
     """
     reader = Reader(folder, verify)
     manifest = reader.manifest
@@ -324,13 +341,28 @@ def load(folder: Path, verify: str) -> Loaded:
     formats = artifact.formats_of(manifest, spec.num_layers)
     layers = [_packed_layer(reader, artifact.layer_file(i), spec, stored) for i, stored in enumerate(formats)]
     packed = PackedWeights(layers, formats, _packed_words(reader, spec) if contents.packed_words else None, str(folder))
+    chosen, reasons = choose(BACKENDS, backend, spec, device, manifest.precision, packed.recipe())
+    if chosen is None:
+        raise BackendUnavailableError(f"{folder}: " + "; ".join(reasons))
+    move(model, device)
     try:
-        engine = NativeEngine(contents.weights, manifest.precision, packed)
+        engine = chosen.adopt(contents.weights, manifest.precision, packed, device)
     except ValueError as error:  # the bindings check every size and pointer once more
         if isinstance(error, XfastError):
             raise
         raise ArtifactError(f"{folder}: {error}") from None
-    return Loaded(model, model.get_submodule(contents.encoder_path), engine, manifest, freed)
+    return Loaded(model, model.get_submodule(contents.encoder_path), engine, chosen.name, manifest, freed)
+
+
+def move(root: nn.Module, device: torch.device) -> None:
+    """Brings parameters and buffers to a device, but those on the meta device, which have no values."""
+    for module in root.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta and parameter.device != device:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
 
 
 def put_under(head: Any, loaded: Loaded) -> nn.Module:
@@ -356,6 +388,7 @@ def put_under(head: Any, loaded: Loaded) -> nn.Module:
         loaded.encoder.pooler = lent
     owner, _, leaf = path.rpartition(".")
     setattr(head.get_submodule(owner), leaf, loaded.encoder)
+    move(head, loaded.engine.device)
     return head.eval()
 
 

@@ -56,6 +56,34 @@ class StoredFormat:
 
 
 @dataclass(frozen=True)
+class PackedWeights:
+    """Products that are packed already, as csrc/layout.h describes; memory that is read in place where it can be.
+
+    Attributes:
+        layers: ``layers[i][product]`` holds uint8 ``data`` and fp32 ``bias``; in int8, fp32 ``scale`` and int32
+            ``compensation``; where inputs are divided, fp32 ``column_scale``.
+        formats: which is what, likewise.
+        words: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
+        origin: where they come from, for people.
+    """
+
+    layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
+    formats: Sequence[Mapping[str, StoredFormat]]
+    words: tuple[np.ndarray, np.ndarray] | None
+    origin: str
+
+    def recipe(self) -> Recipe:
+        """The formats of all products, but for divisors, which are packed."""
+        return Recipe(
+            linears={
+                (layer, name): LinearFormat(stored.precision, stored.group_size)
+                for layer, products in enumerate(self.formats)
+                for name, stored in products.items()
+            }
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What differs from ``accelerate``'s ``precision``.
 
@@ -108,7 +136,7 @@ class Recipe:
             where = f"recipe.linears[{(layer, name)!r}]"
             if not 0 <= layer < spec.num_layers:
                 raise InvalidOptionError(f"{where}: the model has layers 0 to {spec.num_layers - 1}")
-            inputs = spec.intermediate_size if name == "ffn_out" else spec.hidden_size
+            _, inputs = spec.product_shape(name)
             if chosen.divisor is not None and chosen.divisor.shape != (inputs,):
                 raise InvalidOptionError(f"{where}.divisor: shape {chosen.divisor.shape}; expected ({inputs},)")
 

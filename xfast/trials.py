@@ -16,13 +16,13 @@ import torch
 
 from xfast.architecture import EncoderWeights
 from xfast.backends.base import Engine
-from xfast.backends.native import NativeEngine, PackedWeights, pack_layer
+from xfast.backends.native import NativeEngine, pack_layer
 from xfast.backends.triton import TritonEngine
 from xfast.backends.triton_weights import Packer, Parameters, Weight, size_of
 from xfast.calibration import Batch, Product, products_of, relative_error
 from xfast.errors import BackendUnavailableError, InvalidInputError
 from xfast.quantization_reports import Measured
-from xfast.recipe import LINEARS, LinearFormat, Recipe
+from xfast.recipe import LINEARS, LinearFormat, PackedWeights, Recipe
 
 _ALIGNMENT = 64  # of packed arrays, as the kernels read them
 
@@ -202,7 +202,7 @@ class TritonTrials(Trials):
         layers = list(self._parameters.layers)
         for (i, name), chosen in formats.items():
             layers[i] = replace(layers[i], **cast("Any", {name: self._held[(i, name), chosen]}))
-        engine = TritonEngine(
-            self.weights, self._precision, Recipe(linears=formats), replace(self._parameters, layers=tuple(layers))
-        )
-        return self._engine_outputs(engine)
+        parameters = replace(self._parameters, layers=tuple(layers))
+        device = self._parameters.word.device
+        packer = Packer(self.weights, self._precision, Recipe(linears=formats))
+        return self._engine_outputs(TritonEngine(self.weights.spec, device, packer, parameters))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.errors import BackendUnavailableError
-from xfast.recipe import Recipe
+from xfast.recipe import PackedWeights, Recipe
 
 
 class CannotRunError(Exception):
@@ -53,6 +53,7 @@ class Engine(Protocol):
 
     precision: str
     device: torch.device
+    spec: EncoderSpec
 
     def unpad(
         self,
@@ -126,6 +127,19 @@ class Backend(Protocol):
         ...
 
 
+class PackedBackend(Backend, Protocol):
+    """A backend that can start from products that are packed already."""
+
+    def adopt(self, weights: EncoderWeights, precision: str, packed: PackedWeights, device: torch.device) -> Engine:
+        """An engine on ``device`` around packed products; everything else is read from the modules of ``weights``.
+
+        Raises:
+            BackendUnavailableError: it cannot compute products that are stored like this.
+            InvalidWeightsError: names the first unusable parameter.
+        """
+        ...
+
+
 def unusual_norms(spec: EncoderSpec) -> str | None:
     """Why LayerNorms sit where no backend expects them, or None."""
     places = (spec.norm, spec.embedding_norm, spec.final_norm)
@@ -134,14 +148,17 @@ def unusual_norms(spec: EncoderSpec) -> str | None:
     return f"LayerNorms {places} (norm, embedding_norm, final_norm) are neither BERT's nor XLM-R-XL's"
 
 
+_Backend = TypeVar("_Backend", bound=Backend)
+
+
 def choose(
-    backends: Sequence[Backend],
+    backends: Sequence[_Backend],
     name: str,
     spec: EncoderSpec,
     device: torch.device,
     precision: str,
     recipe: Recipe | None = None,
-) -> tuple[Backend | None, list[str]]:
+) -> tuple[_Backend | None, list[str]]:
     """The first backend (of that name, unless ``"auto"``) that supports the case, and the others' reasons.
 
     Raises:

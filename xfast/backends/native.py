@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
-from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, Recipe, StoredFormat, summary
+from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, PackedWeights, Recipe, StoredFormat, summary
 from xfast.threads import get_num_threads
 
 
@@ -28,21 +27,6 @@ def requested_isa() -> str:
         return str(_C.check_isa(os.environ.get("XFAST_ISA", "auto").lower()))
     except ValueError as error:
         raise InvalidOptionError(f"XFAST_ISA: {error}") from None
-
-
-@dataclass(frozen=True)
-class PackedWeights:
-    """Packed memory that exists already, to be read in place.
-
-    ``layers[i][linear]`` holds uint8 ``data``, fp32 ``bias``; in int8, fp32 ``scale`` and int32 ``compensation``; where
-    inputs are smoothed, fp32 ``column_scale``. csrc/layout.h describes them. ``formats``: which is what, likewise.
-    ``words``: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
-    """
-
-    layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
-    formats: Sequence[Mapping[str, StoredFormat]]
-    words: tuple[np.ndarray, np.ndarray] | None
-    origin: str
 
 
 class NativeEngine:
@@ -192,6 +176,12 @@ class NativeBackend:
     def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> NativeEngine:
         """See :class:`xfast.backends.base.Backend`."""
         return NativeEngine(weights, precision, recipe=recipe)
+
+    def adopt(
+        self, weights: EncoderWeights, precision: str, packed: PackedWeights, device: torch.device
+    ) -> NativeEngine:
+        """See :class:`xfast.backends.base.Backend`."""
+        return NativeEngine(weights, precision, packed)
 
 
 class _Packer:

@@ -15,14 +15,16 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
-from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, dtype_of
-from xfast.recipe import QUANTISED, Recipe, summary
+from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, Unpacker, dtype_of
+from xfast.errors import BackendUnavailableError
+from xfast.recipe import QUANTISED, PackedWeights, Recipe, summary
 
 if TYPE_CHECKING:
     from xfast.backends.triton_forward import TritonForward
     from xfast.device_packing import DevicePacked
 
 MIN_CAPABILITY, MIN_FP8_CAPABILITY = 80, 89
+_DIVISORS = "divisors are for quantised activations on the CPU: only weights are int8 and int4 here"
 
 
 class TritonBackend:
@@ -58,7 +60,16 @@ class TritonBackend:
 
     def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> TritonEngine:
         """See :class:`xfast.backends.base.Backend`."""
-        return TritonEngine(weights, precision, recipe)
+        packer = Packer(weights, precision, recipe or Recipe())
+        return TritonEngine(weights.spec, weights.modules[-1, "word"].weight.device, packer)
+
+    def adopt(
+        self, weights: EncoderWeights, precision: str, packed: PackedWeights, device: torch.device
+    ) -> TritonEngine:
+        """See :class:`xfast.backends.base.PackedBackend`. Nothing of the packed memory is kept."""
+        if any(stored.smoothed for products in packed.formats for stored in products.values()):
+            raise BackendUnavailableError(f"{packed.origin}: {_DIVISORS}")
+        return TritonEngine(weights.spec, device, Unpacker(weights, precision, packed, device))
 
 
 def _impossible(precision: str, recipe: Recipe) -> str | None:
@@ -69,7 +80,7 @@ def _impossible(precision: str, recipe: Recipe) -> str | None:
         if wanted not in accepted:
             return f"products in {wanted} do not go with precision {precision}; accepted: {', '.join(accepted)}"
     if any(chosen.divisor is not None for chosen in recipe.linears.values()):
-        return "divisors are for quantised activations on the CPU: only weights are int8 and int4 here"
+        return _DIVISORS
     return None
 
 
@@ -94,31 +105,29 @@ def _unavailable(device: torch.device, precision: str) -> str | None:
 
 
 class TritonEngine:
-    """A packed encoder on the GPU. Thread-safe."""
+    """A packed encoder on the GPU. Thread-safe.
+
+    Args:
+        spec: the encoder's.
+        device: where its parameters are.
+        packer: makes them.
+        parameters: in the packer's formats, where they are made already, for a few runs: nothing is captured.
+    """
 
     def __init__(
-        self,
-        weights: EncoderWeights,
-        precision: str,
-        recipe: Recipe | None = None,
-        packed: Parameters | None = None,
+        self, spec: EncoderSpec, device: torch.device, packer: Packer, parameters: Parameters | None = None
     ) -> None:
-        """``packed``: parameters in the recipe's formats, for a few runs: nothing is captured."""
         from xfast.backends.triton_forward import TritonForward
         from xfast.backends.triton_graphs import GraphCache
         from xfast.kernels.launch import on
 
-        self.precision = precision
-        self.spec = weights.spec
-        self.device = weights.modules[-1, "word"].weight.device
-        recipe = recipe or Recipe()
-        recipe.check(self.spec)
-        self._formats = [recipe.stored(layer, precision) for layer in range(self.spec.num_layers)]
-        packer = Packer(weights, precision, recipe)
-        parameters = packed or packer.pack()
-        self._forward: TritonForward = TritonForward(self.spec, parameters, dtype_of(precision), self.device)
-        with on(self.device):  # its stream and memory pool belong to a device
-            self._graphs = GraphCache(self._forward, capture=packed is None)
+        self.precision, self.spec, self.device = packer.precision, spec, device
+        packer.recipe.check(spec)
+        self._formats = [packer.recipe.stored(layer, self.precision) for layer in range(spec.num_layers)]
+        made = parameters or packer.pack()
+        self._forward: TritonForward = TritonForward(spec, made, dtype_of(self.precision), device)
+        with on(device):  # its stream and memory pool belong to a device
+            self._graphs = GraphCache(self._forward, capture=parameters is None)
         self._copied_bytes = packer.copied_bytes
 
     def unpad(

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from xfast.architecture import EncoderWeights
 from xfast.backends.parameters import ParameterReader
 from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
-from xfast.recipe import QUANTISED, LinearFormat, Recipe
+from xfast.kernels.packed_layout import unpack, unpack_int4
+from xfast.recipe import QUANTISED, LinearFormat, PackedWeights, Recipe
 
 COMPUTED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
 """What everything but a product's operands (fp8) or weights (int8, int4) is computed in, by an encoder's precision."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_ROWS = 1 << 14  # of a word table that are expanded at once
 _QUANTISED = ("fp8", *QUANTISED)
 _QKV = ("query", "key", "value")
 
@@ -69,27 +72,27 @@ class Packer:
 
     def __init__(self, weights: EncoderWeights, precision: str, recipe: Recipe) -> None:
         self._weights, self._reader = weights, ParameterReader(weights)
-        self._precision, self._recipe = precision, recipe
+        self.precision, self.recipe = precision, recipe
         self._dtype = dtype_of(precision)
         self.copied_bytes = 0
 
     def pack(self) -> Parameters:
         layers = tuple(self._layer(layer) for layer in range(self._weights.spec.num_layers))
-        word, position, kind = (self._read(-1, role, "weight", keep=True) for role in ("word", "position", "type"))
+        word = self._words()
+        position, kind = (self._read(-1, role, "weight", keep=True) for role in ("position", "type"))
         outer = self._norm(-1, "final_norm" if self._weights.spec.norm == "pre" else "embedding_norm")
         return Parameters(word, position, kind, outer, layers)
 
+    def _words(self) -> torch.Tensor:
+        return self._read(-1, "word", "weight", keep=True)
+
     def _layer(self, layer: int) -> Layer:
-        biases = []
-        for role in _QKV:
-            bias = self._bias(layer, role)
-            biases.append(torch.zeros_like(self._norm(layer, "ffn_norm")[0]) if bias is None else bias)
         return Layer(
             qkv=self.product(layer, "qkv"),
             attention_out=self.product(layer, "attention_out"),
             ffn_in=self.product(layer, "ffn_in"),
             ffn_out=self.product(layer, "ffn_out"),
-            qkv_bias=torch.cat(biases),
+            qkv_bias=self._qkv_bias(layer),
             attention_out_bias=self._bias(layer, "attention_out"),
             ffn_in_bias=self._bias(layer, "ffn_in"),
             ffn_out_bias=self._bias(layer, "ffn_out"),
@@ -100,7 +103,7 @@ class Packer:
     def product(self, layer: int, name: str) -> Weight:
         """The weights of one product."""
         roles = _QKV if name == "qkv" else (name,)
-        chosen = self._recipe.of(layer, name, self._precision)
+        chosen = self.recipe.of(layer, name, self.precision)
         # Weights that are quantised are rounded once, from what they are
         parts = [self._read(layer, role, "weight", keep=chosen.precision in _QUANTISED) for role in roles]
         weight = self._quantised(torch.cat(parts) if len(parts) > 1 else parts[0], chosen)
@@ -121,6 +124,13 @@ class Packer:
     def _norm(self, layer: int, role: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._read(layer, role, "weight"), self._read(layer, role, "bias")
 
+    def _qkv_bias(self, layer: int) -> torch.Tensor:
+        biases = []
+        for role in _QKV:
+            bias = self._bias(layer, role)
+            biases.append(torch.zeros_like(self._norm(layer, "ffn_norm")[0]) if bias is None else bias)
+        return torch.cat(biases)
+
     def _bias(self, layer: int, role: str) -> torch.Tensor | None:
         return self._read(layer, role, "bias") if self._reader.has(layer, role, "bias") else None
 
@@ -129,3 +139,54 @@ class Packer:
         tensor = self._reader.read(layer, role, parameter)
         dtype = tensor.dtype if keep else self._dtype
         return self._reader.rounded(tensor, dtype, layer, role, parameter).contiguous()
+
+
+class Unpacker(Packer):
+    """The same parameters from products that the CPU packed: unpacked one at a time, on the device.
+
+    So a model may be one that the device could not hold in its own type, and the host holds one product at a time
+    beside mapped files. Products that are not in integers must be stored in the computing dtype.
+    """
+
+    def __init__(self, weights: EncoderWeights, precision: str, packed: PackedWeights, device: torch.device) -> None:
+        super().__init__(weights, precision, packed.recipe())
+        self._packed, self._device = packed, device
+
+    def product(self, layer: int, name: str) -> Weight:
+        """The weights of one product."""
+        arrays, stored = self._packed.layers[layer][name], self._packed.formats[layer][name]
+        shape, data = self._weights.spec.product_shape(name), self._moved(arrays["data"])
+        weight: Weight
+        if stored.precision == "int4":
+            weight = unpack_int4(data, shape, stored.group_size)
+        elif stored.precision == "int8":
+            scale = self._moved(arrays["scale"][: shape[0]])[:, None]
+            weight = IntegerWeights(unpack(data, torch.int8, shape), scale, shape[1])
+        else:
+            weight = unpack(data, _DTYPES[stored.precision], shape)
+        self.copied_bytes += size_of(weight)
+        return weight
+
+    def _words(self) -> torch.Tensor:
+        if self._packed.words is None:
+            return super()._words()
+        values, scale = self._packed.words
+        table = torch.empty(values.shape, dtype=self._dtype, device=self._device)
+        for begin in range(0, len(values), _ROWS):
+            part = slice(begin, begin + _ROWS)
+            table[part] = self._moved(values[part]) * self._moved(scale[part])[:, None]
+        self.copied_bytes += table.numel() * table.element_size()
+        return table
+
+    def _qkv_bias(self, layer: int) -> torch.Tensor:
+        return self._packed_bias(layer, "qkv")
+
+    def _bias(self, layer: int, role: str) -> torch.Tensor | None:
+        return self._packed_bias(layer, role)
+
+    def _packed_bias(self, layer: int, name: str) -> torch.Tensor:
+        outputs, _ = self._weights.spec.product_shape(name)
+        return self._moved(self._packed.layers[layer][name]["bias"][:outputs]).to(self._dtype)
+
+    def _moved(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).to(self._device)  # a copy: mapped memory is read-only

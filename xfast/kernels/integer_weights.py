@@ -62,9 +62,8 @@ def to_int4(weight: torch.Tensor, group_size: int = 64) -> IntegerWeights:
     """
     if group_size not in (32, 64, 128):
         raise ValueError(f"group_size: expected 32, 64 or 128, got {group_size}")
-    half = weight_only_half(group_size)
     columns = weight.shape[1]
-    padded = pad(weight.detach().float(), (0, -columns % max(group_size, 2 * half)))
+    padded = pad(weight.detach().float(), (0, -columns % _columns(group_size)))
     groups = padded.unflatten(1, (-1, group_size))
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     extreme = torch.where(-low >= high, low, high)
@@ -78,6 +77,25 @@ def to_int4(weight: torch.Tensor, group_size: int = 64) -> IntegerWeights:
         better = error < best
         best = torch.where(better, error, best)
         scale, q = torch.where(better, tried, scale), torch.where(better, rounded, q)
-    pairs = (q + 8).flatten(1).to(torch.uint8).unflatten(1, (-1, 2, half))
-    values = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).view(torch.int8)
-    return IntegerWeights(values.flatten(1).contiguous(), scale.squeeze(2).bfloat16(), columns, group_size)
+    return int4_weights((q + 8).flatten(1).to(torch.uint8), scale.squeeze(2).bfloat16(), columns, group_size)
+
+
+def int4_weights(values: torch.Tensor, scale: torch.Tensor, depth: int, group_size: int) -> IntegerWeights:
+    """What is in int4 already, two values a byte.
+
+    Args:
+        values: uint8 [out, columns], int4 values plus 8; ``columns`` at least ``depth``.
+        scale: bf16 [out, groups].
+        depth, group_size: see :class:`IntegerWeights`.
+    """
+    half = weight_only_half(group_size)
+    columns = -(-depth // _columns(group_size)) * _columns(group_size)
+    padded = pad(values, (0, columns - values.shape[1]), value=8)
+    pairs = padded.unflatten(1, (-1, 2, half))
+    joined = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1).contiguous().view(torch.int8)
+    return IntegerWeights(joined, pad(scale, (0, columns // group_size - scale.shape[1])), depth, group_size)
+
+
+def _columns(group_size: int) -> int:
+    """Inputs are filled up to a multiple of so many."""
+    return max(group_size, 2 * weight_only_half(group_size))
