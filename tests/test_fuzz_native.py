@@ -191,9 +191,12 @@ def test_pad(data: st.DataObject) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_probe(data: st.DataObject) -> None:
+def test_watch(data: st.DataObject) -> None:
     watched = data.draw(st.one_of(STRANGE, st.lists(STRANGE, max_size=4), st.lists(arrays(), max_size=4)))
-    probe = attempt(_C.Probe, watched)
+    objects = data.draw(st.lists(STRANGE, max_size=3))
+    dicts = data.draw(st.one_of(st.just([{"a": watched}]), STRANGE, st.lists(STRANGE, max_size=3)))
+    lines = [(id(watched), 64, 0), (0, 64, 0), (2**63, 4096, 0)]  # nothing is read through these
+    probe = attempt(_C.Watch, dicts, objects, [{}], [], [], watched, lines)
     if probe is None:
         return
     assert probe.changed() is False
