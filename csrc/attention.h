@@ -1,5 +1,5 @@
 // Attention of one sequence, heads one after another: softmax(scale q k^T) v over real tokens only, in fp32 or, for
-// quantised encoders, with both products in 16-bit integers (attention_operands.h).
+// int8, int4 and bf16, with both products in 16-bit integers (attention_operands.h).
 //
 // Both products reuse the GEMM tile: keys are transposed into weight panels, values are copied into panels. Keys come
 // in blocks of kKeyBlock with an online softmax (Milakov & Gimelshein 2018), so memory does not grow with length^2 and

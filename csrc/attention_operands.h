@@ -9,8 +9,8 @@
 //                 row's sum
 //   weighted      16 sums of the second product -> sum of p v, in units of the row's sum
 //
-// Integers (for int8 and int4 encoders): queries and keys are rounded per row to 12 bits and a sign, probabilities to
-// 13 bits, values per column of a key block to 10 bits and a sign, so that sums of kInt16MaxHeadDim and of kKeyBlock
+// Integers (for all encoders but fp32 ones): queries and keys are rounded per row to 12 bits and a sign, probabilities
+// to 13 bits, values per column of a key block to 10 bits and a sign, so that sums of kInt16MaxHeadDim and of kKeyBlock
 // products are exact in 32 bits, and so the same on every target. The products take half of fp32's time where there is
 // vpdpwssd, and are far finer than the 8 bits that the input was computed in and the output is rounded to.
 // Probabilities of 8 bits would not do: a key with less than 1/510 of the largest would vanish, and beside an attention
@@ -119,7 +119,7 @@ struct AttentionInt16 {
 
   // x [head_dim] -> 64-byte chunks `stride` bytes apart, the last one filled up with zeros; returns the scale.
   static float round_row(const float* x, int64_t head_dim, uint8_t* dst, int64_t stride) {
-    V16 largest = set1(0.0f);
+    V16 largest = set1(0.0f);  // not row_absmax, which cannot know that heads are whole
     for (int64_t d = 0; d < head_dim; d += 16) largest = max(abs(load_part<Whole>(x + d, head_dim - d)), largest);
     const float absmax = reduce_max(largest), size = absmax > 1e-30f ? absmax : 1e-30f;
     const V16 inverse = set1(kRowLimit / size);

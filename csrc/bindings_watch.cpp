@@ -1,4 +1,5 @@
-// Walks the Python objects around an encoder's weights before every call: in Python it takes five times as long.
+// Walks the Python objects around an encoder's weights before every call. After a forward they are in no cache, and a
+// loop in Python, which cannot prefetch, took four times as long.
 #include "bindings_watch.h"
 
 #include <pybind11/numpy.h>

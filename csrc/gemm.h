@@ -88,23 +88,6 @@ TileFn tile_for(int rows, int prefetch_lines = 0) {
 // however long `in` is.
 constexpr int64_t kPassChunks = 24;
 
-inline void prefetch_panel(const void* vector, int64_t panel) {
-  const uint8_t* at = static_cast<const uint8_t*>(vector) + panel * kPanel * 4;
-  __builtin_prefetch(at, 0, 3);
-  __builtin_prefetch(at + 64, 0, 3);
-}
-
-// What the panel's epilogue reads beside the accumulators, and what the next panel's tiles start from: by then weights
-// have driven them out of every cache, and each would be waited for by itself.
-template <Precision P>
-void prefetch_vectors(const LinearView& w, int64_t panel) {
-  prefetch_panel(w.bias, panel);
-  if constexpr (P == Precision::kInt8) {
-    prefetch_panel(w.scale, panel);
-    prefetch_panel(w.compensation, panel + 1);
-  }
-}
-
 // Rows [row_begin, row_end) of one panel. `next` is where the weights continue after this panel, or null.
 template <class Dot, Precision P>
 void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, int64_t row_end, int64_t panel,

@@ -16,6 +16,23 @@ struct RowTiles {
   int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
 };
 
+inline void prefetch_panel(const void* vector, int64_t panel) {
+  const uint8_t* at = static_cast<const uint8_t*>(vector) + panel * kPanel * 4;
+  __builtin_prefetch(at, 0, 3);
+  __builtin_prefetch(at + 64, 0, 3);
+}
+
+// What the panel's epilogue reads beside the accumulators, and what the next panel's tiles start from: by then weights
+// have driven them out of every cache, and each would be waited for by itself.
+template <Precision P>
+void prefetch_vectors(const LinearView& w, int64_t panel) {
+  prefetch_panel(w.bias, panel);
+  if constexpr (P == Precision::kInt8) {
+    prefetch_panel(w.scale, panel);
+    prefetch_panel(w.compensation, panel + 1);
+  }
+}
+
 // Epilogue of one tile: acc [rows][32] -> args.out or args.out_operand. Everything that is the same for all rows is a
 // template argument or stays in registers.
 template <Precision P, Epilogue E, bool Direct>

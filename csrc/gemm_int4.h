@@ -204,6 +204,7 @@ inline void multiply_panel_int4(const GemmArgs& args, FinishFn finish, int64_t r
   for (int64_t i = 0; i < count; ++i) acc[i] = 0.0f;
   const RowTiles tiles(row_end - row_begin, DotInt4::kMaxRows);
   const uint8_t* weights = args.w.data + panel * args.w.panel_bytes;
+  prefetch_vectors<Precision::kInt4>(args.w, panel);
   for (int64_t chunk = 0; chunk < args.w.chunks; chunk += kInt4PassChunks) {
     const bool last = chunk + kInt4PassChunks >= args.w.chunks;
     const int64_t chunks = last ? args.w.chunks - chunk : kInt4PassChunks;

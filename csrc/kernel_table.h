@@ -118,7 +118,7 @@ struct AttentionArgs {
   int64_t ldkv, kv_len;
   int head_begin, head_end, head_dim;
   float scale;
-  bool int16;  // products of 16-bit integers where head_dim allows it, for quantised encoders
+  bool int16;  // products of 16-bit integers where head_dim allows it: in all precisions but fp32
   float* out;
   int64_t ldo;
   float* scratch;  // attention_scratch_floats(head_dim, q_count)

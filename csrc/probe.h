@@ -45,7 +45,10 @@ class Probe {
 class Prefetcher {
  public:
   // The object itself: `bytes` bytes at `object`.
-  void add(uintptr_t object, int64_t bytes) { add_lines(object, bytes); }
+  void add(uintptr_t object, int64_t bytes) {
+    for (uintptr_t line = object / kLine * kLine; line < object + static_cast<uintptr_t>(bytes); line += kLine)
+      lines_.push_back(line);
+  }
   // What the object points at: `bytes` bytes from every word in it that may be an address. Reads `size` bytes, now.
   void add_targets(uintptr_t object, int64_t size, int64_t bytes) {
     constexpr uintptr_t kLowest = 1 << 16, kHighest = uintptr_t{1} << 47, kAlignment = 8;
@@ -53,7 +56,7 @@ class Prefetcher {
     for (int64_t at = 0; at + static_cast<int64_t>(sizeof(uintptr_t)) <= size; at += sizeof(uintptr_t)) {
       uintptr_t word;
       std::memcpy(&word, words + at, sizeof word);
-      if (word >= kLowest && word < kHighest && word % kAlignment == 0) add_lines(word, bytes);
+      if (word >= kLowest && word < kHighest && word % kAlignment == 0) add(word, bytes);
     }
   }
   // Each line once, in the order of addresses.
@@ -67,10 +70,6 @@ class Prefetcher {
 
  private:
   static constexpr uintptr_t kLine = 64;
-  void add_lines(uintptr_t begin, int64_t bytes) {
-    for (uintptr_t line = begin / kLine * kLine; line < begin + static_cast<uintptr_t>(bytes); line += kLine)
-      lines_.push_back(line);
-  }
   std::vector<uintptr_t> lines_;
 };
 

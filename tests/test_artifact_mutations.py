@@ -227,7 +227,7 @@ def test_a_config_that_does_not_fit_its_weights(folder: Path) -> None:
     xfast.save(model, folder.parent / "c")
     shutil.copy(folder.parent / "c" / artifact.CONFIG, folder / artifact.CONFIG)
     with pytest.raises(xfast.ArtifactError, match=artifact.CONFIG):
-        packed_model.load(folder, "size")
+        packed_model.load(folder, "size", torch.device("cpu"), "auto")
 
 
 def test_the_bindings_refuse_memory_that_does_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""Attention with 16-bit integer products (quantised encoders): its definition, its error, and what must not overflow.
+"""Attention with 16-bit integer products (all encoders but fp32 ones): definition, error, and what must not overflow.
 
 That its bits depend on nothing else is tested with the fp32 form, in test_attention.py.
 """

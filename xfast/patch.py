@@ -176,7 +176,6 @@ class EncoderPatch(Patch):
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
         module = self.module
-        self.plan.alert()
         if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
             return self.original(*args, **kwargs)  # which raises TypeError
         call = dict(zip(self._names, args, strict=False), **kwargs)
@@ -226,6 +225,7 @@ class EncoderPatch(Patch):
     def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
         if (reason := self._refusal(module, call)) is not None:
             raise CannotRunError(reason)
+        self.plan.alert()  # not sooner: the original code has threads of its own
         engine = self.plan.current_engine(module)
         if engine is None:
             raise CannotRunError("no backend runs this model")
