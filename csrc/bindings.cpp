@@ -18,6 +18,7 @@
 #include "isa.h"
 #include "measure.h"
 #include "packing.h"
+#include "openmp.h"
 #include "thread_pool.h"
 
 namespace xfast {
@@ -424,6 +425,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pad", &py_pad, py::arg("packed").noconvert(), py::arg("indices").noconvert(), py::arg("out"),
         py::arg("threads"));
   m.def("alert_workers", &alert_workers, py::arg("threads"));
+  m.def("borrowed_regions", &openmp::regions_run);
   bind_kernels(m);
   bind_watch(m);
   py::class_<PyEncoder>(m, "Encoder")

@@ -1,6 +1,7 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -11,6 +12,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "openmp.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,6 +30,11 @@ void relax(int spin) {
   } else {
     std::this_thread::yield();
   }
+}
+
+int64_t now_ns(clockid_t clock) {
+  timespec time{};
+  return clock_gettime(clock, &time) == 0 ? time.tv_sec * int64_t{1000000000} + time.tv_nsec : 0;
 }
 
 // Results must not depend on the floating-point mode that the caller happens to have set (torch.set_flush_denormal):
@@ -83,6 +91,7 @@ class Pool {
     barrier_ = &barrier;
     threads_ = threads;
     left_.store(threads - 1, std::memory_order_relaxed);
+    rung_at_ = now_ns(CLOCK_MONOTONIC);
     for (int id = 1; id < threads; ++id) {
       Worker& worker = *workers_[id - 1];
       {
@@ -93,6 +102,7 @@ class Pool {
     }
     body(Member{0, threads, &barrier});
     for (int spin = 0; left_.load(std::memory_order_acquire) != 0; ++spin) relax(spin);
+    if (pushed_aside_.exchange(false, std::memory_order_relaxed)) openmp::suspect(static_cast<int>(workers_.size()));
   }
 
  private:
@@ -107,19 +117,24 @@ class Pool {
 
   void work(Worker& self, int id) {
     [[maybe_unused]] const DefaultFloatMode mode;
-    // Stay hot for a moment between back-to-back calls, then sleep so that nobody else is slowed down.
-    constexpr std::chrono::microseconds kBetweenCalls{100}, kAlerted{1000};
+    // Stay awake between back-to-back calls, at first hot, then giving way to whoever wants the core; then sleep.
+    constexpr std::chrono::microseconds kHot{100}, kGivingWay{400}, kAlerted{1000};
     for (unsigned seen = 0;; ++seen) {
-      bool rung = spin_for(self, seen, kBetweenCalls);
-      while (!rung) rung = sleep(self, seen) || spin_for(self, seen, kAlerted);
+      bool rung = spin_for(self, seen, kHot, false) || spin_for(self, seen, kGivingWay, true);
+      while (!rung) rung = sleep(self, seen) || spin_for(self, seen, kAlerted, false);
+      const int64_t cpu = now_ns(CLOCK_THREAD_CPUTIME_ID);
       (*body_)(Member{id, threads_, barrier_});
+      const int64_t used = now_ns(CLOCK_THREAD_CPUTIME_ID) - cpu;
+      if (now_ns(CLOCK_MONOTONIC) - rung_at_ - used > kPushedAside)
+        pushed_aside_.store(true, std::memory_order_relaxed);
       left_.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  static bool spin_for(const Worker& self, unsigned seen, std::chrono::microseconds patience) {
+  static bool spin_for(const Worker& self, unsigned seen, std::chrono::microseconds patience, bool give_way) {
     const auto end = std::chrono::steady_clock::now() + patience;
     do {
+      if (give_way) std::this_thread::yield();
       for (int spin = 0; spin < 32; ++spin) {
         if (self.generation.load(std::memory_order_acquire) != seen) return true;
         relax(0);
@@ -139,13 +154,16 @@ class Pool {
     return work();
   }
 
-  std::atomic<bool> busy_{false};
+  static constexpr int64_t kPushedAside = 500000;  // ns without a core in one region: another thread wants it, too
+
+  std::atomic<bool> busy_{false}, pushed_aside_{false};
   std::vector<std::unique_ptr<Worker>> workers_;
   std::atomic<int> left_{0};
   // The job at hand: written before the doorbells ring, read after.
   const std::function<void(const Member&)>* body_ = nullptr;
   Barrier* barrier_ = nullptr;
   int threads_ = 0;
+  int64_t rung_at_ = 0;
 };
 
 // A forked child has none of the parent's threads, so it abandons the pool (a few hundred bytes) and starts anew.
@@ -177,14 +195,16 @@ void Barrier::wait() {
 
 void alert_workers(int threads) {
   if (threads <= 1 || !pool().try_acquire()) return;
-  pool().alert(threads - 1);
+  if (!openmp::look(threads)) pool().alert(threads - 1);
   pool().release();
 }
 
 Team::Team(int wanted) {
   if (wanted <= 1 || !pool().try_acquire()) return;
   pool_ = &pool();
-  size_ = 1 + static_cast<Pool*>(pool_)->start_workers(std::min(wanted, kMaxThreads) - 1);
+  wanted = std::min(wanted, kMaxThreads);
+  size_ = 1 + static_cast<Pool*>(pool_)->start_workers(wanted - 1);  // there in any case: OpenMP may give fewer
+  borrowed_ = size_ == wanted && openmp::awake(wanted);
 }
 
 Team::~Team() {
@@ -193,6 +213,14 @@ Team::~Team() {
 
 void Team::run(const std::function<void(const Member&)>& body) const {
   [[maybe_unused]] const DefaultFloatMode mode;
+  if (borrowed_) {
+    Barrier barrier(size_);
+    if (openmp::run(size_, [&](int id) {
+          [[maybe_unused]] const DefaultFloatMode its_mode;
+          body(Member{id, size_, &barrier});
+        }))
+      return;
+  }
   if (pool_ != nullptr && size_ > 1) return static_cast<Pool*>(pool_)->run(size_, body);
   Barrier alone(1);
   body(Member{0, 1, &alone});

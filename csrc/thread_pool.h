@@ -1,4 +1,5 @@
-// The extension's own threads (no OpenMP: its idle threads spin and slow down whatever else runs in the process).
+// The extension's own threads, which sleep when idle (OpenMP's spin and slow down whatever else runs in the process),
+// or torch's while those spin anyway (openmp.h).
 //
 // A region runs one function on `threads` members that meet at barriers. How work is cut into members never changes
 // a result: every output row is computed by one chain of operations, wherever it runs.
@@ -42,6 +43,7 @@ class Team {
  private:
   void* pool_ = nullptr;
   int size_ = 1;
+  bool borrowed_ = false;  // torch's threads
 };
 
 // Says that a region on so many threads comes within a millisecond: sleeping threads wake meanwhile. Returns at once.

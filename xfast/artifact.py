@@ -132,6 +132,16 @@ class Manifest:
         return json.dumps({**content, "sha256": digest(content)}, indent=1, sort_keys=True).encode() + b"\n"
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is a packed artifact, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / STAGING).is_dir()
+
+
+def manifest_in(folder: Path) -> Manifest | None:
+    """The manifest of a packed artifact; None where there is anything else. Raises like :func:`read_manifest`."""
+    return read_manifest(folder) if is_artifact(folder) else None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactError: no artifact, an unfinished one, another format, or a changed manifest."""
     path = folder / MANIFEST

@@ -1,4 +1,4 @@
-"""A checkpoint as a job sees it: what its head computes, what identifies it, and the accelerated model itself."""
+"""A model as a job sees it: what its head computes, what identifies it, and the accelerated model itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import xfast
+from xfast import artifact
 from xfast.architecture import describe, find_encoders, supported_families
 from xfast.encode import outputs
 from xfast.encode.rows import text_columns
@@ -43,11 +44,15 @@ class Head:
 def head_of(settings: Settings) -> tuple[Head, str]:
     """The head, and what identifies the model and the tokenizer: a hash of a folder's files, a Hub's revision.
 
+    Of a packed artifact the weights are not read for it: they are verified by the hashes in its manifest.
+
     Raises:
         DataFileError: no such model.
+        ArtifactError: a packed artifact that is damaged.
         UnsupportedModelError: a head that makes neither embeddings nor predictions of these kinds.
         InvalidOptionError: ``content`` or the pair column does not go with the head.
     """
+    manifest = artifact.manifest_in(Path(settings.model))
     try:
         config = transformers.AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError, TypeError) as error:
@@ -55,7 +60,10 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     identity = _identity(settings.model, getattr(config, "_commit_hash", None))
     if settings.tokenizer is not None:
         identity += " " + _identity(settings.tokenizer, None)
-    return _head(config, settings), identity
+    if manifest is None:
+        return _head((getattr(config, "architectures", None) or ["no architecture"])[0], config, settings), identity
+    _check_packed(manifest, settings)
+    return _head(manifest.model_class.rpartition(":")[2], config, settings), identity
 
 
 class Encoder:
@@ -67,6 +75,7 @@ class Encoder:
 
     Raises:
         DataFileError: the checkpoint or the tokenizer cannot be read.
+        ArtifactError: a packed artifact that is damaged.
         InvalidWeightsError: the checkpoint lacks weights of its head.
         XfastError: what :func:`xfast.accelerate` raises.
     """
@@ -76,11 +85,8 @@ class Encoder:
         self.device = torch.device(settings.device)
         self.budget = execution.batch_tokens or BATCH_TOKENS[settings.device]
         with quiet_transformers():
-            loaded = _load(settings, head).eval().to(self.device)
-            self.model: Any = xfast.accelerate(
-                loaded, backend=settings.backend, precision=settings.precision, layers=settings.layers
-            )
-            _, module, family = find_encoders(loaded)[0]
+            self.model: Any = _accelerated(settings, head)
+            _, module, family = find_encoders(self.model)[0]
             spec = describe(module, family).spec
             # RoBERTa counts positions from the padding's number + 1
             reserved = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
@@ -120,8 +126,18 @@ class Encoder:
         return xfast.explain(self.model).encoders[0].fallbacks
 
 
-def _head(config: Any, settings: Settings) -> Head:
-    name = (getattr(config, "architectures", None) or ["no architecture"])[0]
+def _check_packed(manifest: artifact.Manifest, settings: Settings) -> None:
+    """Refuses to run an artifact in another way than it was packed for."""
+    for name, asked, unset, packed in (
+        ("precision", settings.precision, "model", manifest.precision),
+        ("layers", settings.layers, None, manifest.layers),
+    ):
+        if asked not in (unset, packed):
+            has = "all" if packed is None else packed
+            raise InvalidOptionError(f"{name}: {asked!r} is not accepted: {settings.model} was packed with {has}")
+
+
+def _head(name: str, config: Any, settings: Settings) -> Head:
     predicts = name.endswith((_CLASSES, _TAGS))
     if settings.content == "predictions" and not predicts:
         raise InvalidOptionError(
@@ -150,6 +166,19 @@ def _head(config: Any, settings: Settings) -> Head:
     return Head("classes", outputs.Classes.names, labels)
 
 
+def _accelerated(settings: Settings, head: Head) -> Any:
+    """The model; a packed artifact without its head where that is not asked, as checkpoints are loaded without it."""
+    if artifact.is_artifact(Path(settings.model)):
+        loaded = xfast.load(settings.model, device=settings.device, backend=settings.backend)
+        return loaded if head.labels else loaded.base_model
+    return xfast.accelerate(
+        _load(settings, head).eval().to(settings.device),
+        backend=settings.backend,
+        precision=settings.precision,
+        layers=settings.layers,
+    )
+
+
 def _load(settings: Settings, head: Head) -> Any:
     if not head.labels:
         cls, more = transformers.AutoModel, {"add_pooling_layer": False}
@@ -175,7 +204,10 @@ def _identity(name: str, revision: str | None) -> str:
         return f"{name}@{revision}"
     digest = hashlib.blake2b(digest_size=16)
     try:
+        packed = artifact.is_artifact(folder)
         for path in sorted(path for path in folder.iterdir() if path.suffix in _PARTS):
+            if packed and path.suffix == ".safetensors":  # the manifest has their hashes
+                continue
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while block := file.read(_BYTES):

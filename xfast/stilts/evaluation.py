@@ -17,12 +17,13 @@ import torch
 
 import xfast
 from xfast import files
+from xfast.artifact import manifest_in
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
-from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, packed_precision, usable_positions
+from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
 from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
@@ -144,7 +145,8 @@ class _Predictor:
 
     def __init__(self, run: Evaluation, task: Task) -> None:
         self.run, self.task = run, task
-        self.packed = packed_precision(run.model)
+        manifest = manifest_in(Path(run.model))
+        self.packed = None if manifest is None else manifest.precision
         gpu = torch.cuda.is_available() and self.packed is None
         self.device = torch.device(run.device or ("cuda" if gpu else "cpu"))
         self.model = self._load()

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import xfast
 from xfast.architecture import check_class
-from xfast.artifact import MANIFEST, read_manifest
+from xfast.artifact import read_manifest
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN, TAGGING, Task
 
@@ -291,15 +291,6 @@ def load_task_model(folder: str, task: Task, dtype: torch.dtype | None = None) -
     if new:
         raise DataFileError(f"model: {folder}: no trained weights for {', '.join(new[:4])}; train {task.name} first")
     return loaded.eval()
-
-
-def packed_precision(folder: str) -> str | None:
-    """The precision of a packed artifact; None for any other checkpoint.
-
-    Raises:
-        ArtifactError: damaged, or of another format.
-    """
-    return read_manifest(Path(folder)).precision if (Path(folder) / MANIFEST).is_file() else None
 
 
 def load_packed_task_model(folder: str, task: Task) -> Any:

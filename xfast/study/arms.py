@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import xfast
-from xfast.artifact import MANIFEST
+from xfast.artifact import MANIFEST, is_artifact
 from xfast.benchmarks import models, workloads
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, XfastError
 from xfast.recipe import QUANTISED
@@ -284,7 +284,7 @@ def folder_of(checkpoints: Mapping[str, str], task: str) -> Path:
     for one in (folder / "tasks" / task, folder / "encoder"):
         if (one / "config.json").is_file():
             return one
-    if not (folder / "config.json").is_file() and not artifacts.is_artifact(folder):
+    if not (folder / "config.json").is_file() and not is_artifact(folder):
         raise InvalidOptionError(f"checkpoints: {folder} holds neither config.json nor encoder/ of a STILTs run")
     return folder
 

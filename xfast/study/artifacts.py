@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from xfast.artifact import MANIFEST, STAGING, read_manifest
+from xfast.artifact import manifest_in
 from xfast.benchmarks.models import SeededTensors
 from xfast.convert import convert
 from xfast.errors import ArtifactError, ArtifactWriteError
@@ -53,20 +53,15 @@ class Artifact:
     bytes: int
 
 
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder is a packed artifact, finished or not."""
-    return (folder / MANIFEST).is_file() or (folder / STAGING).is_dir()
-
-
 def find(folder: Path) -> Artifact | None:
     """The artifact in a folder; None where it holds something else.
 
     Raises:
         ArtifactError: damaged, not finished, of another format, or one that does not run all layers.
     """
-    if not is_artifact(folder):
+    manifest = manifest_in(folder)
+    if manifest is None:
         return None
-    manifest = read_manifest(folder)
     if manifest.layers is not None:
         raise ArtifactError(f"{folder}: runs {manifest.layers} layers only; expected one that runs all")
     dtype = getattr(torch, manifest.linear_dtype, None)

@@ -1,0 +1,179 @@
+"""Torch's OpenMP threads, borrowed while they are awake: results are the same bits, and nothing depends on them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import build, ragged
+from reference import assert_same_bits
+from test_thread_pool import in_child
+
+import xfast
+from xfast import _C
+
+THREADS = 2
+PATIENCE = 30.0
+"""Seconds within which torch's threads are awake at the right moment at least once, however busy the machine is."""
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < THREADS, reason="OpenMP's threads spin where each has a core")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    xfast.set_num_threads(THREADS)
+    with torch.inference_mode():
+        yield
+    xfast.set_num_threads(None)
+    torch.set_num_threads(before)
+
+
+def wide(precision: str = "int8") -> Any:
+    """A model whose forward takes a millisecond."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 2}
+    model = build(**sizes)
+    model.pooler = None  # in a forked child torch's own operations on several threads hang
+    return xfast.accelerate(model, precision=precision)
+
+
+def head(states: torch.Tensor) -> torch.Tensor:
+    """What heads do: an operation that torch runs on all its threads, which spin afterwards."""
+    return (torch.ones(1 << 18) * states.sum()).sum()
+
+
+def borrow(model: Any, batch: dict[str, torch.Tensor], want: np.ndarray) -> bool:
+    """Calls model and head in turn until a call has run on torch's threads; every result must be the same bits."""
+    before, end = _C.borrowed_regions(), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        states = model(**batch).last_hidden_state
+        assert_same_bits(states.numpy(), want)
+        if _C.borrowed_regions() > before:
+            return True
+        head(states)
+    return False
+
+
+def alone(model: Any, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """The result on one thread."""
+    xfast.set_num_threads(1)
+    states = model(**batch).last_hidden_state.numpy()
+    xfast.set_num_threads(THREADS)
+    return states
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_calls_between_torchs_operations_run_on_its_threads(precision: str) -> None:
+    model = wide(precision)
+    batches = [ragged(), ragged([90, 70, 17, 44])]  # columns are split, rows are split
+    for batch in batches:
+        assert borrow(model, batch, alone(model, batch)), "torch's threads were never awake"
+
+
+def test_a_process_without_torchs_operations_leaves_its_threads_alone() -> None:
+    """Unless regions are pushed off their cores several times, which a busy machine may do to them."""
+    code = """
+import os, torch
+torch.set_num_threads(1)
+import xfast, test_openmp as t
+model = t.wide()
+torch.set_num_threads(2)
+with torch.inference_mode():
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(2):
+        model(**t.ragged())
+    assert len(os.listdir("/proc/self/task")) == before + 1, "more than xfast's own thread was started"
+assert xfast._C.borrowed_regions() == 0
+"""
+    done = python(code, {})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def python(code: str, setting: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **setting, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_another_number_of_threads_than_torchs_is_xfasts_own() -> None:
+    model, batch = wide(), ragged()
+    want = alone(model, batch)
+    assert borrow(model, batch, want)
+    for own, torchs in ((3, THREADS), (THREADS, 1), (THREADS, 3)):
+        xfast.set_num_threads(own)
+        torch.set_num_threads(torchs)
+        before = _C.borrowed_regions()
+        for _ in range(30):
+            head(torch.from_numpy(want))
+            assert_same_bits(model(**batch).last_hidden_state.numpy(), want)
+        assert _C.borrowed_regions() == before, f"{own} threads, torch {torchs}"
+    xfast.set_num_threads(THREADS)  # the thread that was known has ended with a team of one, or not: both are right
+    torch.set_num_threads(THREADS)
+    assert borrow(model, batch, want)
+
+
+def test_a_forked_child_has_its_own_threads() -> None:
+    model, batch = wide(), ragged()
+    want = alone(model, batch)
+    assert borrow(model, batch, want)
+    before = _C.borrowed_regions()
+
+    def child() -> bool:
+        same = all(np.array_equal(model(**batch).last_hidden_state.numpy(), want) for _ in range(20))
+        return same and _C.borrowed_regions() == before
+
+    in_child(child)
+
+
+def test_threads_of_several_callers() -> None:
+    """Each Python thread has OpenMP threads of its own, and the pool goes to one caller at a time."""
+    model, batch = wide(), ragged([90, 70, 17, 44])
+    want = alone(model, batch)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                for _ in range(40):
+                    states = model(**batch).last_hidden_state
+                    assert_same_bits(states.numpy(), want)
+                    head(states)
+        except BaseException as error:  # a thread's exception would otherwise be lost
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert not worker.is_alive(), "the calls wait for one another"
+    assert not failures
+
+
+@pytest.mark.parametrize(
+    "setting", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}, {"OMP_WAIT_POLICY": "passive"}]
+)
+def test_where_openmp_gives_fewer_threads_or_sleeping_ones(setting: dict[str, str]) -> None:
+    code = """
+import numpy as np, torch, xfast
+import test_openmp as t
+torch.set_num_threads(2)
+with torch.inference_mode():
+    model, batch = t.wide(), t.ragged()
+    want = t.alone(model, batch)
+    for _ in range(200):
+        states = model(**batch).last_hidden_state
+        assert np.array_equal(states.numpy(), want)
+        t.head(states)
+"""
+    done = python(code, setting)
+    assert done.returncode == 0, done.stderr[-2000:]
