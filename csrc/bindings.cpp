@@ -17,8 +17,8 @@
 #include "encoder.h"
 #include "isa.h"
 #include "measure.h"
-#include "packing.h"
 #include "openmp.h"
+#include "packing.h"
 #include "thread_pool.h"
 
 namespace xfast {
@@ -364,6 +364,7 @@ void py_pad(const F32& packed, const I32& indices, const py::array& out, int thr
 PYBIND11_MODULE(_C, m) {
   using namespace xfast;
   m.doc() = "xfast's CPU kernels. Private: use the xfast package.";
+  openmp::prepare();
   m.attr("pack_version") = kPackVersion;
   m.attr("panel_outputs") = kPanel;
   m.attr("chunk_bytes") = kChunkBytes;
@@ -426,6 +427,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"));
   m.def("alert_workers", &alert_workers, py::arg("threads"));
   m.def("borrowed_regions", &openmp::regions_run);
+  m.def(
+      "borrow_threads",
+      [](const std::string& policy) {
+        require(openmp::set_policy(policy.c_str()), "policy: accepted: auto, always, never");
+      },
+      py::arg("policy"));
   bind_kernels(m);
   bind_watch(m);
   py::class_<PyEncoder>(m, "Encoder")

@@ -1,16 +1,19 @@
 #include "openmp.h"
 
-#include <dirent.h>
 #include <dlfcn.h>
 #include <pthread.h>
-#include <time.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstring>
+
+#include "clock.h"
 
 namespace xfast::openmp {
 namespace {
 
-// The entry points of the OpenMP that torch is linked to, by GNU's interface, which LLVM's and Intel's have as well.
+// The entry points of the OpenMP that torch calls, by GNU's interface, which LLVM's and Intel's have as well.
 struct Runtime {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
   int (*thread_num)() = nullptr;
@@ -20,67 +23,78 @@ struct Runtime {
   bool there = false;
 
   Runtime() {
-    // Already loaded or not at all. Symbols are looked up in the library and in what it is linked to.
+    // As torch's own calls are bound: first to what all libraries see (LD_PRELOAD), then to what it is linked to. All
+    // of them from one place, for there may be two OpenMPs.
+    there = find_all(RTLD_DEFAULT);
+    if (there) return;
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    there = torch != nullptr && find(torch, "GOMP_parallel", parallel) &&
-            find(torch, "omp_get_thread_num", thread_num) && find(torch, "omp_get_num_threads", num_threads) &&
-            find(torch, "omp_get_max_threads", max_threads) && find(torch, "omp_in_parallel", in_parallel);
+    there = torch != nullptr && find_all(torch);
   }
 
  private:
+  bool find_all(void* where) {
+    return find(where, "GOMP_parallel", parallel) && find(where, "omp_get_thread_num", thread_num) &&
+           find(where, "omp_get_num_threads", num_threads) && find(where, "omp_get_max_threads", max_threads) &&
+           find(where, "omp_in_parallel", in_parallel);
+  }
   template <class F>
-  static bool find(void* library, const char* name, F& function) {
-    function = reinterpret_cast<F>(dlsym(library, name));
+  static bool find(void* where, const char* name, F& function) {
+    function = reinterpret_cast<F>(dlsym(where, name));
     return function != nullptr;
   }
 };
 
+std::atomic<bool> forked{false};
+enum class Policy { kAuto, kAlways, kNever };
+std::atomic<Policy> policy{Policy::kAuto};
 std::atomic<int64_t> regions{0};
 
-// A child of fork() has none of its parent's threads, and OpenMP does not notice.
-std::atomic<bool> forked{false};
+// Whether this process is a copy of another one (PF_FORKNOEXEC of Linux); true where that cannot be read.
+bool is_copy() {
+  FILE* file = std::fopen("/proc/self/stat", "r");
+  if (file == nullptr) return true;
+  char text[1024];
+  const size_t size = std::fread(text, 1, sizeof text - 1, file);
+  std::fclose(file);
+  text[size] = 0;
+  const char* name_end = std::strrchr(text, ')');  // the name may hold anything
+  unsigned flags = 0;
+  if (name_end == nullptr || std::sscanf(name_end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) return true;
+  constexpr unsigned kForkNoExec = 0x40;
+  return (flags & kForkNoExec) != 0;
+}
 
 const Runtime* runtime() {
+  if (forked.load(std::memory_order_relaxed) || policy.load(std::memory_order_relaxed) == Policy::kNever)
+    return nullptr;
   static const Runtime loaded;
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  static_cast<void>(registered);
-  return loaded.there && !forked.load(std::memory_order_relaxed) ? &loaded : nullptr;
+  return loaded.there ? &loaded : nullptr;
 }
 
-int64_t now_of(clockid_t clock) {
-  timespec time{};
-  return clock_gettime(clock, &time) == 0 ? time.tv_sec * int64_t{1000000000} + time.tv_nsec : -1;
+// The runtime, if it would give the calling thread `threads` threads.
+const Runtime* runtime_for(int threads) {
+  const Runtime* omp = runtime();
+  return omp != nullptr && threads > 1 && omp->max_threads() == threads && omp->in_parallel() == 0 ? omp : nullptr;
 }
 
-// Threads of this process.
-int tasks() {
-  DIR* folder = opendir("/proc/self/task");
-  if (folder == nullptr) return 0;
-  int count = -2;  // "." and ".."
-  while (readdir(folder) != nullptr) ++count;
-  closedir(folder);
-  return count;
-}
-
-// What one thread knows of its OpenMP threads: the processor time of the first stands for all of them.
+// What one thread knows of its OpenMP threads: the first stands for all of them.
 struct Helper {
-  int pushed = 0;  // times that a region was pushed aside, one soon after another
-  int64_t pushed_at = 0;
+  int pushed = 0;  // regions that were pushed aside
   bool suspected = false, known = false;
-  clockid_t clock{};
-  int64_t looked = 0, looked_cpu = 0;  // when it was looked at last, and its processor time then, ns
+  clockid_t clock{};                   // its processor time
+  int64_t looked = 0, looked_cpu = 0;  // when it was looked at last, and its processor time then
 
-  void update() {
-    looked_cpu = now_of(clock);
-    looked = now_of(CLOCK_MONOTONIC);
-    known = looked_cpu >= 0;  // the thread may have ended
-  }
-  // Its own region starts the threads if they are not there, and a forked child could not use them any more.
   void learn(int threads) {
+    pushed = 0;
     suspected = false;
-    known = run(threads, [this](int id) {
+    known = run(threads, [this](int id) {  // only the thread itself can tell
       if (id == 1) pthread_getcpuclockid(pthread_self(), &clock);
     });
+  }
+  void update() {
+    looked_cpu = clock_ns(clock);
+    looked = clock_ns(CLOCK_MONOTONIC);
+    known = looked_cpu >= 0;
   }
 };
 thread_local Helper helper;
@@ -92,7 +106,7 @@ struct Region {
   bool complete;  // written by thread 0
 };
 
-void member(void* data) {
+void member(void* data) noexcept {  // nothing can be thrown through OpenMP
   Region& region = *static_cast<Region*>(data);
   const int id = region.omp.thread_num();
   const bool complete = region.omp.num_threads() == region.threads;
@@ -102,37 +116,35 @@ void member(void* data) {
 
 }  // namespace
 
-void suspect(int others) {
-  const Runtime* omp = runtime();
-  if (omp == nullptr || helper.known) return;
-  constexpr int64_t kApart = 100000000;  // ns; rarer ones are another process
+void prepare() {
+  forked.store(is_copy());
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+}
+
+void suspect(int threads) {
+  if (helper.known || runtime_for(threads) == nullptr) return;
   constexpr int kTimes = 3;
-  const int64_t now = now_of(CLOCK_MONOTONIC);
-  helper.pushed = now - helper.pushed_at < kApart ? helper.pushed + 1 : 1;
-  helper.pushed_at = now;
-  helper.suspected = helper.pushed >= kTimes && tasks() >= 1 + others + omp->max_threads() - 1;
+  helper.pushed = std::min(helper.pushed + 1, kTimes);
+  helper.suspected = helper.pushed == kTimes;
 }
 
 bool look(int threads) {
-  const Runtime* omp = runtime();
-  if (omp == nullptr || threads < 2 || omp->max_threads() != threads || omp->in_parallel() != 0) return false;
+  if (runtime_for(threads) == nullptr) return false;
   if (!helper.known && helper.suspected) helper.learn(threads);
   if (!helper.known) return false;
-  const int64_t before = helper.looked_cpu;
+  const int64_t before = clock_ns(helper.clock);
   helper.update();
   return helper.looked_cpu > before;
 }
 
 bool awake(int threads) {
-  const Runtime* omp = runtime();
-  if (omp == nullptr || !helper.known || omp->max_threads() != threads || omp->in_parallel() != 0) return false;
-  constexpr int64_t kStale = 5000000;  // ns
-  const int64_t wall = now_of(CLOCK_MONOTONIC) - helper.looked;
-  return wall < kStale &&
-         2 * (now_of(helper.clock) - helper.looked_cpu) > wall;  // more than half: it may be pushed aside
+  if (runtime_for(threads) == nullptr) return false;
+  if (policy.load(std::memory_order_relaxed) == Policy::kAlways) return true;
+  if (!helper.known) return false;
+  constexpr int64_t kStale = 5000000;
+  const int64_t wall = clock_ns(CLOCK_MONOTONIC) - helper.looked;
+  return wall < kStale && 2 * (clock_ns(helper.clock) - helper.looked_cpu) > wall;
 }
-
-int64_t regions_run() { return regions.load(std::memory_order_relaxed); }
 
 bool run(int threads, const std::function<void(int id)>& body) {
   const Runtime* omp = runtime();
@@ -143,5 +155,17 @@ bool run(int threads, const std::function<void(int id)>& body) {
   if (region.complete) regions.fetch_add(1, std::memory_order_relaxed);
   return region.complete;
 }
+
+bool set_policy(const char* name) {
+  constexpr const char* kNames[] = {"auto", "always", "never"};
+  for (int i = 0; i < 3; ++i)
+    if (std::strcmp(name, kNames[i]) == 0) {
+      policy.store(static_cast<Policy>(i));
+      return true;
+    }
+  return false;
+}
+
+int64_t regions_run() { return regions.load(std::memory_order_relaxed); }
 
 }  // namespace xfast::openmp

@@ -1,7 +1,6 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
-#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -13,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "clock.h"
 #include "openmp.h"
 
 #if defined(__x86_64__)
@@ -30,11 +30,6 @@ void relax(int spin) {
   } else {
     std::this_thread::yield();
   }
-}
-
-int64_t now_ns(clockid_t clock) {
-  timespec time{};
-  return clock_gettime(clock, &time) == 0 ? time.tv_sec * int64_t{1000000000} + time.tv_nsec : 0;
 }
 
 // Results must not depend on the floating-point mode that the caller happens to have set (torch.set_flush_denormal):
@@ -91,7 +86,8 @@ class Pool {
     barrier_ = &barrier;
     threads_ = threads;
     left_.store(threads - 1, std::memory_order_relaxed);
-    rung_at_ = now_ns(CLOCK_MONOTONIC);
+    const int64_t own = clock_ns(CLOCK_THREAD_CPUTIME_ID), all = watching_ ? clock_ns(CLOCK_PROCESS_CPUTIME_ID) : 0;
+    rung_at_ = clock_ns(CLOCK_MONOTONIC);
     for (int id = 1; id < threads; ++id) {
       Worker& worker = *workers_[id - 1];
       {
@@ -102,7 +98,7 @@ class Pool {
     }
     body(Member{0, threads, &barrier});
     for (int spin = 0; left_.load(std::memory_order_acquire) != 0; ++spin) relax(spin);
-    if (pushed_aside_.exchange(false, std::memory_order_relaxed)) openmp::suspect(static_cast<int>(workers_.size()));
+    account(own, all);
   }
 
  private:
@@ -122,13 +118,29 @@ class Pool {
     for (unsigned seen = 0;; ++seen) {
       bool rung = spin_for(self, seen, kHot, false) || spin_for(self, seen, kGivingWay, true);
       while (!rung) rung = sleep(self, seen) || spin_for(self, seen, kAlerted, false);
-      const int64_t cpu = now_ns(CLOCK_THREAD_CPUTIME_ID);
+      const int64_t before = clock_ns(CLOCK_THREAD_CPUTIME_ID);
       (*body_)(Member{id, threads_, barrier_});
-      const int64_t used = now_ns(CLOCK_THREAD_CPUTIME_ID) - cpu;
-      if (now_ns(CLOCK_MONOTONIC) - rung_at_ - used > kPushedAside)
-        pushed_aside_.store(true, std::memory_order_relaxed);
+      count(clock_ns(CLOCK_THREAD_CPUTIME_ID) - before);
       left_.fetch_sub(1, std::memory_order_release);
     }
+  }
+
+  // A member is done after `used` ns of processor time; the rest was spent waiting for a core, or on page faults.
+  void count(int64_t used) {
+    used_.fetch_add(used, std::memory_order_relaxed);
+    if (clock_ns(CLOCK_MONOTONIC) - rung_at_ - used > kPushedAside)
+      pushed_aside_.store(true, std::memory_order_relaxed);
+  }
+
+  // After a region: was it pushed aside, and by this process? Only asked after one that was. `own`, `all`: processor
+  // time of the caller and of the process when it began.
+  void account(int64_t own, int64_t all) {
+    count(clock_ns(CLOCK_THREAD_CPUTIME_ID) - own);
+    const int64_t used = used_.exchange(0, std::memory_order_relaxed);
+    const bool pushed = pushed_aside_.exchange(false, std::memory_order_relaxed);
+    if (pushed && watching_ && clock_ns(CLOCK_PROCESS_CPUTIME_ID) - all - used > kPushedAside / 2)
+      openmp::suspect(threads_);
+    watching_ = pushed;
   }
 
   static bool spin_for(const Worker& self, unsigned seen, std::chrono::microseconds patience, bool give_way) {
@@ -154,9 +166,11 @@ class Pool {
     return work();
   }
 
-  static constexpr int64_t kPushedAside = 500000;  // ns without a core in one region: another thread wants it, too
+  static constexpr int64_t kPushedAside = 500000;  // ns that a member did not run
 
   std::atomic<bool> busy_{false}, pushed_aside_{false};
+  std::atomic<int64_t> used_{0};
+  bool watching_ = false;
   std::vector<std::unique_ptr<Worker>> workers_;
   std::atomic<int> left_{0};
   // The job at hand: written before the doorbells ring, read after.

@@ -84,6 +84,9 @@ def test_layers_are_the_artifacts(tmp_path: Path, base: Path, source: Path) -> N
     encode.run(source, tmp_path / "want", base, layers=1)
     encode.run(source, tmp_path / "got", folder)
     np.testing.assert_array_equal(encode.embeddings(tmp_path / "got"), encode.embeddings(tmp_path / "want"))
+    encode.run(source, tmp_path / "same", folder, layers=1)
+    whole = packed(base, tmp_path / "whole", "AutoModel", "fp32")
+    encode.run(source, tmp_path / "all", whole, layers=transformers.AutoConfig.from_pretrained(base).num_hidden_layers)
     with pytest.raises(xfast.InvalidOptionError, match=r"layers: 2 is not accepted: .* packed with 1"):
         encode.run(source, tmp_path / "more", folder, layers=2)
 
@@ -108,6 +111,12 @@ def test_damaged_artifacts_make_no_output(tmp_path: Path, base: Path, source: Pa
         encode.run(source, tmp_path / "out", folder)
     assert not list((tmp_path / "out").glob("*.parquet"))
     weights.write_bytes(whole)
+    config = (folder / artifact.CONFIG).read_bytes()
+    for damaged in (config[:-5], config.replace(b"XLMRoberta", b"XLMroberta")):
+        (folder / artifact.CONFIG).write_bytes(damaged)
+        with pytest.raises(xfast.ArtifactError, match=artifact.CONFIG):
+            encode.run(source, tmp_path / "out", folder)
+    (folder / artifact.CONFIG).write_bytes(config)
     (folder / artifact.MANIFEST).unlink()
     (folder / artifact.STAGING).mkdir()
     with pytest.raises(xfast.ArtifactError, match="is not finished"):

@@ -52,7 +52,7 @@ def head_of(settings: Settings) -> tuple[Head, str]:
         UnsupportedModelError: a head that makes neither embeddings nor predictions of these kinds.
         InvalidOptionError: ``content`` or the pair column does not go with the head.
     """
-    manifest = artifact.manifest_in(Path(settings.model))
+    manifest = _packed(settings)
     try:
         config = transformers.AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError, TypeError) as error:
@@ -62,7 +62,6 @@ def head_of(settings: Settings) -> tuple[Head, str]:
         identity += " " + _identity(settings.tokenizer, None)
     if manifest is None:
         return _head((getattr(config, "architectures", None) or ["no architecture"])[0], config, settings), identity
-    _check_packed(manifest, settings)
     return _head(manifest.model_class.rpartition(":")[2], config, settings), identity
 
 
@@ -126,15 +125,22 @@ class Encoder:
         return xfast.explain(self.model).encoders[0].fallbacks
 
 
-def _check_packed(manifest: artifact.Manifest, settings: Settings) -> None:
-    """Refuses to run an artifact in another way than it was packed for."""
-    for name, asked, unset, packed in (
-        ("precision", settings.precision, "model", manifest.precision),
-        ("layers", settings.layers, None, manifest.layers),
-    ):
-        if asked not in (unset, packed):
-            has = "all" if packed is None else packed
-            raise InvalidOptionError(f"{name}: {asked!r} is not accepted: {settings.model} was packed with {has}")
+def _packed(settings: Settings) -> artifact.Manifest | None:
+    """The manifest of a packed artifact, which is run as it was packed and whose config is verified here."""
+    folder = Path(settings.model)
+    manifest = artifact.manifest_in(folder)
+    if manifest is None:
+        return None
+    artifact.Reader(folder, "size").content(artifact.CONFIG)
+    every = manifest.spec.get("num_layers")
+    packed = every if manifest.layers is None else manifest.layers
+    if settings.layers not in (None, packed):
+        raise InvalidOptionError(f"layers: {settings.layers} is not accepted: {folder} was packed with {packed}")
+    if settings.precision not in ("model", manifest.precision):
+        raise InvalidOptionError(
+            f"precision: {settings.precision!r} is not accepted: {folder} was packed with {manifest.precision}"
+        )
+    return manifest
 
 
 def _head(name: str, config: Any, settings: Settings) -> Head:
@@ -167,7 +173,7 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
 
 
 def _accelerated(settings: Settings, head: Head) -> Any:
-    """The model; a packed artifact without its head where that is not asked, as checkpoints are loaded without it."""
+    """The model; a packed artifact without its head where that is not asked (its pooler stays, and is not read)."""
     if artifact.is_artifact(Path(settings.model)):
         loaded = xfast.load(settings.model, device=settings.device, backend=settings.backend)
         return loaded if head.labels else loaded.base_model
