@@ -147,8 +147,11 @@ assert xfast._C.borrowed_regions() == 0
 
 
 def python(code: str, setting: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **setting, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    """Runs code beside these tests, where ``xfast`` is the installed one."""
+    here = Path(__file__).parent
+    environment = {**os.environ, **setting, "PYTHONPATH": str(here)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
 
 
 def test_another_number_of_threads_than_torchs_is_xfasts_own() -> None:

@@ -223,7 +223,7 @@ def test_conversion_that_was_killed_is_continued(tmp_path: Path, monkeypatch: py
     process.join()
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert artifacts.is_artifact(folder) and not (folder / artifact.MANIFEST).exists()
+    assert artifact.is_artifact(folder) and not (folder / artifact.MANIFEST).exists()
     with pytest.raises(ArtifactError, match="not finished"):
         artifacts.find(folder)
     begun = (folder / artifact.STAGING / artifact.layer_file(0)).stat().st_mtime_ns
