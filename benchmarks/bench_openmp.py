@@ -1,8 +1,8 @@
 """What users run: XLM-R base with what torch computes after the encoder, a task head or mean pooling, on all threads.
 
 Torch's threads spin for milliseconds after each of its operations and want the cores that the encoder needs in the next
-call; ``csrc/openmp.h`` has what is done about it. ``extra_info``: ``p95_ms``, and ``borrowed``, the share of calls that
-ran on torch's threads. ``stock`` is the original model.
+call; ``csrc/openmp.h`` has what is done about it. ``extra_info``: ``p95_ms``, and ``borrowed``, the regions that ran
+on torch's threads for each call (large batches have more than one a call). ``stock`` is the original model.
 """
 
 from __future__ import annotations

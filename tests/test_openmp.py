@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from models import build, ragged
 from reference import assert_same_bits
-from test_thread_pool import in_child
+from test_thread_pool import at_once, in_child
 
 import xfast
 from xfast import _C
@@ -213,25 +212,14 @@ def test_threads_of_several_callers() -> None:
     """Each Python thread has OpenMP threads of its own, and the pool goes to one caller at a time."""
     model, batch = wide(), ragged(lengths=[38, 36, 17, 38, 30])
     want = alone(model, batch)
-    failures: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            with torch.inference_mode():
-                for _ in range(40):
-                    states = model(**batch).last_hidden_state
-                    assert_same_bits(states.numpy(), want)
-                    head(states)
-        except BaseException as error:  # a thread's exception would otherwise be lost
-            failures.append(error)
+    def work(_: int) -> None:
+        for _ in range(40):
+            states = model(**batch).last_hidden_state
+            assert_same_bits(states.numpy(), want)
+            head(states)
 
-    workers = [threading.Thread(target=work) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert not worker.is_alive(), "the calls wait for one another"
-    assert not failures
+    at_once(work, 3, timeout=120)
 
 
 @pytest.mark.parametrize(

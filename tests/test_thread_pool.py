@@ -187,22 +187,31 @@ def test_two_models_in_two_threads_do_not_disturb_each_other() -> None:
     batch = make_batch(BATCHES["many"])
     xfast.set_num_threads(2)
     want = [run(model, batch) for model in models]
-    failures: list[Exception] = []
 
     def work(which: int) -> None:
+        for _ in range(20):
+            assert_same_bits(run(models[which], batch), want[which], f"model {which}")
+
+    at_once(work, 2)
+
+
+def at_once(work: Callable[[int], None], count: int, timeout: float = 60.0) -> None:
+    """Runs ``work(0)``, ``work(1)``, ... in threads of their own and expects all of them to end well."""
+    failures: list[BaseException] = []
+
+    def body(which: int) -> None:
         try:
-            with torch.inference_mode():
-                for _ in range(20):
-                    assert_same_bits(run(models[which], batch), want[which], f"model {which}")
-        except Exception as error:  # a thread's exception would otherwise be lost
+            with torch.inference_mode():  # the mode belongs to a thread
+                work(which)
+        except BaseException as error:  # a thread's exception would otherwise be lost
             failures.append(error)
 
-    workers = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    workers = [threading.Thread(target=body, args=(which,)) for which in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
-        assert not worker.is_alive(), "the two calls wait for each other"
+        worker.join(timeout)
+        assert not worker.is_alive(), "the calls wait for one another"
     assert not failures
 
 

@@ -64,7 +64,7 @@ class Plan:
         return self.weights.spec.num_layers if self.options.layers is None else self.options.layers
 
     def alert(self) -> None:
-        """Says that a call is on its way, before anything about it is known."""
+        """Says that a call is on its way, before the weights are looked at."""
         if isinstance(self.engine, NativeEngine):
             self.engine.alert()
 
