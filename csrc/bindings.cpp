@@ -12,6 +12,7 @@
 #include <string>
 
 #include "bindings_kernels.h"
+#include "bindings_lm_head.h"
 #include "bindings_watch.h"
 #include "checks.h"
 #include "encoder.h"
@@ -23,13 +24,6 @@
 
 namespace xfast {
 namespace {
-
-// Data pointer of an array whose element type must be exactly T: no hidden copies of outputs or large inputs.
-template <class T>
-T* exact(const py::array& array, const char* name) {
-  require(py::isinstance<py::array_t<T>>(array), std::string(name) + ": wrong dtype");
-  return const_cast<T*>(static_cast<const T*>(array.data()));
-}
 
 class PyEncoder {
  public:
@@ -349,13 +343,10 @@ void py_pad(const F32& packed, const I32& indices, const py::array& out, int thr
   require_array(out, "out", {-1, cols});
   require(out.writeable(), "out: read-only");
   const int64_t slots = out.shape(0);
-  const int32_t* values = indices.data();
-  for (int64_t i = 0; i < total; ++i)
-    require(values[i] >= 0 && values[i] < slots && (i == 0 || values[i] > values[i - 1]),
-            "indices: must ascend and be below out's rows");
+  require_ascending(indices, slots);
   float* dst = exact<float>(out, "out");
   py::gil_scoped_release release;
-  pad(packed.data(), values, total, slots, cols, dst, threads);
+  pad(packed.data(), indices.data(), total, slots, cols, dst, threads);
 }
 
 }  // namespace
@@ -433,7 +424,9 @@ PYBIND11_MODULE(_C, m) {
         require(openmp::set_policy(policy.c_str()), "policy: accepted: auto, always, never");
       },
       py::arg("policy"));
+  m.def("bf16_instruction", [](const std::string& isa) { return kernel_table(isa).bf16_instruction; }, py::arg("isa"));
   bind_kernels(m);
+  bind_lm_head(m);
   bind_watch(m);
   py::class_<PyEncoder>(m, "Encoder")
       .def(py::init<const py::dict&, const std::string&, const std::string&>(), py::arg("shape"), py::arg("precision"),

@@ -36,6 +36,21 @@ inline void require_array(const py::array& array, const char* name, const std::v
                         ")");
 }
 
+// Data pointer of an array whose element type must be exactly T: no hidden copies of outputs or large inputs.
+template <class T>
+T* exact(const py::array& array, const char* name) {
+  require(py::isinstance<py::array_t<T>>(array), std::string(name) + ": wrong dtype");
+  return const_cast<T*>(static_cast<const T*>(array.data()));
+}
+
+// Rows of an output with `slots` rows: each at most once, in order.
+inline void require_ascending(const I32& indices, int64_t slots) {
+  const int32_t* values = indices.data();
+  for (int64_t i = 0; i < indices.size(); ++i)
+    require(values[i] >= 0 && values[i] < slots && (i == 0 || values[i] > values[i - 1]),
+            "indices: must ascend and be below out's rows");
+}
+
 inline TableView table_view(const py::array& array, const char* name) {
   const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
   const char kind = native ? array.dtype().kind() : '>';

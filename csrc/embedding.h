@@ -17,7 +17,7 @@ inline V16 load_table(const TableView& table, int64_t row, int64_t cols, int64_t
     return mul(load(values), set1(table.scale[row]));
   }
   const uint16_t* source = static_cast<const uint16_t*>(table.data) + offset;
-  if (table.type == TableType::kBf16 && n >= 16) return load_bf16(source);
+  if (n >= 16) return table.type == TableType::kBf16 ? load_bf16(source) : load_f16(source);
   float values[16] = {};
   for (int i = 0; i < 16 && i < n; ++i)
     values[i] = table.type == TableType::kBf16 ? bf16_to_float(source[i]) : half_to_float(source[i]);

@@ -105,7 +105,12 @@ void multiply_panel(const GemmArgs& args, FinishFn finish, int64_t row_begin, in
     const uint8_t* pass_weights = weights + chunk * kPanelChunkBytes;
     const uint8_t* ahead = last ? next : pass_weights + bytes;
     if (tiles.count == 1) ahead = pass_weights + kAheadOfOneTile;
-    int64_t lines_ahead = ahead == nullptr || kRegBytes > 64 ? 0 : bytes / 64;  // portable code has no use for it
+    int64_t lines_ahead = bytes / 64;
+    if (args.weights_in_cache) {  // what `next` holds is spread over the passes
+      ahead = next == nullptr ? nullptr : next + args.next_bytes * chunk / args.w.chunks;
+      lines_ahead = args.next_bytes * chunks / args.w.chunks / 64;
+    }
+    if (ahead == nullptr || kRegBytes > 64) lines_ahead = 0;  // portable code has no use for it
     int64_t row = row_begin;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t rows = tiles.size(t);
@@ -141,7 +146,8 @@ inline void gemm_with(const GemmArgs& args, FinishFn finish, PanelFn multiply) {
     for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       const bool last = panel + 1 == args.panel_end;
       const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * bytes;
-      if (last && args.next_bytes < bytes) next = nullptr;
+      if (last && args.next_bytes < bytes && !args.weights_in_cache) next = nullptr;
+      if (!last && args.weights_in_cache) next = nullptr;
       multiply(args, finish, begin, end, panel, next);
     }
   }

@@ -6,7 +6,6 @@ namespace XFAST_TARGET {
 
 constexpr int64_t kAheadInL2 = 1024;  // bytes of weights that are fetched from L2 ahead of their use
 constexpr int64_t kAheadOfOneTile = 4096;  // bytes ahead in memory, where a panel is read once: they stay in L1
-constexpr int64_t kPassRows = 112;    // rows whose accumulators wait between passes over `in`
 
 // Rows [0, rows) cut into the fewest tiles of at most max_rows, all within one row of each other (32 = 11 + 11 + 10).
 struct RowTiles {

@@ -32,7 +32,8 @@ struct Target {
 
 bool always() { return true; }
 #ifdef XFAST_X86
-// __builtin_cpu_supports also checks that the operating system saves the wide registers (XGETBV).
+// __builtin_cpu_supports also checks that the operating system saves the wide registers (XGETBV). Every CPU with AVX2
+// has the conversions of halves (F16C) too; older compilers cannot ask for them.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

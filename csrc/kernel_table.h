@@ -58,6 +58,7 @@ struct GemmArgs {
   Operand out_operand;    // fp32 and bf16: write the next product's operand directly
   const uint8_t* next;    // start of the weights that are read after this call (prefetch hint), or null
   int64_t next_bytes;
+  bool weights_in_cache = false;  // nothing but `next` is fetched, all of its next_bytes
 };
 
 // x[rows, cols] -> operand layout, converting (fp32, bf16) or quantising per row (int8, int4).
@@ -105,6 +106,34 @@ struct EmbeddingArgs {
   int64_t cols;
 };
 
+// out[out_rows[r], :] = epilogue(a . w^T + bias) for output panels [panel_begin, panel_end) of weights that lie
+// row-major in the caller's memory: `w` [out_features, in_features] (gemm_in_place.h).
+struct InPlaceArgs {
+  Precision precision;  // fp32 or bf16
+  Operand a;
+  int64_t rows;
+  TableView w;
+  int64_t out_features, in_features;
+  const float* bias;  // [out_features], or null
+  int64_t panel_begin, panel_end;
+  Epilogue epilogue;  // kBias or kBiasGelu
+  void* out;          // [any row of out_rows, ldo]
+  TableType out_type;  // kF32 or kBf16
+  int64_t ldo;
+  const int32_t* out_rows;  // [rows], or null: row r
+  uint8_t* scratch;         // in_place_scratch_bytes(...)
+};
+constexpr int64_t kPassRows = 112;  // rows whose accumulators wait between passes over `in`
+// Panels that are laid out together. With many rows the operand is read from L3: once for several panels.
+constexpr int64_t in_place_panels(int64_t bytes_of_panel, int64_t rows) {
+  const int64_t fit = (int64_t{384} << 10) / bytes_of_panel;
+  return rows <= kPassRows || fit < 2 ? 1 : fit < 4 ? fit : 4;
+}
+constexpr int64_t in_place_scratch_bytes(Precision p, int64_t in_features, int64_t rows) {
+  const int64_t bytes = chunks_for(p, in_features) * kPanelChunkBytes, panels = in_place_panels(bytes, rows);
+  return panels * (bytes + kPanel * 4 * (1 + (rows < kPassRows ? rows : kPassRows)));
+}
+
 constexpr int64_t kKeyBlock = 256;  // keys per online-softmax step: memory stays linear in length
 constexpr int64_t kInt16MaxHeadDim = 128;  // up to here sums of 16-bit products cannot overflow
 
@@ -134,7 +163,9 @@ constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
 struct KernelTable {
   const char* name;
   const char* bf16_note;  // how bf16 products are computed here
+  bool bf16_instruction;  // by an instruction of their own, twice as fast as fp32's
   void (*gemm)(const GemmArgs&);
+  void (*gemm_in_place)(const InPlaceArgs&);
   void (*to_operand)(const OperandArgs&);
   void (*layer_norm)(const NormArgs&);
   void (*embed)(const EmbeddingArgs&);

@@ -1,4 +1,4 @@
-// V16 as two 8-lane AVX2 registers. Needs AVX2 and FMA.
+// V16 as two 8-lane AVX2 registers. Needs AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -116,6 +116,10 @@ inline V16 load_bf16(const uint16_t* p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1)), 16))};
+}
+inline V16 load_f16(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 
 // 8 x 8 transpose: interleave pairs, then quads, then halves.

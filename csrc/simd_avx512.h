@@ -83,6 +83,9 @@ inline V16 load_bf16(const uint16_t* p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
+inline V16 load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 // 16 x 16 transpose: pairs, quads, then 128-bit blocks twice.
 inline void transpose16(const float* src, int64_t ld, float* dst, int64_t dst_ld) {

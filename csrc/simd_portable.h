@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace xfast {
 namespace XFAST_TARGET {
 
@@ -156,6 +158,11 @@ inline V16 load_bf16(const uint16_t* p) {
     const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
     std::memcpy(&r.v[i], &bits, 4);
   }
+  return r;
+}
+inline V16 load_f16(const uint16_t* p) {
+  V16 r;
+  XFAST_LANES r.v[i] = half_to_float(p[i]);
   return r;
 }
 // src[16 rows, ld] -> dst[16 columns][dst_ld]

@@ -58,6 +58,12 @@ def test_a_missing_column_is_named_with_those_there(tmp_path: Path, base: Path, 
         refused(DataFileError, tmp_path, base, path, "'body'", on_error="skip", **options)
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "some-org/no-such-model"])
+def test_a_model_that_is_not_there(name: str, tmp_path: Path) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    refused(DataFileError, tmp_path, name, path, f"model: {name}: no such folder", "a Hub id")
+
+
 def test_a_parquet_column_that_is_no_text(tmp_path: Path, base: Path) -> None:
     path = encode.parquet(tmp_path / "in.parquet", {"text": [1, 2]})
     refused(DataFileError, tmp_path, base, path, str(path), "'text' is int64", on_error="skip")

@@ -42,6 +42,8 @@ LAYER_OF = {
     "training": "model",
     "plan": "model",
     "patch": "model",
+    "head_patch": "model",
+    "lm_head": "model",
     "explain": "model",
     "api": "api",
     "": "api",  # xfast/__init__.py

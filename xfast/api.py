@@ -17,13 +17,14 @@ from xfast.architecture import find_encoders, supported_families
 from xfast.backends.native import NativeEngine
 from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError, WeightsFreedError
 from xfast.explain import Explanation, explain_patches
+from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.heads import head_module, rule_for
 from xfast.options import Options
 from xfast.packed_model import BACKENDS as PACKED_BACKENDS
 from xfast.packed_model import check_saveable, parameters_outside, put_under
 from xfast.packed_model import load as load_model
 from xfast.packed_model import save as save_model
-from xfast.patch import EncoderPatch, HeadPatch, Patch, TokenHeadPatch
+from xfast.patch import EncoderPatch, Patch
 from xfast.recipe import Recipe
 
 T = TypeVar("T")

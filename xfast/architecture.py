@@ -295,12 +295,13 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if getattr(module, "scaling", head_dim**-0.5) != head_dim**-0.5:
             found.append(f"{name}.scaling is {module.scaling}")
         activation = getattr(module, "intermediate_act_fn", None)
-        if activation is not None and not _is_exact_gelu(activation):
+        if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
     return found
 
 
-def _is_exact_gelu(activation: object) -> bool:
+def is_exact_gelu(activation: object) -> bool:
+    """Whether a module or function computes x Phi(x) itself, not an approximation."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
     inner = getattr(activation, "act", activation)  # transformers' GELUActivation holds the function it applies

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from xfast.patch import EncoderPatch, HeadPatch
+from xfast import lm_head
+from xfast.head_patch import HeadPatch, TokenHeadPatch
+from xfast.patch import EncoderPatch
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ class Explanation:
 
 def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]) -> Explanation:
     """Builds the explanation of one model from its patches."""
-    return Explanation(
-        tuple(_encoder(patch) for patch in encoders), tuple(_head(patch) for patch in heads if type(patch) is HeadPatch)
-    )
+    lines = [_logits(patch) if isinstance(patch, TokenHeadPatch) else _head(patch) for patch in heads]
+    return Explanation(tuple(_encoder(patch) for patch in encoders), tuple(line for line in lines if line is not None))
 
 
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:
@@ -78,3 +79,11 @@ def _head(patch: HeadPatch) -> str:
     if patch.rule.rows == "first":
         return f"{name} reads token 0: the last layer computes only that row"
     return f"{name} reads every token: it runs on real tokens, padding is added after it"
+
+
+def _logits(patch: TokenHeadPatch) -> str | None:
+    engine = patch.native_engine()
+    if engine is None or patch.native_head() is None:
+        return None
+    precision = lm_head.precision_for(engine)
+    return f"{type(patch.module).__name__}: one native call in {precision}, its weights read in place"

@@ -9,9 +9,12 @@ every row of the padded batch, as it would from the original encoder.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,13 @@ def is_plain(module: nn.Module | None) -> bool:
         if forward is not None and not getattr(forward, "is_xfast", False):
             return False
     return True
+
+
+def is_transformed() -> bool:
+    """Whether ``vmap``, ``jvp`` or forward-mode differentiation is active: tensors may have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_followed(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether something needs to see what is computed from ``parameters``: autograd or a transform."""
+    return is_transformed() or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))

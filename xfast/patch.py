@@ -27,7 +27,7 @@ from xfast import training
 from xfast.architecture import family_of, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine
 from xfast.errors import ModelFreedError, WeightsFreedError
-from xfast.heads import HeadRule, head_module, is_plain
+from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
 from xfast.packing import PositionOverflowError
 from xfast.plan import Plan
@@ -117,12 +117,13 @@ class HeadContext:
         self.hidden: torch.Tensor | None = None
 
 
-def _context(patch: EncoderPatch | None) -> HeadContext | None:
+def current_context(patch: EncoderPatch | None) -> HeadContext | None:
+    """What the head told ``patch``'s encoder for the call in progress on this thread."""
     return getattr(_contexts, "by_encoder", {}).get(id(patch))
 
 
 @contextmanager
-def _context_of(patch: EncoderPatch, context: HeadContext) -> Iterator[None]:
+def context_of(patch: EncoderPatch, context: HeadContext) -> Iterator[None]:
     """Makes ``context`` the one that ``patch`` sees on this thread."""
     if not hasattr(_contexts, "by_encoder"):
         _contexts.by_encoder = {}
@@ -191,7 +192,7 @@ class EncoderPatch(Patch):
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
         context = HeadContext("all", needs_first=True)  # which head reads the result is unknown here
-        with torch.no_grad(), _context_of(self, context):
+        with torch.no_grad(), context_of(self, context):
             return self(**call, return_dict=True).last_hidden_state
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,7 +258,9 @@ class EncoderPatch(Patch):
             return _GRADIENTS
         if torch.jit.is_tracing():
             return "torch.jit tracing"
-        context = _context(self)
+        if is_transformed():
+            return "a functional transform (torch.func) or forward-mode differentiation is active"
+        context = current_context(self)
         if context is not None and context.original is not None:
             return context.original
         if not train and torch.is_autocast_enabled(tensors[0].device.type) and self.options.precision == "model":
@@ -267,7 +270,7 @@ class EncoderPatch(Patch):
     def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
         engine = self._engine_for(module, call)
         packed = engine.unpad(*(call.get(name) for name in _ENCODER_ARGUMENTS))
-        context = _context(self)
+        context = current_context(self)
         want_states = bool(_flag(module, call, "output_hidden_states"))
         pooler = getattr(module, "pooler", None)
         first = context is not None and context.rows == "first" and is_plain(pooler)
@@ -298,7 +301,7 @@ class EncoderPatch(Patch):
         if (reason := training.refusal(module, given.device) or self.plan.inner.refusal(training=True)) is not None:
             raise CannotRunError(reason)
         packed = training.pack(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
-        pooler, context = getattr(module, "pooler", None), _context(self)
+        pooler, context = getattr(module, "pooler", None), current_context(self)
         _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
         last, states = training.run(module, self.plan.weights.spec, packed, call.get("inputs_embeds"))
         output = BaseModelOutputWithPoolingAndCrossAttentions(
@@ -380,85 +383,6 @@ def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False
         if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
             return f"{name} is given"
     return None
-
-
-class HeadPatch(Patch):
-    """On a model with a task head: tells the encoder which rows the head reads, for the time of one call."""
-
-    def __init__(self, module: nn.Module, encoder: nn.Module, rule: HeadRule, previous: Any = None) -> None:
-        super().__init__(module, previous)
-        self._encoder = weakref.ref(encoder)
-        self.rule = rule
-
-    @property
-    def encoder_patch(self) -> EncoderPatch | None:
-        """The patch on this head's encoder, or None when it is gone or was restored."""
-        encoder = self._encoder()
-        patch = None if encoder is None else encoder.__dict__.get("forward")
-        return patch if isinstance(patch, EncoderPatch) else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
-        encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
-        assert encoder is not None
-        return type(self)(memo[id(self.module)], encoder, self.rule, self._copied_previous(memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.module, self._encoder(), self.rule, self.previous)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        patch = None if torch.compiler.is_compiling() else self.encoder_patch
-        if patch is None:
-            return self.original(*args, **kwargs)
-        if not is_plain(head_module(self.module, self.rule)):
-            return self.original(*args, **kwargs)
-        context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
-        with _context_of(patch, context):
-            return self.original(*args, **kwargs)
-
-    def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """A loss that reads outputs at padded positions needs the original's values there."""
-        call = dict(zip(self._names, args, strict=False), **kwargs)
-        mask, labels, starts = (call.get(name) for name in ("attention_mask", "labels", "start_positions"))
-        if self.rule.rows != "all" or (labels is None and starts is None) or not isinstance(mask, torch.Tensor):
-            return None
-        padded = mask == 0
-        if starts is not None and bool(padded.any()):  # its softmax runs over all positions
-            return "a question-answering loss over a padded batch is asked for"
-        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape and bool((labels[padded] != -100).any()):
-            return "labels at padded positions are not -100"
-        return None
-
-
-class TokenHeadPatch(HeadPatch):
-    """On the module that turns every token's hidden state into outputs: runs it on real tokens only."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        context = None if torch.compiler.is_compiling() else _context(self.encoder_patch)
-        if (
-            context is None
-            or kwargs
-            or len(args) != 1
-            or not is_plain(self.module)
-            or not _same_values(args[0], context.padded)
-        ):
-            return self.original(*args, **kwargs)
-        packed, hidden = context.packed, context.hidden
-        assert packed is not None and hidden is not None and context.padded is not None
-        if packed.total_tokens == packed.batch * packed.length:
-            return self.original(*args)
-        outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
-        return packed.pad(outputs, outputs.dtype)
-
-
-def _same_values(features: Any, padded: torch.Tensor | None) -> bool:
-    """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
-    return (
-        padded is not None
-        and isinstance(features, torch.Tensor)
-        and features.shape == padded.shape
-        and features.data_ptr() == padded.data_ptr()
-        and (features.is_inference() or features._version == 0)
-    )
 
 
 @torch.library.custom_op("xfast::encode", mutates_args=())

@@ -91,6 +91,11 @@ class NativeEngine:
         )
         return out, states
 
+    @property
+    def isa(self) -> str:
+        """The instruction set that was chosen when the weights were packed."""
+        return self._encoder.isa
+
     def alert(self) -> None:
         """Wakes sleeping threads, which takes as long as everything else before ``run``. A call is on its way."""
         _C.alert_workers(get_num_threads())
@@ -113,7 +118,7 @@ class NativeEngine:
     def describe(self) -> list[str]:
         """See :class:`xfast.backends.base.Engine`."""
         lines = [
-            f"instruction set: {self._encoder.isa}",
+            f"instruction set: {self.isa}",
             f"threads: {get_num_threads()}",
             f"packed weights: {self._encoder.packed_bytes / 2**20:.1f} MiB "
             + ("(with the word embeddings, 8 bits a value)" if self._owns_words else "(embeddings are read in place)"),

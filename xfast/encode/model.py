@@ -56,7 +56,12 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     try:
         config = transformers.AutoConfig.from_pretrained(settings.model)
     except (OSError, ValueError, TypeError) as error:
-        raise DataFileError(f"model: {settings.model}: {error}") from None
+        if not isinstance(error, OSError) or Path(settings.model).is_dir():
+            raise DataFileError(f"model: {settings.model}: {error}") from None
+        raise DataFileError(
+            f"model: {settings.model}: no such folder, and no model that the Hub or its cache has; expected a folder "
+            f"with a config.json, a packed artifact or a Hub id (transformers says: {error})"
+        ) from None
     identity = _identity(settings.model, getattr(config, "_commit_hash", None))
     if settings.tokenizer is not None:
         identity += " " + _identity(settings.tokenizer, None)

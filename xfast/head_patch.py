@@ -1,0 +1,117 @@
+"""What replaces ``forward`` on models with a task head, and on the head's module that turns tokens into outputs."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfast import lm_head
+from xfast.backends.native import NativeEngine
+from xfast.heads import HeadRule, head_module, is_followed, is_plain
+from xfast.packing import Packed
+from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context
+
+
+class HeadPatch(Patch):
+    """On a model with a task head: tells the encoder which rows the head reads, for the time of one call."""
+
+    def __init__(self, module: nn.Module, encoder: nn.Module, rule: HeadRule, previous: Any = None) -> None:
+        super().__init__(module, previous)
+        self._encoder = weakref.ref(encoder)
+        self.rule = rule
+
+    @property
+    def encoder_patch(self) -> EncoderPatch | None:
+        """The patch on this head's encoder, or None when it is gone or was restored."""
+        encoder = self._encoder()
+        patch = None if encoder is None else encoder.__dict__.get("forward")
+        return patch if isinstance(patch, EncoderPatch) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
+        encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
+        assert encoder is not None
+        return type(self)(memo[id(self.module)], encoder, self.rule, self._copied_previous(memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self._encoder(), self.rule, self.previous)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        patch = None if torch.compiler.is_compiling() else self.encoder_patch
+        if patch is None:
+            return self.original(*args, **kwargs)
+        if not is_plain(head_module(self.module, self.rule)):
+            return self.original(*args, **kwargs)
+        context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
+        with context_of(patch, context):
+            return self.original(*args, **kwargs)
+
+    def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """A loss that reads outputs at padded positions needs the original's values there."""
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        mask, labels, starts = (call.get(name) for name in ("attention_mask", "labels", "start_positions"))
+        if self.rule.rows != "all" or (labels is None and starts is None) or not isinstance(mask, torch.Tensor):
+            return None
+        padded = mask == 0
+        if starts is not None and bool(padded.any()):  # its softmax runs over all positions
+            return "a question-answering loss over a padded batch is asked for"
+        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape and bool((labels[padded] != -100).any()):
+            return "labels at padded positions are not -100"
+        return None
+
+
+class TokenHeadPatch(HeadPatch):
+    """On the module that turns every token's hidden state into outputs: runs it on real tokens only."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = None if torch.compiler.is_compiling() else current_context(self.encoder_patch)
+        if (
+            context is None
+            or kwargs
+            or len(args) != 1
+            or not is_plain(self.module)
+            or not _same_values(args[0], context.padded)
+        ):
+            return self.original(*args, **kwargs)
+        packed, hidden = context.packed, context.hidden
+        assert packed is not None and hidden is not None and context.padded is not None
+        if is_followed(self.module.parameters()):
+            return self.original(*args)  # padding included: torch's own operations alone
+        whole = packed.total_tokens == packed.batch * packed.length
+        head, engine = self.native_head(), self.native_engine()
+        if (
+            head is not None
+            and engine is not None
+            and isinstance(packed, Packed)
+            and args[0].dtype == head.decoder.weight.dtype
+            and lm_head.usable(head)
+        ):
+            return lm_head.logits(head, args[0].flatten(0, 1) if whole else hidden, packed, engine)
+        if whole:
+            return self.original(*args)
+        outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
+        return packed.pad(outputs, outputs.dtype)
+
+    def native_head(self) -> lm_head.LmHead | None:
+        """The parts of a masked-LM head whose code nobody replaced, or None."""
+        return lm_head.find(self.module) if self.previous is None and is_plain(self.module) else None
+
+    def native_engine(self) -> NativeEngine | None:
+        """The encoder's engine if it is the CPU's, packed already."""
+        patch = self.encoder_patch
+        engine = None if patch is None else patch.plan.engine
+        return engine if isinstance(engine, NativeEngine) else None
+
+
+def _same_values(features: Any, padded: torch.Tensor | None) -> bool:
+    """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
+    return (
+        padded is not None
+        and isinstance(features, torch.Tensor)
+        and features.shape == padded.shape
+        and features.data_ptr() == padded.data_ptr()
+        and (features.is_inference() or features._version == 0)
+    )
