@@ -5,7 +5,7 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 # The tests that reach the C++ code; `make sanitize` runs these.
 NATIVE_TESTS ?= $(addprefix tests/,test_gemm.py test_attention.py test_norm.py test_quantize.py test_embedding.py \
                 test_packing.py test_fuzz_native.py test_encoder.py test_gemm_int4.py test_recipe.py \
-                test_attention_int16.py)
+                test_attention_int16.py test_lm_head.py test_watch.py test_thread_pool.py test_openmp.py)
 SANITIZE_DIR = build/sanitize
 # libstdc++ comes along because Python does not link it: AddressSanitizer looks for its __cxa_throw at start-up.
 SANITIZE_PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) \

@@ -267,9 +267,10 @@ def torchrun(run: RunConfig, folder: Path, program: str = RUN, **environment: st
     run.save(folder / f"{name}.yaml")
     script = folder / f"{name}.py"
     script.write_text(program, encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
         [*command, str(script), str(folder / f"{name}.yaml")],
+        cwd=folder,  # -m puts the current folder on the path: not the checkout
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

@@ -14,85 +14,11 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from fuzz import FUZZ, INTEGERS, STRANGE, arrays, attempt, disturbed, threads_of
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xfast import _C
-
-REFUSED = (ValueError, TypeError, RuntimeError)
-FUZZ = settings(deadline=None, max_examples=200, derandomize=True)
-
-# No dtype strings with letters beyond ASCII and no st.text(): hypothesis would write a table of Unicode to disk.
-DTYPES = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "?", "S3", "O", "M8[s]", "i4,f4"]
-DTYPES += [">f4", ">f2", ">u2", ">i4", ">i8"]
-# Sizes that are valid but large would only test the machine's memory; those between are in test_extreme_sizes.
-INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 7, 2**31, 2**32, 2**40, 2**62, 2**64, -(2**70)]
-NAMES = ["", "auto", "int8", "fp32", "bf16", "bias", "gelu", "qkv", "ffn_in", "ffn_norm", "embedding_norm", "portable"]
-LAYOUTS = ["plain"] * 4 + ["fortran", "strided", "reversed", "broadcast", "read-only", "unaligned"]
-
-
-@st.composite
-def arrays(draw: st.DrawFn) -> np.ndarray:
-    """Any shape, dtype, values, memory layout and flags."""
-    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8]), max_size=4)))
-    array = np.zeros(shape, draw(st.sampled_from(DTYPES)))
-    if array.dtype.kind in "iuf":
-        limits = np.iinfo(array.dtype) if array.dtype.kind in "iu" else np.finfo(array.dtype)
-        values = [0, 1, 2, 3, limits.min, limits.max]
-        values += [np.nan, np.inf, -np.inf] if array.dtype.kind == "f" else []
-        array[...] = draw(st.sampled_from(values))
-        if array.size:
-            array.flat[draw(st.integers(0, array.size - 1))] = draw(st.sampled_from(values))
-    return rearrange(array, draw(st.sampled_from(LAYOUTS)))
-
-
-def rearrange(array: np.ndarray, layout: str) -> np.ndarray:
-    """The same values in another memory layout."""
-    if layout == "fortran":
-        return np.asfortranarray(array)
-    if layout == "strided" and array.ndim:
-        return np.repeat(array, 2, axis=-1)[..., ::2]
-    if layout == "reversed" and array.ndim:
-        return array[::-1]
-    if layout == "broadcast" and array.ndim:
-        return np.broadcast_to(array[:1], array.shape) if array.shape[0] else array
-    if layout == "unaligned" and array.dtype.kind in "iuf":
-        raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
-        raw[...] = array
-        return raw
-    if layout == "read-only":
-        array.flags.writeable = False
-    return array
-
-
-STRANGE = st.one_of(
-    arrays(),
-    arrays(),
-    st.none(),
-    st.sampled_from(INTEGERS),
-    st.sampled_from([float("nan"), 1.5, True, b"x", (), [[1.0, 2.0]], {"a": 1}, object()]),
-    st.sampled_from(NAMES),
-)
-
-
-@st.composite
-def disturbed(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with up to two of them replaced."""
-    names = draw(st.lists(st.sampled_from(sorted(arguments)), max_size=2, unique=True))
-    return {**arguments, **{name: draw(STRANGE) for name in names}}
-
-
-def threads_of(value: Any) -> Any:
-    # Starting hundreds of threads is allowed and works, but slows down every later test of this process.
-    return 3 if isinstance(value, int) and value > 8 else value
-
-
-def attempt(call: Any, *args: Any) -> Any:
-    """The call's answer, or None when it refused; any other exception fails the test."""
-    try:
-        return call(*args)
-    except REFUSED:
-        return None
 
 
 @FUZZ
@@ -297,6 +223,39 @@ def test_embed(data: st.DataObject) -> None:
     ]
     indices = [torch.from_numpy(np.asarray(a[name]).astype(np.int64)) for name in ("ids", "position_ids", "type_ids")]
     np.testing.assert_array_equal(answer, reference.embed(*tables, *indices).numpy())
+
+
+@FUZZ
+@given(data=st.data())
+def test_lm_head(data: st.DataObject) -> None:
+    tokens, hidden, vocab = (data.draw(st.integers(0, 4)) for _ in range(3))
+    vector = np.full(hidden, 0.5, np.float32)
+    a = {
+        "isa": data.draw(st.sampled_from(_C.available_isas())),
+        "precision": data.draw(st.sampled_from(["fp32", "bf16"])),
+        "x": np.arange(tokens * hidden, dtype=np.float32).reshape(tokens, hidden),
+        "dense": np.eye(hidden, dtype=np.float32),
+        "dense_bias": vector,
+        "gamma": vector,
+        "beta": vector,
+        "eps": 1e-5,
+        "decoder": np.ones((vocab, hidden), np.float32),
+        "decoder_bias": data.draw(st.sampled_from([None, np.arange(vocab, dtype=np.float32)])),
+        "indices": np.arange(tokens, dtype=np.int32) * data.draw(st.sampled_from([1, 2])),
+        "out": np.full((2 * tokens, vocab), 7, data.draw(st.sampled_from(["f4", "u2"]))),
+        "threads": data.draw(st.sampled_from([1, 2, 3])),
+    }
+    a = data.draw(disturbed(a))
+    a["threads"] = threads_of(a["threads"])
+    if attempt(lambda: _C.lm_head(*a.values()) or True) is None:
+        return
+    out, indices = a["out"].copy(), a["indices"].copy()
+    assert not np.delete(out, indices, axis=0).any()
+    # Once more, from arrays that lie plainly in memory
+    again = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in a.items()}
+    again["out"][:] = 9
+    _C.lm_head(*again.values())
+    np.testing.assert_array_equal(again["out"], out)
 
 
 SHAPE = {"layers": 1, "hidden": 8, "heads": 2, "head_dim": 4, "intermediate": 6, "vocab": 4, "positions": 6, "types": 2}

@@ -90,9 +90,11 @@ def test_a_killed_run_continues_to_the_same_weights(base: Path, tmp_path: Path, 
     cut = stilts.changed(whole, output=str(tmp_path / "cut"))
     expected = train(whole)
     cut.save(tmp_path / "cut.yaml")
-    command = [sys.executable, "-P", "-c", stilts.RUN, str(tmp_path / "cut.yaml")]
+    command = [sys.executable, "-c", stilts.RUN, str(tmp_path / "cut.yaml")]
     environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "cut").glob("checkpoint-*/complete.json")):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
@@ -144,7 +146,11 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path
     run = stilts.run_config(base, tmp_path / "run", ["xnli"], rng, max_steps=4, eval_steps=2)
     run.save(tmp_path / "run.yaml")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", LIMITED, str(tmp_path / "run.yaml")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(tmp_path / "run.yaml")],
+        cwd=tmp_path,  # -c puts the current folder on the path: not the checkout
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "CheckpointError:" in done.stdout, done.stderr[-2000:]
     assert str(tmp_path / "run") in done.stdout and "no complete checkpoint" in done.stdout

@@ -57,6 +57,7 @@ def accelerate(
 
     Raises:
         UnsupportedModelError: no supported encoder inside, or one that differs from its family.
+        WeightsFreedError: it was accelerated with ``keep_weights=False``, or loaded packed.
         InvalidOptionError, InvalidWeightsError, BackendUnavailableError: see :mod:`xfast.errors`.
     """
     options = Options(backend, precision, layers, keep_weights, calibration, tolerance, training, recipe)
@@ -156,8 +157,8 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
     The model stays as it is, and in use. Weights that it still holds are not written, packed ones only.
 
     Raises:
-        InvalidOptionError: the model is not accelerated, or not on the CPU.
-        UnsupportedModelError: loading could not build it again (its own class, replaced modules, two encoders).
+        InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders.
+        UnsupportedModelError: loading could not build it again (its own class, replaced modules).
         ArtifactWriteError: disk full, read-only, or the folder holds something else.
     """
     root = _module_of(model)

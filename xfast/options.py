@@ -21,8 +21,8 @@ class Options:
         backend: ``"auto"`` (first backend that supports the case) or a backend's name.
         precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``
             (weights in 8 or 4 bits; activations in 8 on the CPU and in TensorRT's int8, in bf16 in Triton), ``"fp16"``,
-            ``"fp8"`` (GPU) by name; ``"auto"`` measures on ``calibration`` and takes the fastest precision within
-            ``tolerance``.
+            ``"fp8"`` (GPU) by name; ``"auto"`` takes the first of fp8, int8 (not Triton), bf16, fp16, fp32 whose error
+            on ``calibration`` is within ``tolerance``.
         layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
             With int8 and int4 on the CPU the word embeddings go too, replaced by 8 bits a value with one scale a row
