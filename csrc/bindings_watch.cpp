@@ -18,15 +18,17 @@ class Watch {
 
   // dicts: whose values must stay the same objects. modules: whose types must. states: dicts that must not get a key
   // "forward". tensors, counted: whose memory and version must stay. samples: memory to look into. objects: what to
-  // prefetch.
+  // prefetch. scalars: dicts and keys whose value must stay the same object.
   Watch(const py::list& dicts, const py::list& modules, const py::list& states, const py::list& tensors,
-        const py::list& counted, const std::vector<py::array>& samples, const std::vector<Object>& objects)
+        const py::list& counted, const std::vector<py::array>& samples, const std::vector<Object>& objects,
+        const std::vector<std::pair<py::dict, py::str>>& scalars)
       : dicts_(borrowed<py::dict>(dicts, "dicts")),
         modules_(borrowed<py::object>(modules, "modules")),
         states_(borrowed<py::dict>(states, "states")),
         tensors_(borrowed<py::object>(tensors, "tensors")),
         counted_(borrowed<py::object>(counted, "counted")),
         samples_(samples) {
+    for (const auto& [dict, key] : scalars) scalars_.emplace_back(dict.ptr(), key);
     for (const py::array& array : samples_) {
       require((array.flags() & py::array::c_style) != 0, "samples: must be contiguous");
       probe_.add(array.data(), array.nbytes());
@@ -80,6 +82,8 @@ class Watch {
     }
     for (PyObject* module : modules_)
       if (!visit(reinterpret_cast<uintptr_t>(Py_TYPE(module)))) return false;
+    for (const auto& [dict, key] : scalars_)
+      if (!visit(reinterpret_cast<uintptr_t>(PyDict_GetItemWithError(dict, key.ptr())))) return false;
     for (PyObject* tensor : tensors_)
       if (!visit(number(PyObject_CallMethodNoArgs(tensor, data_ptr_.ptr())))) return false;
     for (PyObject* tensor : counted_)
@@ -88,6 +92,7 @@ class Watch {
   }
 
   std::vector<PyObject*> dicts_, modules_, states_, tensors_, counted_;
+  std::vector<std::pair<PyObject*, py::str>> scalars_;  // the dicts are borrowed, too
   py::str data_ptr_{"data_ptr"}, version_{"_version"}, forward_{"forward"};
   std::vector<uint64_t> signs_;
   std::vector<py::array> samples_;  // keep the memory alive
@@ -100,9 +105,10 @@ class Watch {
 void bind_watch(py::module_& m) {
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
-                    const std::vector<py::array>&, const std::vector<Watch::Object>&>(),
+                    const std::vector<py::array>&, const std::vector<Watch::Object>&,
+                    const std::vector<std::pair<py::dict, py::str>>&>(),
            py::arg("dicts"), py::arg("modules"), py::arg("states"), py::arg("tensors"), py::arg("counted"),
-           py::arg("samples"), py::arg("objects"))
+           py::arg("samples"), py::arg("objects"), py::arg("scalars") = std::vector<std::pair<py::dict, py::str>>{})
       .def("changed", &Watch::changed);
 }
 

@@ -152,6 +152,20 @@ def fallbacks(model: Any) -> dict[str, int]:
     return counts
 
 
+def engine_outputs(model: Any) -> list[torch.Tensor]:
+    """Fills, at every later call of an accelerated model, with the packed rows that its engine returns."""
+    engine = encoder_of(model).__dict__["forward"].plan.engine
+    run, seen = engine.run, []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = run(*args, **kwargs)
+        seen.append(result[0])
+        return result
+
+    engine.run = spy
+    return seen
+
+
 def encoder_of(model: nn.Module) -> Any:
     """The encoder inside a model with or without a head."""
     return model.base_model

@@ -10,12 +10,14 @@ import pytest
 import torch
 from models import (
     HEADS,
+    TOKEN_HEADS,
     arguments,
     at_tokens,
     build,
     encoder_of,
     error,
     fallbacks,
+    labels,
     left_padded,
     quick_settings,
     ragged,
@@ -41,6 +43,21 @@ def compiled(model: Any, *, fullgraph: bool = True, backend: str = "eager", **op
 def assert_same(got: torch.Tensor, want: torch.Tensor, batch: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
     """Equal at real tokens."""
     assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= limit
+
+
+@pytest.mark.parametrize("head", TOKEN_HEADS)
+def test_compiled_losses_over_padding_are_the_originals(head: str) -> None:
+    model, batch = build(head=head), ragged()
+    asked = labels(head, batch)
+    if "labels" in asked:
+        asked["labels"].clamp_min_(0)  # padding counts
+    want = model(**batch, **asked).loss
+    for fullgraph in (True, False):
+        torch.compiler.reset()
+        got = compiled(xfast.accelerate(model), fullgraph=fullgraph)(**batch, **asked).loss
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    logits = model(**batch)[0]
+    assert not logits[batch["attention_mask"] == 0].any()  # later calls are accelerated
 
 
 @pytest.mark.parametrize("family", ["xlm-roberta", "xlm-roberta-xl"])

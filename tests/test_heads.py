@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from models import (
     arguments,
     at_tokens,
     build,
+    engine_outputs,
     error,
     fallbacks,
     labels,
@@ -35,14 +37,11 @@ HIDDEN = 64
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_classification_computes_one_row_and_the_same_bits(family: str, precision: str) -> None:
     model, batch = build(family, "sequence-classification"), ragged(family)
-    encoder = xfast.accelerate(model, precision=precision).base_model
-    seen = []
-    handle = encoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    seen = engine_outputs(xfast.accelerate(model, precision=precision))
     logits = model(**batch).logits
     full = model(**batch, output_hidden_states=True)
-    handle.remove()
-    assert [tuple(hidden.shape) for hidden in seen] == [(4, 1, HIDDEN), (4, 17, HIDDEN)]
-    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+    assert [tuple(hidden.shape) for hidden in seen] == [(4, HIDDEN), (40, HIDDEN)]
+    assert torch.equal(seen[0], seen[1][[0, 9, 10, 27]])
     assert torch.equal(logits, full.logits)
     assert fallbacks(model) == {}
 
@@ -88,6 +87,29 @@ def test_heads_may_be_called_while_their_encoder_is_used_alone() -> None:
     assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= 1e-5
 
 
+def test_a_hook_on_the_encoder_sees_every_row() -> None:
+    model, plain, batch = build(head="sequence-classification"), build(head="sequence-classification"), ragged()
+    seen: dict[int, torch.Tensor] = {}
+    for each in (xfast.accelerate(model), plain):
+        each.base_model.register_forward_hook(lambda module, args, out: seen.update({id(module): out[0].clone()}))
+        each(**batch)
+    got, want = seen[id(model.base_model)], seen[id(plain.base_model)]
+    assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= 1e-5
+
+
+def _mean_forward(model: Any, **batch: torch.Tensor) -> torch.Tensor:
+    """A pooling over tokens of what the encoder returns, where the class's own forward would read column 0."""
+    hidden, mask = model.base_model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def test_a_forward_put_on_the_instance_sees_every_row() -> None:
+    model, batch = build(head="sequence-classification"), ragged()
+    want = _mean_forward(model, **batch)
+    model.forward = types.MethodType(_mean_forward, model)
+    assert error(xfast.accelerate(model)(**batch), want) <= 1e-5 and fallbacks(model) == {}
+
+
 class _Mean(nn.Module):
     """Reads the first five tokens, as a head with its own pooling does."""
 
@@ -126,8 +148,32 @@ def _recurrent_decoder() -> tuple[Any, Callable[[Any], None]]:
     return build(head="masked-lm"), lambda model: setattr(model, "lm_head", _Recurrent())
 
 
+def _no_classifier() -> tuple[Any, Callable[[Any], None]]:
+    return build(head="sequence-classification"), lambda model: setattr(model, "classifier", nn.Identity())
+
+
+def _linear_classifier() -> tuple[Any, Callable[[Any], None]]:
+    linear = nn.Linear(HIDDEN, LABELS)
+    return build(head="sequence-classification"), lambda model: setattr(model, "classifier", linear)
+
+
+def _no_pooler() -> tuple[Any, Callable[[Any], None]]:
+    return build("bert", "sequence-classification"), lambda model: setattr(model.bert, "pooler", nn.Identity())
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("make", [_mean_classifier, _mean_pooler, _recurrent_classifier, _recurrent_decoder])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _mean_classifier,
+        _mean_pooler,
+        _no_classifier,
+        _linear_classifier,
+        _no_pooler,
+        _recurrent_classifier,
+        _recurrent_decoder,
+    ],
+)
 def test_replaced_heads_get_what_they_read(make: Callable[[], tuple[Any, Callable[[Any], None]]], when: str) -> None:
     model, replace = make()
     batch = ragged(lengths=(9, 6, 5))

@@ -318,13 +318,33 @@ def _double(output: Any) -> None:
     output.last_hidden_state.mul_(2)
 
 
-def test_an_encoders_output_edited_in_place_is_what_the_head_gets() -> None:
-    model, plain, batch = build(head="masked-lm"), build(head="masked-lm"), ragged(lengths=(7, 7))
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 3)], ids=str)
+def test_an_encoders_output_edited_in_place_is_what_the_head_gets(lengths: tuple[int, int]) -> None:
+    model, plain, batch = build(head="masked-lm"), build(head="masked-lm"), ragged(lengths=lengths)
     for each in (model, plain):
         each.roberta.register_forward_hook(lambda module, args, output: _double(output))
     xfast.accelerate(model)
     with torch.inference_mode():
-        assert error(model(**batch).logits, plain(**batch).logits) < 5e-6
+        mask = batch["attention_mask"].bool()
+        assert error(model(**batch).logits[mask], plain(**batch).logits[mask]) < 5e-6
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 3)], ids=str)
+def test_gradients_may_be_asked_of_the_encoders_output(lengths: tuple[int, int]) -> None:
+    batch, grads = ragged(lengths=lengths), []
+    with torch.enable_grad():
+        for model in (xfast.accelerate(build(head="masked-lm")), build(head="masked-lm")):
+            model.requires_grad_(False)
+            kept: list[torch.Tensor] = []
+            model.roberta.register_forward_hook(lambda module, args, out, kept=kept: kept.append(_leaf(out)))
+            model(**batch).logits[batch["attention_mask"].bool()].square().sum().backward()
+            grads.append(kept[0].grad)
+    mask = batch["attention_mask"].bool()
+    assert error(grads[0][mask], grads[1][mask]) < 1e-5
+
+
+def _leaf(output: Any) -> torch.Tensor:
+    return output.last_hidden_state.requires_grad_()
 
 
 def test_another_activation_runs_its_own_code(calls: list[str]) -> None:

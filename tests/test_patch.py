@@ -10,7 +10,6 @@ import pickle
 import signal
 import threading
 import time
-import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -212,125 +211,6 @@ def test_meaningless_calls_get_the_error_of_the_original() -> None:
 
 
 # --- models that are refused -----------------------------------------------------------------------------------------
-
-
-class Adapter(nn.Module):
-    """As LoRA does it: the original layer plus a low-rank term."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> torch.Tensor:
-        return self.base_layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.up(self.down(x))
-
-
-def _subclass(module: nn.Module, scale: float = 2.0) -> None:
-    base = type(module)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = base.forward(self, *args, **kwargs)
-        return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
-
-    module.__class__ = type("Custom" + base.__name__, (base,), {"forward": forward})
-
-
-def _instance_forward(module: nn.Module) -> None:
-    module.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), module)
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "adapter": lambda m: setattr(m.encoder.layer[1].output, "dense", Adapter(m.encoder.layer[1].output.dense)),
-    "linear of another class": lambda m: _subclass(m.encoder.layer[1].output.dense),
-    "linear with a forward of its own": lambda m: _instance_forward(m.encoder.layer[1].output.dense),
-    "attention of another class": lambda m: _subclass(m.encoder.layer[1].attention.self),
-    "layer of another class": lambda m: _subclass(m.encoder.layer[1]),
-    "embeddings of another class": lambda m: _subclass(m.embeddings),
-    "layer with a forward of its own": lambda m: _instance_forward(m.encoder.layer[1].intermediate),
-    "another activation": lambda m: setattr(m.encoder.layer[1].intermediate, "intermediate_act_fn", nn.ReLU()),
-}
-
-
-def _changed(model: Any, change: str, batch: dict[str, torch.Tensor]) -> None:
-    before = model(**batch).last_hidden_state
-    CHANGES[change](model)
-    model.eval()
-    after = model(**batch).last_hidden_state
-    assert error(after[:, 0], before[:, 0]) > 1e-2, "the change changes nothing: the test tests nothing"
-
-
-@pytest.mark.parametrize("change", [*CHANGES, "another epsilon", "another attention scale"])
-def test_changed_encoders_are_refused(change: str) -> None:
-    model, batch = build(), ragged()
-    if change == "another epsilon":
-        model.encoder.layer[1].output.LayerNorm.eps = 1.0
-    elif change == "another attention scale":
-        model.encoder.layer[1].attention.self.scaling = 1.0
-    else:
-        _changed(model, change, batch)
-    want = model(**batch).last_hidden_state
-    with pytest.raises(xfast.UnsupportedModelError, match=r"encoder\.layer\.1|embeddings"):
-        xfast.accelerate(model)
-    assert "forward" not in model.__dict__
-    assert torch.equal(model(**batch).last_hidden_state, want)
-
-
-@pytest.mark.parametrize("change", list(CHANGES))
-def test_encoders_changed_later_run_the_original_code(change: str) -> None:
-    model, batch = xfast.accelerate(build()), ragged()
-    model(**batch)
-    CHANGES[change](model)
-    model.eval()
-    got = model(**batch).last_hidden_state
-    assert sum(fallbacks(model).values()) == 1
-    assert "the original code runs" in str(xfast.explain(model))
-    assert torch.equal(got, xfast.restore(model)(**batch).last_hidden_state)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"is_decoder": True}, "decoder"),
-        ({"hidden_act": "relu"}, "relu.*'gelu'"),
-        ({"hidden_act": "gelu_new"}, "gelu_new"),
-    ],
-)
-@pytest.mark.parametrize("family", ["xlm-roberta", "bert"])
-def test_unsupported_configurations_are_refused(family: str, changes: dict[str, Any], message: str) -> None:
-    model, batch = build(family, **changes), ragged(family)
-    want = model(**batch, use_cache=False).last_hidden_state
-    with pytest.raises(xfast.UnsupportedModelError, match=message):
-        xfast.accelerate(model)
-    assert "forward" not in model.__dict__
-    assert torch.equal(model(**batch, use_cache=False).last_hidden_state, want)
-
-
-def test_encoder_subclass_that_overrides_forward_is_refused() -> None:
-    model = build()
-    model.__class__ = type("Mine", (type(model),), {"forward": lambda self, **inputs: None})
-    with pytest.raises(xfast.UnsupportedModelError, match="Mine overrides forward"):
-        xfast.accelerate(model)
-
-
-def test_encoder_subclass_without_a_forward_is_accelerated() -> None:
-    model, batch = build(), ragged()
-    want = model(**batch).last_hidden_state
-    model.__class__ = type("Mine", (type(model),), {"extra": 1})
-    assert_same_at_tokens(xfast.accelerate(model)(**batch).last_hidden_state, want, batch)
-    assert fallbacks(model) == {}
-
-
-# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def _saved(model: Any) -> Any:

@@ -17,6 +17,7 @@ from models import (
     at_tokens,
     build,
     encoder_of,
+    engine_outputs,
     error,
     fallbacks,
     left_padded,
@@ -116,13 +117,12 @@ def test_threads_change_no_bit(sizes: tuple[int, int, int], precision: str, isa:
 @pytest.mark.parametrize("lengths", [(9, 1, 17, 13), LENGTHS], ids=["columns", "rows"])
 def test_selected_rows_are_the_bits_of_the_full_run(lengths: tuple[int, ...], precision: str) -> None:
     model, batch = build(XL, "sequence-classification", seed=3), ragged(lengths=lengths)
-    encoder = xfast.accelerate(model, precision=precision).base_model
-    seen = []
-    encoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    seen = engine_outputs(xfast.accelerate(model, precision=precision))
     logits = model(**batch).logits
     full = model(**batch, output_hidden_states=True)
-    assert [hidden.shape[1] for hidden in seen] == [1, max(lengths)]
-    assert torch.equal(seen[0][:, 0], seen[1][:, 0]) and torch.equal(logits, full.logits)
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert [len(hidden) for hidden in seen] == [len(lengths), sum(lengths)]
+    assert torch.equal(seen[0], seen[1][firsts]) and torch.equal(logits, full.logits)
     assert fallbacks(model) == {}
 
 

@@ -63,6 +63,7 @@ class Watch:
         counted: list[Any],
         samples: Sequence[NDArray[Any]],
         objects: Sequence[tuple[int, int, int]],
+        scalars: list[tuple[dict[str, Any], str]] = ...,
     ) -> None: ...
     def changed(self) -> bool: ...
 

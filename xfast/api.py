@@ -24,7 +24,7 @@ from xfast.packed_model import BACKENDS as PACKED_BACKENDS
 from xfast.packed_model import check_saveable, parameters_outside, put_under
 from xfast.packed_model import load as load_model
 from xfast.packed_model import save as save_model
-from xfast.patch import EncoderPatch, Patch
+from xfast.patch import EncoderPatch, Patch, wrapped_since
 from xfast.recipe import Recipe
 
 T = TypeVar("T")
@@ -69,7 +69,13 @@ def accelerate(
         raise UnsupportedModelError(
             f"{type(model).__name__} holds no encoder that xfast accelerates; supported: {supported_families()}"
         )
-    patches = [EncoderPatch(module, options, _unpatched(module)) for module in encoders]
+    for module in encoders:
+        if _unpatched(module) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} cannot be accelerated: it has a forward of its own (model.forward = ...), "
+                "which would be passed by; call xfast.accelerate first and wrap its forward afterwards"
+            )
+    patches = [EncoderPatch(module, options) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
@@ -90,8 +96,10 @@ def restore(model: T) -> T:
 
     Raises:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
+        UnsupportedModelError: an encoder's ``forward`` was wrapped since, so that it cannot be reached.
     """
     patches = _patches(_module_of(model))
+    _refuse_wrapped("restore", _module_of(model))
     _refuse_freed("restore", patches)
     _uninstall(patches)
     return model
@@ -128,6 +136,7 @@ def restored(model: T) -> Iterator[T]:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
     """
     patches = _patches(_module_of(model))
+    _refuse_wrapped("restored", _module_of(model))
     _refuse_freed("restored", patches)
     _uninstall(patches)
     try:
@@ -140,7 +149,7 @@ def restored(model: T) -> Iterator[T]:
 def explain(model: Any) -> Explanation:
     """What runs and why: print it. See :class:`xfast.Explanation`."""
     patches = _patches(_module_of(model))
-    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)]
+    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(_module_of(model))
     heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
     return explain_patches(encoders, heads)
 
@@ -225,8 +234,16 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:
     for patch in patches:
-        if isinstance(patch, EncoderPatch) and patch.plan.freed:
-            raise WeightsFreedError(f"{call}: {patch.plan.freed}")
+        if isinstance(patch, EncoderPatch) and patch.freed:
+            raise WeightsFreedError(f"{call}: {patch.freed}")
+
+
+def _refuse_wrapped(call: str, root: nn.Module) -> None:
+    for patch in wrapped_since(root):
+        raise UnsupportedModelError(
+            f"{call}: the forward of {type(patch.module).__name__} was wrapped after xfast.accelerate; put back "
+            "the one that it wraps first"
+        )
 
 
 def _uninstall(patches: Sequence[Patch]) -> None:

@@ -248,6 +248,14 @@ def _check_shapes(weights: EncoderWeights) -> None:
         if expected is not None and tuple(module.weight.shape) != expected:
             name = weights.names[layer, role]
             raise UnsupportedModelError(f"{name}.weight has shape {tuple(module.weight.shape)}, expected {expected}")
+    for name, module, parameter in weights.parameters():
+        if not is_plain_tensor(getattr(module, parameter)):
+            raise UnsupportedModelError(f"{name} is no plain dense tensor (quantised, sparse or of a class of its own)")
+
+
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is a dense array in memory."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _padding_idx(module: nn.Module, family: Family) -> int:
@@ -298,6 +306,19 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
     return found
+
+
+_ATTENTION = (None, "eager", "sdpa", "flex_attention", "xfast")
+
+
+def is_exact_attention(implementation: str | None) -> bool:
+    """Whether an attention implementation computes softmax(q k^T / sqrt(d)) v: transformers' own, or a hub kernel.
+
+    A name that a user registered may stand for anything.
+    """
+    if implementation in _ATTENTION:
+        return True
+    return implementation.startswith(("flash_attention", "paged|")) or "/" in implementation
 
 
 def is_exact_gelu(activation: object) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xfast import lm_head
+from xfast.architecture import family_of, layers_of
+from xfast.errors import BackendUnavailableError, UnsupportedModelError, XfastError
 from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.patch import EncoderPatch
 
@@ -57,8 +59,11 @@ def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]
 
 
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:
-    plan = patch.plan
-    engine = plan.current_engine(patch.module)
+    try:
+        plan = patch.plan
+        engine = plan.current_engine(patch.module)
+    except (UnsupportedModelError, BackendUnavailableError) as error:  # a copy that was changed before its first call
+        return _changed(patch, error)
     return EncoderExplanation(
         name=type(patch.module).__name__,
         family=plan.weights.spec.family,
@@ -70,6 +75,23 @@ def _encoder(patch: EncoderPatch) -> EncoderExplanation:
         freed=plan.freed,
         details=() if engine is None else tuple(engine.describe()),
         notes=tuple(plan.notes),
+        fallbacks=dict(patch.fallbacks),
+    )
+
+
+def _changed(patch: EncoderPatch, error: XfastError) -> EncoderExplanation:
+    family, layers = family_of(patch.module), len(layers_of(patch.module))
+    return EncoderExplanation(
+        name=type(patch.module).__name__,
+        family="unknown" if family is None else family.name,
+        backend="none",
+        precision="original",
+        layers=layers,
+        num_layers=layers,
+        keep_weights=True,
+        freed="",
+        details=(),
+        notes=(f"the original code runs: {error}",),
         fallbacks=dict(patch.fallbacks),
     )
 

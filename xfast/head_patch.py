@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ from torch import nn
 
 from xfast import lm_head
 from xfast.backends.native import NativeEngine
-from xfast.heads import HeadRule, head_module, is_followed, is_plain
+from xfast.heads import HeadRule, head_module, is_followed, is_observed, is_plain, selects_first
 from xfast.packing import Packed
 from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context
+
+
+def _nothing() -> None:
+    """Stands for a reference to an encoder that is gone."""
 
 
 class HeadPatch(Patch):
     """On a model with a task head: tells the encoder which rows the head reads, for the time of one call."""
 
-    def __init__(self, module: nn.Module, encoder: nn.Module, rule: HeadRule, previous: Any = None) -> None:
+    def __init__(self, module: nn.Module, encoder: nn.Module | None, rule: HeadRule, previous: Any = None) -> None:
         super().__init__(module, previous)
-        self._encoder = weakref.ref(encoder)
+        self._encoder: Callable[[], nn.Module | None] = _nothing if encoder is None else weakref.ref(encoder)
         self.rule = rule
 
     @property
@@ -33,21 +38,41 @@ class HeadPatch(Patch):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
         encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
-        assert encoder is not None
         return type(self)(memo[id(self.module)], encoder, self.rule, self._copied_previous(memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self._encoder(), self.rule, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        patch = None if torch.compiler.is_compiling() else self.encoder_patch
+        patch = self.encoder_patch
         if patch is None:
             return self.original(*args, **kwargs)
-        if not is_plain(head_module(self.module, self.rule)):
+        if torch.compiler.is_compiling():
+            return self._traced(patch, args, kwargs)
+        if not self._reads_as_ruled(patch.module):
             return self.original(*args, **kwargs)
         context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
         with context_of(patch, context):
             return self.original(*args, **kwargs)
+
+    def _reads_as_ruled(self, encoder: nn.Module) -> bool:
+        """Whether this head reads no more rows than its rule says: nothing of it was replaced, hooked or wrapped."""
+        reader = head_module(self.module, self.rule)
+        if self.previous is not None or not is_plain(reader):
+            return False
+        if self.rule.rows != "first":
+            return True
+        pooler = getattr(encoder, "pooler", None)
+        return selects_first(reader if pooler is None else pooler) and not is_observed(encoder)
+
+    def _traced(self, patch: EncoderPatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Under torch.compile no value can be looked at: every loss over a masked batch might read padding."""
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        loss = any(call.get(name) is not None for name in ("labels", "start_positions"))
+        patch.traces_original = loss and self.rule.rows == "all" and call.get("attention_mask") is not None
+        output = self.original(*args, **kwargs)
+        patch.traces_original = False
+        return output
 
     def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """A loss that reads outputs at padded positions needs the original's values there."""
@@ -73,12 +98,12 @@ class TokenHeadPatch(HeadPatch):
             or kwargs
             or len(args) != 1
             or not is_plain(self.module)
-            or not _same_values(args[0], context.padded)
+            or not self._same_values(args[0], context.padded)
         ):
             return self.original(*args, **kwargs)
         packed, hidden = context.packed, context.hidden
         assert packed is not None and hidden is not None and context.padded is not None
-        if is_followed(self.module.parameters()):
+        if is_followed((*self.module.parameters(), args[0])):
             return self.original(*args)  # padding included: torch's own operations alone
         whole = packed.total_tokens == packed.batch * packed.length
         head, engine = self.native_head(), self.native_engine()
@@ -105,13 +130,14 @@ class TokenHeadPatch(HeadPatch):
         engine = None if patch is None else patch.plan.engine
         return engine if isinstance(engine, NativeEngine) else None
 
-
-def _same_values(features: Any, padded: torch.Tensor | None) -> bool:
-    """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
-    return (
-        padded is not None
-        and isinstance(features, torch.Tensor)
-        and features.shape == padded.shape
-        and features.data_ptr() == padded.data_ptr()
-        and (features.is_inference() or features._version == 0)
-    )
+    def _same_values(self, features: Any, padded: torch.Tensor | None) -> bool:
+        """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
+        encoder = self._encoder()
+        return (
+            padded is not None
+            and encoder is not None
+            and isinstance(features, torch.Tensor)
+            and features.shape == padded.shape
+            and features.data_ptr() == padded.data_ptr()
+            and not (is_observed(encoder) if features.is_inference() else features._version)
+        )

@@ -81,6 +81,19 @@ def is_plain(module: nn.Module | None) -> bool:
     return True
 
 
+def selects_first(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a pooler or head of transformers that reads column 0, whatever other rows there are.
+
+    A bare ``nn.Linear`` or ``nn.Identity`` in its place would pass all of them on.
+    """
+    return module is not None and type(module) not in _ROWWISE and is_plain(module)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a hook sees, and may change, what ``module`` returns."""
+    return bool(module._forward_hooks)
+
+
 def is_transformed() -> bool:
     """Whether ``vmap``, ``jvp`` or forward-mode differentiation is active: tensors may have no memory of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

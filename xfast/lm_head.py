@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from xfast import _C
-from xfast.architecture import is_exact_gelu
+from xfast.architecture import is_exact_gelu, is_plain_tensor
 from xfast.backends.native import NativeEngine
 from xfast.packing import Packed
 from xfast.threads import get_num_threads
@@ -86,8 +86,8 @@ def usable(head: LmHead) -> bool:
     return (
         dtype in _DTYPES
         and not torch.is_autocast_enabled("cpu")
-        and all(type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
-        and all(t.dtype == dtype and t.layout == torch.strided and t.is_contiguous() for t in tensors)
+        and all(is_plain_tensor(t) and t.device.type == "cpu" for t in tensors)
+        and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
     )
 
 

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -24,9 +24,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from xfast import training
-from xfast.architecture import family_of, layers_of, output_dtype
+from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine
-from xfast.errors import ModelFreedError, WeightsFreedError
+from xfast.errors import BackendUnavailableError, ModelFreedError, UnsupportedModelError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
 from xfast.packing import PositionOverflowError
@@ -50,6 +50,7 @@ class Patch:
 
     def __init__(self, module: nn.Module, previous: Any = None) -> None:
         self._module = weakref.ref(module)
+        self.installed = False
         self.previous = previous  # an instance-level forward found in place (accelerate's hooks); None = the class's
         self._names = _argument_names(type(module), previous)
 
@@ -80,6 +81,7 @@ class Patch:
 
     def install(self) -> None:
         """Puts this patch in place."""
+        self.installed = True
         self.module.__dict__["forward"] = self
 
     def _copied_previous(self, memo: dict[int, Any]) -> Any:
@@ -87,6 +89,7 @@ class Patch:
 
     def undo(self) -> None:
         """Puts back exactly what was there."""
+        self.installed = False
         state = self.module.__dict__
         if self.previous is None:
             state.pop("forward", None)
@@ -147,6 +150,7 @@ class EncoderPatch(Patch):
         super().__init__(module, previous)
         self.options = options
         self.fallbacks: Counter[str] = Counter()
+        self.traces_original = False  # set by a head for the time of a call that torch.compile traces
         self._freed_plan = freed_plan
         self._warned = False
         self.handle = next(_handles)
@@ -163,14 +167,20 @@ class EncoderPatch(Patch):
             plan.adopt(source.engine, source.backend_name, source.notes, source.freed, self.module)
         return plan
 
+    @property
+    def freed(self) -> str:
+        """Why the original weights are gone, or nothing. Does not make the plan, which a changed copy may refuse."""
+        plan: Plan | None = self.__dict__.get("plan", self._freed_plan)
+        return "" if plan is None else plan.freed
+
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
         # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
-        freed = self.plan if self.plan.freed else None
+        freed = self.plan if self.freed else None
         return EncoderPatch(memo[id(self.module)], self.options, self._copied_previous(memo), freed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.plan.freed:
-            raise WeightsFreedError(f"pickle: {self.plan.freed}")
+        if self.freed:
+            raise WeightsFreedError(f"pickle: {self.freed}")
         return EncoderPatch, (self.module, self.options, self.previous)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,8 +206,8 @@ class EncoderPatch(Patch):
             return self(**call, return_dict=True).last_hidden_state
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.plan.freed:
-            raise WeightsFreedError(f"the original code is needed ({reason}), but {self.plan.freed}")
+        if self.freed:
+            raise WeightsFreedError(f"the original code is needed ({reason}), but {self.freed}")
         self.fallbacks[reason] += 1
         if reason == _GRADIENTS and not self._warned:
             self._warned = True
@@ -226,8 +236,12 @@ class EncoderPatch(Patch):
     def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
         if (reason := self._refusal(module, call)) is not None:
             raise CannotRunError(reason)
-        self.plan.alert()  # not sooner: the original code has threads of its own
-        engine = self.plan.current_engine(module)
+        try:
+            self.plan.alert()  # not sooner: the original code has threads of its own
+            engine = self.plan.current_engine(module)
+        except (UnsupportedModelError, BackendUnavailableError) as error:
+            # accelerate() asked the same of the model as it was; this is a copy that was changed before its first call
+            raise CannotRunError(f"the encoder was changed: {error}") from None
         if engine is None:
             raise CannotRunError("no backend runs this model")
         if (reason := self.plan.inner.refusal()) is not None:
@@ -284,7 +298,7 @@ class EncoderPatch(Patch):
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
-            hidden_states=None if states is None else (*(packed.pad(s, dtype) for s in states[:-1]), last),
+            hidden_states=None if states is None else (*_apart(packed.pad(s, dtype) for s in states[:-1]), last),
         )
         return self._as_asked(module, call, output)
 
@@ -335,6 +349,7 @@ class EncoderPatch(Patch):
             or torch.is_grad_enabled()
             or getattr(torch.compiler, "is_exporting", bool)()  # newer than torch 2.6
             or _flag(module, call, "output_hidden_states")
+            or self.traces_original
         ):
             return self._original_layers(args, kwargs)
         dtype = output_dtype(module)
@@ -352,11 +367,27 @@ class EncoderPatch(Patch):
         return self._as_asked(module, call, output)
 
 
+def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each in memory of its own: whoever keeps one layer's states must not keep all of them."""
+    for state in states:
+        yield state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
+
+
 def _refuse_batch(packed: Batch, reads_first: bool) -> None:
     if packed.first_masked and reads_first:
         raise CannotRunError("column 0 is masked in a row whose first token is read")
     if packed.length == 0:
         raise CannotRunError("the batch has no columns")
+
+
+def wrapped_since(root: nn.Module) -> list[EncoderPatch]:
+    """Patches inside ``root`` that run, but behind a ``forward`` that somebody put around them later."""
+    modules = set(root.modules())
+    return [
+        patch
+        for patch in ENCODERS.values()
+        if patch.installed and patch._module() in modules and patch.module.__dict__.get("forward") is not patch
+    ]
 
 
 _GRADIENTS = "gradients are enabled"
@@ -379,6 +410,8 @@ def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False
         return "selected hidden states are asked for"
     if getattr(module.config, "is_decoder", False):
         return "decoder mode"
+    if not is_exact_attention(getattr(module.config, "_attn_implementation", None)):
+        return f"attention is the user's own: {module.config._attn_implementation!r}"
     for name, value in call.items():
         if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
             return f"{name} is given"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from xfast import _C
-from xfast.architecture import EncoderWeights
+from xfast.architecture import EncoderWeights, is_plain_tensor
 
 
 class WeightWatch:
@@ -33,17 +33,21 @@ class WeightWatch:
         watched = [(module, getattr(module, name)) for _, module, name in weights.parameters()]
         owners = list({id(module): module._parameters for module, _ in watched}.values())
         tensors: list[torch.Tensor] = [parameter for _, parameter in watched]
+        plain = [tensor for tensor in tensors if is_plain_tensor(tensor)]  # the others are told by their identity
         dicts = [*children, *owners]
         # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
-        self._kept = (modules, dicts, states, tensors, [list(values.values()) for values in dicts])
+        scalars = [(m.__dict__, name) for m in modules for name in _SCALARS if name in m.__dict__]
+        held = [state[name] for state, name in scalars]
+        self._kept = (modules, dicts, states, tensors, [list(values.values()) for values in dicts], scalars, held)
         self._watch = _C.Watch(
             dicts,
             modules,
             states,
-            tensors,
-            [t for t in tensors if not t.is_inference()],  # the others have no version
-            [_bytes(t) for t in tensors if t.device.type == "cpu" and t.numel()],
-            [*_objects(modules, dicts, states), *_tensor_objects(tensors)],
+            plain,
+            [t for t in plain if not t.is_inference()],  # the others have no version
+            [_bytes(t) for t in plain if t.device.type == "cpu" and t.numel()],
+            [*_objects(modules, dicts, states), *_tensor_objects(plain)],
+            scalars,
         )
 
     def changed(self) -> bool:
@@ -68,6 +72,7 @@ def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int
         yield tensor._cdata, _LINE, _LINE  # its storage and its version lie behind the first pointers
 
 
+_SCALARS = ("eps", "scaling")  # of LayerNorms and of attention
 _LINE = 64
 _HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
