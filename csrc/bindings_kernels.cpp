@@ -79,15 +79,16 @@ class PyLinear {
   PackedLinear linear_;
 };
 
-// Per-row int8: x [rows, cols] -> (q int8 [rows, cols], scale [rows])
-py::tuple quantize(const std::string& isa, const F32& x) {
+// Per-row int8: x [rows, cols] -> (q int8 [rows, cols], scale [rows]). q is read back from the kernel's layout, which
+// takes ten times as long as the kernel: benchmarks do without (`unpack` false: q is empty).
+py::tuple quantize(const std::string& isa, const F32& x, bool unpack) {
   require_array(x, "x", {-1, -1});
   const int64_t rows = x.shape(0), cols = x.shape(1);
   const InputFormat format{Precision::kInt8, 0, nullptr};
   OwnedOperand a(format, rows, cols);
   kernel_table(isa).to_operand({format, x.data(), cols, 0, rows, cols, a.view});
-  py::array_t<int8_t> q({rows, cols});
-  for (int64_t row = 0; row < rows; ++row)
+  py::array_t<int8_t> q({unpack ? rows : 0, cols});
+  for (int64_t row = 0; row < q.shape(0); ++row)
     for (int64_t col = 0; col < cols; ++col)
       q.mutable_at(row, col) = static_cast<int8_t>(
           a.view.data[col / kChunkBytes * a.view.chunk_stride + row * kChunkBytes + col % kChunkBytes] - 128);
@@ -100,9 +101,9 @@ F32 layer_norm(const std::string& isa, const F32& x, const F32& gamma, const F32
   const int64_t rows = x.shape(0), cols = x.shape(1);
   require_array(gamma, "gamma", {cols});
   require_array(beta, "beta", {cols});
-  F32 y({rows, cols}, x.data());
+  F32 y({rows, cols});
   kernel_table(isa).layer_norm(
-      {{}, y.data(), cols, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
+      {{}, x.data(), cols, y.mutable_data(), cols, 0, rows, cols, gamma.data(), beta.data(), eps, {}});
   return y;
 }
 
@@ -157,7 +158,7 @@ void bind_kernels(py::module_& m) {
            py::arg("precision"), py::arg("weight"), py::arg("bias"), py::arg("group") = kDefaultGroup,
            py::arg("divisor").noconvert() = py::none())
       .def("multiply", &PyLinear::multiply, py::arg("isa"), py::arg("x"), py::arg("epilogue"), py::arg("residual"));
-  k.def("quantize", &quantize, py::arg("isa"), py::arg("x"));
+  k.def("quantize", &quantize, py::arg("isa"), py::arg("x"), py::arg("unpack") = true);
   k.def("layer_norm", &layer_norm, py::arg("isa"), py::arg("x"), py::arg("gamma"), py::arg("beta"), py::arg("eps"));
   k.def("attention", &attention, py::arg("isa"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
         py::arg("int16") = false);
