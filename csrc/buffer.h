@@ -33,7 +33,7 @@ class AlignedBuffer {
     const int64_t whole = (bytes + alignment - 1) / alignment * alignment;
     if (posix_memalign(&memory, alignment, whole) != 0) throw std::bad_alloc();
     data_ = static_cast<uint8_t*>(memory);
-    advise_huge_pages(data_, whole);
+    advise_huge_pages(data_, bytes);  // a part of one at the end would be memory for nothing
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept { swap(other); }
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {

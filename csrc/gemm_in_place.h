@@ -88,8 +88,7 @@ void gemm_in_place_with(const InPlaceArgs& args) {
     for (int64_t c = 0; c < count * kPanel; c += 16)
       store(bias + c, args.bias != nullptr ? load_n(args.bias + first + c, width - c) : set1(0.0f));
     for (int64_t row = 0; row < args.rows; row += kPassRows) {
-      const bool last = row + kPassRows >= args.rows;
-      const int64_t rows = last ? args.rows - row : kPassRows;
+      const int64_t rows = args.rows - row < kPassRows ? args.rows - row : kPassRows;
       GemmArgs gemm_args{};
       gemm_args.precision = P;
       gemm_args.a = {args.a.data + row * kChunkBytes, args.a.chunk_stride};
@@ -100,8 +99,10 @@ void gemm_in_place_with(const InPlaceArgs& args) {
       gemm_args.out = outputs;
       gemm_args.ldo = together * kPanel;
       gemm_args.weights_in_cache = true;
-      gemm_args.next = last && next != nullptr ? next + while_packed : nullptr;
-      gemm_args.next_bytes = while_multiplied;
+      const int64_t from = while_multiplied * row / args.rows / 64 * 64,
+                    to = while_multiplied * (row + rows) / args.rows;
+      gemm_args.next = next == nullptr ? nullptr : next + while_packed + from;
+      gemm_args.next_bytes = to - from;
       gemm(gemm_args);
       for (int64_t r = 0; r < rows; ++r) write_outputs(args, row + r, outputs + r * together * kPanel, first, width);
     }

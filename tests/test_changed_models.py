@@ -132,10 +132,12 @@ def test_copies_changed_before_their_first_call_run_the_original_code(change: st
     model(**batch)
     copied = copy.deepcopy(model)
     CHANGES[change](copied)
-    got = copied.eval()(**batch).last_hidden_state
+    with pytest.warns(UserWarning, match="this copy cannot be accelerated"):
+        got = copied.eval()(**batch).last_hidden_state
     assert "the original code runs" in str(xfast.explain(copied)) and sum(fallbacks(copied).values()) == 1
     if change != "a sparse weight":  # which torch itself cannot copy
-        assert torch.equal(copy.deepcopy(copied)(**batch).last_hidden_state, got)
+        with pytest.warns(UserWarning, match="this copy cannot be accelerated"):
+            assert torch.equal(copy.deepcopy(copied)(**batch).last_hidden_state, got)
     copied.train()(**batch)
     assert torch.equal(xfast.restore(copied).eval()(**batch).last_hidden_state, got)
     assert fallbacks(model) == {}
@@ -177,6 +179,9 @@ def test_an_attention_of_the_users_runs_in_the_original_code(when: str) -> None:
     model, plain, batch = build(), build(), ragged()
     if when == "before":
         model.set_attn_implementation("doubled")
+        with pytest.raises(xfast.UnsupportedModelError, match="attention is the user's own, 'doubled'"):
+            xfast.accelerate(model)
+        return
     xfast.accelerate(model)
     model.set_attn_implementation("doubled")
     plain.set_attn_implementation("doubled")
@@ -207,3 +212,10 @@ def test_encoder_subclass_without_a_forward_is_accelerated() -> None:
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["masked-lm", "token-classification", "sequence-classification"])
+def test_changed_copies_with_a_head_can_be_explained(head: str) -> None:
+    copied = copy.deepcopy(xfast.accelerate(build(head=head)))
+    CHANGES["adapter"](copied.base_model)
+    assert "the original code runs" in str(xfast.explain(copied))

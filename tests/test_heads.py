@@ -19,6 +19,7 @@ from models import (
     error,
     fallbacks,
     labels,
+    left_padded,
     outputs_of,
     quick_settings,
     ragged,
@@ -250,3 +251,57 @@ def test_a_head_behind_a_frozen_encoder_can_be_trained(head: str) -> None:
     assert grads[0].keys() == grads[1].keys() and fallbacks(model) == {}
     for name, grad in grads[1].items():
         torch.testing.assert_close(grads[0][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def _encoder_watched(model: Any) -> Any:
+    model.base_model.register_forward_hook(lambda module, args, output: None)
+    return xfast.accelerate(model)
+
+
+def _head_wrapped(model: Any) -> Any:
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    return xfast.accelerate(model)
+
+
+def _encoder_wrapped(model: Any) -> Any:
+    ours = xfast.accelerate(model).base_model.forward
+    model.base_model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("how", [_encoder_watched, _head_wrapped, _encoder_wrapped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("head", ["sequence-classification", *TOKEN_HEADS])
+@pytest.mark.parametrize("positional", [False, True])
+def test_watched_and_wrapped_models_keep_the_originals_results(
+    how: Callable[[Any], Any], head: str, positional: bool
+) -> None:
+    model, plain, batch = how(build(head=head)), build(head=head), left_padded(ragged())
+    given: tuple[Any, ...] = ((*batch.values(),), {}) if positional else ((), batch)
+    tokens = batch["attention_mask"]
+    for asked in ({}, {name: values.clamp_min(0) for name, values in labels(head, batch).items()}):
+        got, want = (outputs_of(each(*given[0], **given[1], **asked)) for each in (model, plain))
+        for name, values in want.items():
+            assert error(at_tokens(got[name], tokens), at_tokens(values, tokens)) <= 1e-5, name
+
+
+def _lstm(module: nn.Module) -> None:
+    lstm = nn.LSTM(HIDDEN, HIDDEN, batch_first=True)
+    module.lstm = lstm
+    module.forward = lambda hidden: type(module).forward(module, lstm(hidden)[0])
+
+
+@pytest.mark.parametrize("head", ["token-classification", "masked-lm"])
+def test_a_forward_put_on_the_reader_gets_padded_rows(head: str) -> None:
+    model, batch = build(head=head), ragged(lengths=(9, 6, 5))
+    _lstm(model.classifier if head == "token-classification" else model.lm_head)
+    tokens, want = batch["attention_mask"], model(**batch).logits
+    assert error(at_tokens(xfast.accelerate(model)(**batch).logits, tokens), at_tokens(want, tokens)) <= 1e-5
+
+
+def test_an_encoder_compiled_alone_keeps_losses_over_padding() -> None:
+    model, batch = build(head="question-answering"), ragged()
+    want = model(**batch, **labels("question-answering", batch)).loss
+    xfast.accelerate(model)
+    model.base_model.compile(backend="eager")
+    torch.testing.assert_close(model(**batch, **labels("question-answering", batch)).loss, want, rtol=1e-5, atol=1e-6)

@@ -149,7 +149,9 @@ def restored(model: T) -> Iterator[T]:
 def explain(model: Any) -> Explanation:
     """What runs and why: print it. See :class:`xfast.Explanation`."""
     patches = _patches(_module_of(model))
-    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(_module_of(model))
+    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(
+        _module_of(model).modules()
+    )
     heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
     return explain_patches(encoders, heads)
 
@@ -239,7 +241,7 @@ def _refuse_freed(call: str, patches: Sequence[Patch]) -> None:
 
 
 def _refuse_wrapped(call: str, root: nn.Module) -> None:
-    for patch in wrapped_since(root):
+    for patch in wrapped_since(root.modules()):
         raise UnsupportedModelError(
             f"{call}: the forward of {type(patch.module).__name__} was wrapped after xfast.accelerate; put back "
             "the one that it wraps first"

@@ -278,6 +278,9 @@ def _refuse(module: nn.Module, family: Family) -> None:
         reasons.append(f"its positions are {position_type!r}; supported: 'absolute'")
     if config.hidden_size % config.num_attention_heads:
         reasons.append("hidden_size is not a multiple of num_attention_heads")
+    attention = getattr(config, "_attn_implementation", None)
+    if not is_exact_attention(attention):
+        reasons.append(f"its attention is the user's own, {attention!r}")
     reasons += _changed_modules(module)
     base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
     if getattr(type(module), "forward", None) is not getattr(base, "forward", None):

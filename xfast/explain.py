@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from xfast import lm_head
 from xfast.architecture import family_of, layers_of
-from xfast.errors import BackendUnavailableError, UnsupportedModelError, XfastError
+from xfast.errors import BackendUnavailableError, UnsupportedModelError
 from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.patch import EncoderPatch
 
@@ -54,16 +54,19 @@ class Explanation:
 
 def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]) -> Explanation:
     """Builds the explanation of one model from its patches."""
+    explained = tuple(_encoder(patch) for patch in encoders)
     lines = [_logits(patch) if isinstance(patch, TokenHeadPatch) else _head(patch) for patch in heads]
-    return Explanation(tuple(_encoder(patch) for patch in encoders), tuple(line for line in lines if line is not None))
+    return Explanation(explained, tuple(line for line in lines if line is not None))
 
 
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:
     try:
+        if patch.unusable is not None:
+            return _changed(patch, patch.unusable)
         plan = patch.plan
         engine = plan.current_engine(patch.module)
     except (UnsupportedModelError, BackendUnavailableError) as error:  # a copy that was changed before its first call
-        return _changed(patch, error)
+        return _changed(patch, str(error))
     return EncoderExplanation(
         name=type(patch.module).__name__,
         family=plan.weights.spec.family,
@@ -79,7 +82,7 @@ def _encoder(patch: EncoderPatch) -> EncoderExplanation:
     )
 
 
-def _changed(patch: EncoderPatch, error: XfastError) -> EncoderExplanation:
+def _changed(patch: EncoderPatch, error: str) -> EncoderExplanation:
     family, layers = family_of(patch.module), len(layers_of(patch.module))
     return EncoderExplanation(
         name=type(patch.module).__name__,
@@ -98,6 +101,9 @@ def _changed(patch: EncoderPatch, error: XfastError) -> EncoderExplanation:
 
 def _head(patch: HeadPatch) -> str:
     name = type(patch.module).__name__
+    encoder = patch.encoder_patch
+    if encoder is None or not patch.reads_as_ruled(encoder):
+        return f"{name} or what it reads was replaced, wrapped or hooked: it gets every row"
     if patch.rule.rows == "first":
         return f"{name} reads token 0: the last layer computes only that row"
     return f"{name} reads every token: it runs on real tokens, padding is added after it"

@@ -14,7 +14,7 @@ from xfast import lm_head
 from xfast.backends.native import NativeEngine
 from xfast.heads import HeadRule, head_module, is_followed, is_observed, is_plain, selects_first
 from xfast.packing import Packed
-from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context
+from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context, wrapped_since
 
 
 def _nothing() -> None:
@@ -31,10 +31,14 @@ class HeadPatch(Patch):
 
     @property
     def encoder_patch(self) -> EncoderPatch | None:
-        """The patch on this head's encoder, or None when it is gone or was restored."""
+        """The patch on this head's encoder, also behind a later wrapper; None when it is gone or was restored."""
         encoder = self._encoder()
-        patch = None if encoder is None else encoder.__dict__.get("forward")
-        return patch if isinstance(patch, EncoderPatch) else None
+        if encoder is None:
+            return None
+        patch = encoder.__dict__.get("forward")
+        if patch is None or isinstance(patch, EncoderPatch):
+            return patch
+        return next(iter(wrapped_since([encoder])), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
         encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
@@ -49,30 +53,35 @@ class HeadPatch(Patch):
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self._traced(patch, args, kwargs)
-        if not self._reads_as_ruled(patch.module):
-            return self.original(*args, **kwargs)
-        context = HeadContext(self.rule.rows, self._loss_over_padding(args, kwargs), self.rule.pools)
+        context = HeadContext(
+            self.rule.rows if self.reads_as_ruled(patch) else "all",
+            self._loss_over_padding(args, kwargs),
+            needs_first=self.rule.pools or self.rule.rows == "first",
+        )
         with context_of(patch, context):
             return self.original(*args, **kwargs)
 
-    def _reads_as_ruled(self, encoder: nn.Module) -> bool:
-        """Whether this head reads no more rows than its rule says: nothing of it was replaced, hooked or wrapped."""
+    def reads_as_ruled(self, patch: EncoderPatch) -> bool:
+        """Whether this head reads no more rows than its rule says: nothing was replaced, hooked or wrapped."""
         reader = head_module(self.module, self.rule)
         if self.previous is not None or not is_plain(reader):
             return False
         if self.rule.rows != "first":
             return True
-        pooler = getattr(encoder, "pooler", None)
-        return selects_first(reader if pooler is None else pooler) and not is_observed(encoder)
+        pooler = getattr(patch.module, "pooler", None)
+        return selects_first(reader if pooler is None else pooler) and not _is_watched(patch)
 
     def _traced(self, patch: EncoderPatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile no value can be looked at: every loss over a masked batch might read padding."""
         call = dict(zip(self._names, args, strict=False), **kwargs)
         loss = any(call.get(name) is not None for name in ("labels", "start_positions"))
-        patch.traces_original = loss and self.rule.rows == "all" and call.get("attention_mask") is not None
-        output = self.original(*args, **kwargs)
-        patch.traces_original = False
-        return output
+        if not loss or self.rule.rows != "all" or call.get("attention_mask") is None:
+            return self.original(*args, **kwargs)
+        patch.traces_original = True
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            patch.traces_original = False
 
     def _loss_over_padding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """A loss that reads outputs at padded positions needs the original's values there."""
@@ -92,13 +101,16 @@ class TokenHeadPatch(HeadPatch):
     """On the module that turns every token's hidden state into outputs: runs it on real tokens only."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        context = None if torch.compiler.is_compiling() else current_context(self.encoder_patch)
+        patch = None if torch.compiler.is_compiling() else self.encoder_patch
+        context = current_context(patch)
         if (
-            context is None
+            patch is None
+            or context is None
+            or self.previous is not None
             or kwargs
             or len(args) != 1
             or not is_plain(self.module)
-            or not self._same_values(args[0], context.padded)
+            or not _same_values(args[0], context.padded, patch)
         ):
             return self.original(*args, **kwargs)
         packed, hidden = context.packed, context.hidden
@@ -127,17 +139,22 @@ class TokenHeadPatch(HeadPatch):
     def native_engine(self) -> NativeEngine | None:
         """The encoder's engine if it is the CPU's, packed already."""
         patch = self.encoder_patch
-        engine = None if patch is None else patch.plan.engine
+        plan = None if patch is None else patch.__dict__.get("plan")  # not made for this: a changed copy may refuse
+        engine = None if plan is None else plan.engine
         return engine if isinstance(engine, NativeEngine) else None
 
-    def _same_values(self, features: Any, padded: torch.Tensor | None) -> bool:
-        """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
-        encoder = self._encoder()
-        return (
-            padded is not None
-            and encoder is not None
-            and isinstance(features, torch.Tensor)
-            and features.shape == padded.shape
-            and features.data_ptr() == padded.data_ptr()
-            and not (is_observed(encoder) if features.is_inference() else features._version)
-        )
+
+def _is_watched(patch: EncoderPatch) -> bool:
+    """Whether a hook or a wrapper around its forward sees, and may change, what the encoder returns."""
+    return is_observed(patch.module) or patch.module.__dict__.get("forward") is not patch
+
+
+def _same_values(features: Any, padded: torch.Tensor | None, patch: EncoderPatch) -> bool:
+    """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
+    return (
+        padded is not None
+        and isinstance(features, torch.Tensor)
+        and features.shape == padded.shape
+        and features.data_ptr() == padded.data_ptr()
+        and not (_is_watched(patch) if features.is_inference() else features._version)
+    )

@@ -76,7 +76,7 @@ def is_plain(module: nn.Module | None) -> bool:
         if part._forward_hooks or part._forward_pre_hooks:
             return False
         forward = part.__dict__.get("forward")
-        if forward is not None and not getattr(forward, "is_xfast", False):
+        if forward is not None and (not getattr(forward, "is_xfast", False) or forward.previous is not None):
             return False
     return True
 

@@ -102,10 +102,12 @@ class Patch:
 
 def _argument_names(cls: type[nn.Module], previous: Any) -> tuple[str, ...]:
     """Names of the arguments that may be given by position."""
-    forward = cls.forward if previous is None else previous
-    parameters = list(inspect.signature(forward).parameters.values())
+    own = list(inspect.signature(cls.forward).parameters.values())[1:]
+    given = own if previous is None else list(inspect.signature(previous).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in given):  # a wrapper that hands on what it gets
+        given = own
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters[0 if previous is not None else 1 :] if p.kind in kinds)
+    return tuple(p.name for p in given if p.kind in kinds)
 
 
 class HeadContext:
@@ -150,6 +152,7 @@ class EncoderPatch(Patch):
         super().__init__(module, previous)
         self.options = options
         self.fallbacks: Counter[str] = Counter()
+        self.unusable: str | None = None  # why a copy has no engine
         self.traces_original = False  # set by a head for the time of a call that torch.compile traces
         self._freed_plan = freed_plan
         self._warned = False
@@ -176,12 +179,14 @@ class EncoderPatch(Patch):
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
         # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
         freed = self.plan if self.freed else None
-        return EncoderPatch(memo[id(self.module)], self.options, self._copied_previous(memo), freed)
+        copied = EncoderPatch(memo[id(self.module)], self.options, self._copied_previous(memo), freed)
+        copied.installed = self.installed
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.freed:
             raise WeightsFreedError(f"pickle: {self.freed}")
-        return EncoderPatch, (self.module, self.options, self.previous)
+        return EncoderPatch, (self.module, self.options, self.previous), {"installed": self.installed}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -201,7 +206,9 @@ class EncoderPatch(Patch):
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
-        context = HeadContext("all", needs_first=True)  # which head reads the result is unknown here
+        outer = current_context(self)  # of an eager head around a compiled encoder
+        original = None if outer is None else outer.original
+        context = HeadContext("all", original, needs_first=True)  # which head reads the result is unknown here
         with torch.no_grad(), context_of(self, context):
             return self(**call, return_dict=True).last_hidden_state
 
@@ -236,12 +243,7 @@ class EncoderPatch(Patch):
     def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
         if (reason := self._refusal(module, call)) is not None:
             raise CannotRunError(reason)
-        try:
-            self.plan.alert()  # not sooner: the original code has threads of its own
-            engine = self.plan.current_engine(module)
-        except (UnsupportedModelError, BackendUnavailableError) as error:
-            # accelerate() asked the same of the model as it was; this is a copy that was changed before its first call
-            raise CannotRunError(f"the encoder was changed: {error}") from None
+        engine = self._packed(module)
         if engine is None:
             raise CannotRunError("no backend runs this model")
         if (reason := self.plan.inner.refusal()) is not None:
@@ -250,6 +252,23 @@ class EncoderPatch(Patch):
         if elsewhere := [t.device for t in tensors if t.device != engine.device]:
             raise CannotRunError(f"an input is on {elsewhere[0]}, the model on {engine.device}")
         return engine
+
+    def _packed(self, module: nn.Module) -> Engine | None:
+        """The engine. accelerate() saw to it that there is one; a copy may have been changed before its first call."""
+        with self._copies_may_refuse():
+            self.plan.alert()  # not sooner: the original code has threads of its own
+            return self.plan.current_engine(module)
+
+    @contextmanager
+    def _copies_may_refuse(self) -> Iterator[None]:
+        if self.unusable is not None:
+            raise CannotRunError(self.unusable)
+        try:
+            yield
+        except (UnsupportedModelError, BackendUnavailableError) as error:
+            self.unusable = f"this copy cannot be accelerated: {error} (after a change call xfast.accelerate again)"
+            warnings.warn(f"xfast: the original code runs: {self.unusable}", stacklevel=7)
+            raise CannotRunError(self.unusable) from None
 
     def _refusal(self, module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
         """Why this call must run the original code, or None."""
@@ -311,13 +330,15 @@ class EncoderPatch(Patch):
         """A differentiable forward through the module's own parts, on packed tokens."""
         if (reason := self._refusal(module, call, train=True)) is not None:
             raise CannotRunError(reason)
+        with self._copies_may_refuse():
+            plan = self.plan
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
-        if (reason := training.refusal(module, given.device) or self.plan.inner.refusal(training=True)) is not None:
+        if (reason := training.refusal(module, given.device) or plan.inner.refusal(training=True)) is not None:
             raise CannotRunError(reason)
-        packed = training.pack(self.plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        packed = training.pack(plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         pooler, context = getattr(module, "pooler", None), current_context(self)
         _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
-        last, states = training.run(module, self.plan.weights.spec, packed, call.get("inputs_embeds"))
+        last, states = training.run(module, plan.weights.spec, packed, call.get("inputs_embeds"))
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
@@ -380,14 +401,17 @@ def _refuse_batch(packed: Batch, reads_first: bool) -> None:
         raise CannotRunError("the batch has no columns")
 
 
-def wrapped_since(root: nn.Module) -> list[EncoderPatch]:
-    """Patches inside ``root`` that run, but behind a ``forward`` that somebody put around them later."""
-    modules = set(root.modules())
-    return [
-        patch
-        for patch in ENCODERS.values()
-        if patch.installed and patch._module() in modules and patch.module.__dict__.get("forward") is not patch
-    ]
+def wrapped_since(modules: Iterable[nn.Module]) -> list[EncoderPatch]:
+    """Patches of ``modules`` that run, but behind a ``forward`` that somebody put around them later."""
+    wrapped = {
+        module
+        for module in modules
+        if not isinstance(module.__dict__.get("forward"), Patch) and "forward" in module.__dict__
+    }
+    if not wrapped:
+        return []
+    patches = (reference() for reference in ENCODERS.valuerefs())  # a list, whatever other threads do
+    return [patch for patch in patches if patch is not None and patch.installed and patch._module() in wrapped]
 
 
 _GRADIENTS = "gradients are enabled"
