@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import nn
 
 import xfast
+from xfast import _C
 from xfast.benchmarks import harness, metrics, peers, workloads
 from xfast.benchmarks.isa import SWITCHES
 from xfast.benchmarks.models import SIZES, model_of
@@ -205,7 +206,9 @@ def _threads(text: str | None) -> tuple[int, ...]:
         return (xfast.get_num_threads(),)
     counts = []
     for part in _parts(text):
-        if not part.isdecimal() or not 1 <= int(part) <= 1024:
-            raise InvalidOptionError(f"threads: {part!r} is not accepted; accepted: 1 to 1024, separated by commas")
+        if not part.isdecimal() or not 1 <= int(part) <= _C.max_threads:
+            raise InvalidOptionError(
+                f"threads: {part!r} is not accepted; accepted: 1 to {_C.max_threads}, separated by commas"
+            )
         counts.append(int(part))
     return tuple(dict.fromkeys(counts))

@@ -76,6 +76,17 @@ def test_a_loaded_model_gives_the_same_bits(family: str, head: str, precision: s
     assert same_files(tmp_path / "again", tmp_path / "kept")
 
 
+def test_saving_a_loaded_model_keeps_its_tokenizer(tmp_path: Path) -> None:
+    source, folder = tmp_path / "checkpoint", tmp_path / "artifact"
+    build().save_pretrained(source)
+    (source / "tokenizer.json").write_text('{"any": "bytes"}')
+    xfast.save(xfast.accelerate(transformers.XLMRobertaModel.from_pretrained(source).eval()), folder)
+    for target in (folder, tmp_path / "elsewhere"):
+        xfast.save(xfast.load(folder), target)
+        assert (target / "tokenizer.json").read_text() == '{"any": "bytes"}'
+        assert xfast.load(target, verify=True) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_half_precision_weights(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:

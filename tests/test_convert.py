@@ -76,6 +76,18 @@ def test_a_head_on_an_encoders_checkpoint_misses_its_tensors(tmp_path: Path) -> 
         convert(str(tmp_path / "m"), tmp_path / "a", architecture="XLMRobertaForTokenClassification")
 
 
+def test_one_file_comes_before_an_older_index(tmp_path: Path) -> None:
+    # What transformers leaves behind when a sharded checkpoint is saved again in one file
+    old, new = build(seed=1), build(seed=2)
+    old.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    index = (tmp_path / "both" / "model.safetensors.index.json").read_bytes()
+    new.save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "model.safetensors.index.json").write_bytes(index)
+    convert(str(tmp_path / "both"), tmp_path / "out", "int8")
+    want = xfast.accelerate(new, precision="int8", keep_weights=False)(**ragged())
+    assert torch.equal(xfast.load(tmp_path / "out")(**ragged())[0], want[0])
+
+
 def test_old_names_of_layer_norms(tmp_path: Path) -> None:
     model = build("bert")
     model.save_pretrained(tmp_path / "m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,49 @@ def test_a_kept_column_with_the_name_of_an_output(tmp_path: Path, base: Path, wr
     assert encode.read(tmp_path / "out2").column_names == ["embedding"]
 
 
+def test_a_pattern_that_reaches_the_output_can_be_continued(tmp_path: Path, base: Path) -> None:
+    encode.parquet(tmp_path / "a.parquet", {"text": ["one", "two"]})
+    encode.run(str(tmp_path / "**" / "*.parquet"), tmp_path / "out", base)
+    assert encode.run(str(tmp_path / "**" / "*.parquet"), tmp_path / "out", base).encoded == 0
+    assert encode.read(tmp_path / "out").num_rows == 2
+
+
+def test_folders_with_a_files_name_and_links_to_folders(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "in" / "name.parquet").mkdir(parents=True)  # as Spark writes
+    encode.parquet(tmp_path / "in" / "name.parquet" / "part-0.parquet", {"text": ["one"]})
+    (tmp_path / "far").mkdir()
+    encode.parquet(tmp_path / "far" / "b.parquet", {"text": ["two", "three"]})
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "in")
+    encode.run(tmp_path / "in", tmp_path / "out", base)
+    assert encode.read(tmp_path / "out").num_rows == 3
+
+
+def test_kept_columns_that_parquet_cannot_hold(tmp_path: Path, base: Path) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a", "meta": {}}])
+    refused(DataFileError, tmp_path, base, path, "column 'meta'", "--keep")
+    encode.run(path, tmp_path / "kept", base, keep=())
+
+
+def test_a_required_column_that_one_file_lacks_becomes_null(tmp_path: Path, base: Path) -> None:
+    required = pa.schema([pa.field("text", pa.string(), nullable=False), pa.field("id", pa.int64(), nullable=False)])
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["a"], "id": [7]}, schema=required), tmp_path / "in" / "a.parquet")
+    encode.parquet(tmp_path / "in" / "b.parquet", {"text": ["b"]})
+    encode.run(tmp_path / "in", tmp_path / "out", base)
+    assert encode.read(tmp_path / "out").column("id").to_pylist() == [7, None]
+
+
+@pytest.mark.parametrize("content", [["neg", "pos", "neutral"], {"1": "a", "2": "b", "3": "c"}], ids=["list", "from 1"])
+def test_labels_that_are_not_named_from_0(tmp_path: Path, base: Path, content: Any) -> None:
+    model = encode.headed(base, tmp_path / "model", "SequenceClassification")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "id2label": content}))
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    parts = ("id2label",) if isinstance(content, dict) else ()  # a list is refused by transformers, in its words
+    refused(DataFileError, tmp_path, model, path, str(model), *parts)
+
+
 def test_input_that_changes_under_the_job(tmp_path: Path, base: Path) -> None:
     settings = Settings(model=str(base))
     lines = encode.jsonl(tmp_path / "in.jsonl", GOOD)
@@ -224,9 +268,15 @@ def test_input_that_changes_under_the_job(tmp_path: Path, base: Path) -> None:
         longer = dataclasses.replace(shard, rows=shard.rows + 1)
         with pytest.raises(DataFileError, match=f"{shard.rows + 1} rows were planned"):
             source.read(longer, schema, settings)
+        files = source.find(str(path), tmp_path / "out")
+        source.unchanged(files)
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(DataFileError, match=f"{path} changed while"):
+            source.unchanged(files)
         path.unlink()
-        with pytest.raises(DataFileError, match=str(path)):
-            source.read(shard, schema, settings)
+        for look in (lambda: source.read(shard, schema, settings), lambda: source.unchanged(files)):  # noqa: B023
+            with pytest.raises(DataFileError, match=str(path)):
+                look()
 
 
 def test_rows_without_tokens(tmp_path: Path, base: Path, write: Any) -> None:

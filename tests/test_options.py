@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -198,3 +199,28 @@ def test_calibration_that_is_too_long_is_refused() -> None:
     with pytest.raises(xfast.InvalidInputError, match="40 positions"):
         xfast.accelerate(model, precision="auto", calibration=[long], tolerance=0.1)
     assert "forward" not in model.__dict__
+
+
+def test_choosing_a_precision_leaves_every_modules_mode_alone() -> None:
+    # Monte Carlo dropout: everything evaluates but the dropouts
+    model = build()
+    for module in model.modules():
+        module.training = isinstance(module, torch.nn.Dropout)
+    modes = [module.training for module in model.modules()]
+    xfast.quantization.outliers(model, [ragged()])
+    xfast.accelerate(model, precision="auto", calibration=[ragged()], tolerance=0.1)
+    assert [module.training for module in model.modules()] == modes and any(modes)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error"),
+    [
+        ([{"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.zeros(1, 2)}], "no token"),
+        ([{"input_ids": torch.full((1, 2), 10**6)}], r"calibration\[0\]: input_ids"),
+        ([], "needs calibration"),
+    ],
+    ids=["masked", "bad id", "empty"],
+)
+def test_calibration_batches_that_say_nothing_are_refused(calibration: Any, error: str) -> None:
+    with pytest.raises(xfast.XfastError, match=error):
+        xfast.accelerate(build(), precision="auto", calibration=calibration, tolerance=0.1)

@@ -481,7 +481,7 @@ def test_formats_of_one_size_are_one_step() -> None:
 def test_packed_weights_wait_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried is mapped, not held: formats of a large model do not fit in memory together."""
     target = calibration.find_target(build())
-    run = trials.NativeTrials(target.weights, calibration.read_batches(target, [ragged()]))
+    run = trials.NativeTrials(target.weights, calibration.read_batches(target.weights.spec, [ragged()]))
     run.pack(dict.fromkeys(target.products(), LinearFormat("int8")))
     arrays = [array for packed in run._packed.values() for array in packed.values()]
     assert len(arrays) > 2 * len(target.products())

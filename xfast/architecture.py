@@ -254,8 +254,9 @@ def _check_shapes(weights: EncoderWeights) -> None:
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is a dense array in memory."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    """Whether a parameter is a dense array in memory, not one of a class that computes its values itself (torchao)."""
+    computes = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return tensor.layout == torch.strided and not computes
 
 
 def _padding_idx(module: nn.Module, family: Family) -> int:

@@ -7,7 +7,8 @@ The figures of single products are simulated in plain PyTorch; a whole encoder i
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfast.architecture import EncoderWeights, Family, describe, find_encoders, supported_families
+from xfast.architecture import EncoderSpec, EncoderWeights, Family, describe, find_encoders, supported_families
 from xfast.backends.base import Engine
 from xfast.errors import (
     BackendUnavailableError,
@@ -109,7 +110,7 @@ class Batch:
     packed: Packed
 
 
-def read_batches(target: Target, calibration: Any) -> list[Batch]:
+def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
     """Checks a user's calibration batches, every value included.
 
     Raises:
@@ -126,7 +127,7 @@ def read_batches(target: Target, calibration: Any) -> list[Batch]:
             )
         arguments = {name: value.to("cpu") for name, value in encoder_arguments(given).items()}
         try:
-            batches.append(Batch(arguments, unpad(target.weights.spec, **{"input_ids": None, **arguments})))
+            batches.append(Batch(arguments, unpad(spec, **{"input_ids": None, **arguments})))
         except (InvalidInputError, PositionOverflowError) as error:
             raise InvalidInputError(f"calibration[{index}]: {error}") from None
     if not sum(batch.packed.total_tokens for batch in batches):
@@ -146,14 +147,21 @@ def encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
 
 def run_original(module: nn.Module, **arguments: Any) -> Any:
     """What the class's own forward returns, in eval mode and without gradients: the instance's may be accelerated."""
-    training = module.training
+    with evaluated(module), torch.no_grad():
+        forward: Any = type(module).forward
+        return forward(module, **arguments)
+
+
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has its own mode again (dropout may be on in a few)."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            forward: Any = type(module).forward
-            return forward(module, **arguments)
+        yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def engine_output(engine: Engine, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:

@@ -83,6 +83,8 @@ class Checkpoint:
                 self._where[name] = (file, stored)
 
     def _paths(self) -> list[Path]:
+        if (self.folder / _SINGLE).is_file():  # before an index, which may be an older save's: as transformers does
+            return [self.folder / _SINGLE]
         if (self.folder / _INDEX).is_file():
             shards = _json_object(self.folder / _INDEX).get("weight_map")
             good = isinstance(shards, dict) and all(
@@ -94,8 +96,6 @@ class Checkpoint:
             if missing := [path.name for path in paths if not path.is_file()]:
                 raise DataFileError(f"{self.folder}: shards are missing that {_INDEX} names: {', '.join(missing)}")
             return paths
-        if (self.folder / _SINGLE).is_file():
-            return [self.folder / _SINGLE]
         if pickles := [name for name in _PICKLES if (self.folder / name).is_file()]:
             raise DataFileError(
                 f"{self.folder}: {pickles[0]} is a pickle, which can run code when it is read, and xfast reads none; "

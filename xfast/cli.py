@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import xfast
+from xfast import files
 from xfast.convert import run as convert
 from xfast.encode.cli import encode
 from xfast.engine import app as engine_app
@@ -129,15 +130,15 @@ def bench(
     from xfast.benchmarks import plot as drawing
 
     for option, path in (("json", json_file), ("plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidOptionError(f"{option}: {path.parent} is no directory")
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InvalidOptionError(f"{option}: {path}: expected the name of a file, in a folder that is there")
     if plot is not None:
         drawing.require()
     options = bench.Options(model, workload, precision, peers, threads, rounds, data, zentorch_python, isa, seed)
     document = bench.run(options, Console(stderr=True))
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     report.show(document, Console(width=None if Console().is_terminal else report.WIDTH))
+    if json_file is not None:
+        files.save("json", json_file, (json.dumps(document, indent=1) + "\n").encode())
     if plot is not None:
         drawing.save(document, plot)
 

@@ -26,6 +26,7 @@ from torch import nn
 
 import xfast
 from xfast.architecture import EncoderSpec, describe, family_of, find_encoders, supported_families
+from xfast.calibration import evaluated
 from xfast.checkpoint import loading
 from xfast.errors import (
     BackendUnavailableError,
@@ -227,14 +228,13 @@ def _put(parts: list[Path], out: Path, data: Path) -> None:
 @contextmanager
 def _as_traced(model: nn.Module) -> Iterator[None]:
     """Evaluation, and the one attention implementation that has an ONNX form; as it was afterwards."""
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention)
-        model.train(training)
+    attention = model.config._attn_implementation
+    with evaluated(model):
+        model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(attention)
 
 
 def _spec(model: nn.Module) -> EncoderSpec:

@@ -351,6 +351,7 @@ def load(folder: Path, verify: str, device: torch.device, backend: str) -> Loade
         if isinstance(error, XfastError):
             raise
         raise ArtifactError(f"{folder}: {error}") from None
+    model.config._name_or_path = str(folder.resolve())  # where saving it again finds the tokenizer
     return Loaded(model, model.get_submodule(contents.encoder_path), engine, chosen.name, manifest, freed)
 
 

@@ -15,7 +15,7 @@ from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend, NativeEngine
 from xfast.backends.tensorrt import TensorRTBackend
 from xfast.backends.triton import TritonBackend
-from xfast.calibration import Product, encoder_arguments, engine_output, original_output, relative_error
+from xfast.calibration import Product, engine_output, original_output, read_batches, relative_error
 from xfast.errors import (
     BackendUnavailableError,
     InvalidOptionError,
@@ -160,7 +160,8 @@ class Plan:
     def _choose_precision(
         self, module: nn.Module, weights: EncoderWeights, device: torch.device
     ) -> tuple[str, Engine | None]:
-        batches = [encoder_arguments(batch) for batch in self.options.calibration or ()]
+        checked = read_batches(weights.spec, self.options.calibration)
+        batches = [{name: value.to(device) for name, value in batch.arguments.items()} for batch in checked]
         tolerance = self.options.tolerance or 0.0
         reference: torch.Tensor | None = None
         refused: list[str] = []

@@ -93,7 +93,7 @@ def smooth(
         [exponent] = _strengths(strength, (GAIN_STRENGTH,), single=True)
         return Recipe(group_size, {key: replace(default, divisor=d) for key, d in _gain_divisors(target, exponent)})
     exponents = _strengths(strength, STRENGTHS)
-    batches = read_batches(target, calibration)
+    batches = read_batches(target.weights.spec, calibration)
     inputs = product_inputs(target, batches)
     formats = _calibrated(target, inputs, default, exponents, NativeTrials(target.weights, batches))
     return Recipe(group_size, {key: each for key, each in formats.items() if each.divisor is not None})
@@ -108,7 +108,7 @@ def outliers(model: Any, calibration: Sequence[Any]) -> OutlierReport:
         As :func:`smooth`.
     """
     target = find_target(model)
-    batches = read_batches(target, calibration)
+    batches = read_batches(target.weights.spec, calibration)
     found = product_inputs(target, batches)
     products = tuple(_product_outliers(key, inputs, target.weight(*key)) for key, inputs in found.items())
     return OutlierReport(_OUTLIER, _tokens(batches), products)
@@ -136,7 +136,7 @@ def sensitivity(
     if not isinstance(recipe, Recipe):
         raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe, got {type(recipe).__name__}")
     recipe.check(target.weights.spec)
-    batches = read_batches(target, calibration)
+    batches = read_batches(target.weights.spec, calibration)
     formats = {key: _in_precision(recipe.of(*key, precision), precision) for key in target.products()}
     trials = NativeTrials(target.weights, batches)
     trials.pack(formats)
@@ -185,7 +185,7 @@ def mixed(
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
         raise InvalidOptionError(f"tolerance: expected a number > 0, got {tolerance!r}")
     Recipe(group_size)  # checks it
-    batches = read_batches(target, calibration)
+    batches = read_batches(target.weights.spec, calibration)
     on_gpu = backend == "triton" or (backend == "auto" and target.device.type == "cuda")
     names = _precisions(precisions, target if on_gpu else None)
     inputs = product_inputs(target, batches) if smoothing and not on_gpu else {}

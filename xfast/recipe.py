@@ -100,8 +100,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_group("recipe.group_size", self.group_size)
+        if not isinstance(self.linears, Mapping):
+            raise InvalidOptionError(f"recipe.linears: expected a mapping, got {type(self.linears).__name__}")
         for key, chosen in self.linears.items():
             where = f"recipe.linears[{key!r}]"
+            if not isinstance(chosen, LinearFormat):
+                raise InvalidOptionError(f"{where}: expected a LinearFormat, got {chosen!r}")
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
             if chosen.precision not in GPU_PRECISIONS:

@@ -74,6 +74,7 @@ def encode(given: str, output: Path, settings: Settings, execution: Execution, w
         watcher.begin(sum(shard.rows for shard in plan.shards), sum(plan.shards[n].rows for n in there))
         task = Task(settings, execution, head, str(output.resolve()), plan.fingerprint, plan.schema)
         fallbacks = _run(task, missing, watcher.advance) if missing else {}
+        source.unchanged(files)
         there = store.done(output, plan)
         totals = store.complete(output, plan, [there[number] for number in sorted(there)])
     return Summary(str(output), totals, len(missing), plan.left_out, fallbacks)

@@ -55,7 +55,7 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     manifest = _packed(settings)
     try:
         config = transformers.AutoConfig.from_pretrained(settings.model)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # transformers' checks of single fields raise their own kinds
         if not isinstance(error, OSError) or Path(settings.model).is_dir():
             raise DataFileError(f"model: {settings.model}: {error}") from None
         raise DataFileError(
@@ -163,7 +163,13 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
             f"model: {settings.model} is {name}; accepted: *{', *'.join((*_EMBEDDED, _CLASSES, _TAGS))}, "
             "or any head with --content embeddings"
         )
-    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    names = config.id2label
+    if not isinstance(names, dict) or set(names) != set(range(len(names))):
+        raise DataFileError(
+            f"model: {settings.model}: id2label in config.json: expected a name for each of 0 to "
+            f"{config.num_labels - 1}, got {names}"
+        )
+    labels = tuple(str(names[i]) for i in range(config.num_labels))
     if name.endswith(_TAGS):
         if settings.pair_column is not None:
             raise InvalidOptionError("pair-column: not accepted with a head that labels tokens")

@@ -137,7 +137,20 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
             result = pa.unify_schemas([result, schema.remove_metadata()], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataFileError(f"{path}: {error}; what comes before has another type there") from None
-    return result
+    for column in result:
+        if _is_empty(column.type):
+            raise DataFileError(
+                f"column {column.name!r} is {column.type}, of which Parquet can write none; name the columns to copy "
+                "with --keep"
+            )
+    return pa.schema([column.with_nullable(True) for column in result])  # another file may lack it
+
+
+def _is_empty(kind: pa.DataType) -> bool:
+    """Whether a type holds a struct without fields."""
+    if pa.types.is_struct(kind) and kind.num_fields == 0:
+        return True
+    return any(_is_empty(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def conform(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
@@ -153,7 +166,7 @@ def conform(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
             continue
         try:
             columns.append(table.column(column.name).cast(column.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise DataFileError(f"{path}: column {column.name!r} is no {column.type}: {error}") from None
     if not len(schema):
         return table.select([])

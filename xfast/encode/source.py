@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,11 +32,13 @@ def find(source: str, output: Path) -> list[InputFile]:
     if given.is_dir():
         if output.resolve().is_relative_to(given.resolve()):
             raise InvalidOptionError(f"output: {output} lies inside the input {source}; its files would become input")
-        paths = [path for path in given.rglob("*") if path.suffix in KINDS and not _hidden(path.relative_to(given))]
+        paths = [path for path in _walk(given) if path.suffix in KINDS and not _hidden(path.relative_to(given))]
     elif given.exists():
         paths = [given]
     else:
-        paths = [path for text in glob.glob(source, recursive=True) if (path := Path(text)).is_file()]  # noqa: PTH207
+        matches = [path for text in glob.glob(source, recursive=True) if (path := Path(text)).is_file()]  # noqa: PTH207
+        # A pattern that reaches the output must not find the job's own files when it is continued
+        paths = [path for path in matches if not path.resolve().is_relative_to(output.resolve())]
     if not paths:
         raise DataFileError(f"input: {source}: no file ({', '.join(KINDS)}) there")
     return [_identified(path, output) for path in sorted(paths)]
@@ -67,6 +70,37 @@ def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], p
 def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
     """The rows of a shard, see the readers' ``read``."""
     return _READERS[shard.kind].read(shard, schema, settings)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, those behind links to folders too, each folder once."""
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        here = Path(root).resolve()
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        yield from (path for name in files if (path := Path(root) / name).is_file())
+
+
+def unchanged(files: Sequence[InputFile]) -> None:
+    """Looks whether the input is still what it was when the job began.
+
+    Raises:
+        DataFileError: a file was changed or is gone.
+    """
+    for file in files:
+        try:
+            found = Path(file.path).stat()
+            same = (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
+        except OSError:
+            same = False
+        if not same:
+            raise DataFileError(
+                f"input: {file.path} changed while it was encoded: some rows may be of the old file, some of the new "
+                "one; start again in an empty folder"
+            )
 
 
 def _hidden(path: Path) -> bool:

@@ -217,7 +217,12 @@ def write_shard(folder: Path, table: pa.Table, facts: Facts, plain: Sequence[str
     worth = [path for path in leaves if path.split(".")[0] not in plain]
     compression = {path: "zstd" if path in worth else "none" for path in leaves}
     with _appearing(shard_path(folder, facts.shard)) as partial:
-        pq.write_table(marked, partial, compression=compression, use_dictionary=worth or False)
+        try:
+            pq.write_table(marked, partial, compression=compression, use_dictionary=worth or False)
+        except pa.ArrowException as error:
+            if isinstance(error, OSError):
+                raise
+            raise DataFileError(f"output: Parquet cannot hold these rows: {error}; see --keep") from error
         if read_facts(partial) != facts:
             raise DataFileError(f"{partial}: what was written is not what is read")
 

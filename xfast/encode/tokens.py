@@ -100,7 +100,7 @@ class Tokenizer:
         self._with_types = "token_type_ids" in loaded.model_input_names
         self._backend = loaded.backend_tokenizer
         self._backend.no_padding()
-        self._backend.enable_truncation(limit, strategy="longest_first")
+        self._backend.enable_truncation(limit, strategy="longest_first", direction=loaded.truncation_side)
 
     def window(self, first: int, texts: Sequence[str], pairs: Sequence[str] | None, where: Sequence[str]) -> Window:
         """Tokens of rows ``first``, ``first + 1``, ... of a shard. Runs in Rust on several threads, without the GIL.
