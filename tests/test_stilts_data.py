@@ -110,6 +110,13 @@ def test_gold_files_of_the_folder_join_its_unlabelled_files_alone(tmp_path: Path
     write(tmp_path / "xcopa/test-sw.jsonl", [{"premise": "p", "choice1": "a", "choice2": "b", "question": "cause"}])
     write(tmp_path / "labels/xcopa/test-sw.jsonl", [{"label": 1}])
     assert [e.label for e in source.load(get("xcopa"), "test", "sw").items] == [1]
+    # XTREME wrote zeros over these labels: withheld, not gold
+    withheld = {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
+    for language in ("et", "id"):
+        write(tmp_path / f"xcopa/test-{language}.jsonl", [withheld] * 20)
+    write(tmp_path / "labels/xcopa/test-et.jsonl", [{"label": 1}] * 20)
+    labels = [{e.label for e in source.load(get("xcopa"), "test", language).items} for language in ("et", "id")]
+    assert labels == [{1}, {None}]
     # a file that has labels keeps them, and the user's file is not this gold's
     write(tmp_path / "xnli/test-sw.tsv", "a\tb\tcontradiction\nc\td\tcontradiction\n")
     assert {e.label for e in source.load(get("xnli"), "test", "sw").items} == {"contradiction"}

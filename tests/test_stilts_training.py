@@ -19,6 +19,7 @@ import transformers
 
 import xfast.training
 from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts import training
 from xfast.stilts.config import RunConfig
 from xfast.stilts.model import build, load_task_model
 from xfast.stilts.tasks import get
@@ -140,6 +141,20 @@ try:
 except CheckpointError as error:
     print("CheckpointError:", error)
 """
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_continued(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"12345")
+        content = {"step": step, "files": training._sizes(folder)}
+        (folder / training.COMPLETE).write_text(json.dumps(content))
+    assert training._last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()  # the run died while it removed it
+    assert training._last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    assert training._last_complete(tmp_path) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path, tmp_path: Path, rng: Any) -> None:

@@ -82,11 +82,11 @@ def is_plain(module: nn.Module | None) -> bool:
 
 
 def selects_first(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a pooler or head of transformers that reads column 0, whatever other rows there are.
+    """Whether a plain ``module``, a pooler or head, reads column 0, whatever other rows there are.
 
     A bare ``nn.Linear`` or ``nn.Identity`` in its place would pass all of them on.
     """
-    return module is not None and type(module) not in _ROWWISE and is_plain(module)
+    return module is not None and type(module) not in _ROWWISE
 
 
 def is_observed(module: nn.Module) -> bool:

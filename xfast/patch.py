@@ -255,20 +255,25 @@ class EncoderPatch(Patch):
 
     def _packed(self, module: nn.Module) -> Engine | None:
         """The engine. accelerate() saw to it that there is one; a copy may have been changed before its first call."""
-        with self._copies_may_refuse():
-            self.plan.alert()  # not sooner: the original code has threads of its own
-            return self.plan.current_engine(module)
+        try:
+            plan = self._plan_of_a_copy()
+            plan.alert()  # not sooner: the original code has threads of its own
+            return plan.current_engine(module)
+        except (UnsupportedModelError, BackendUnavailableError) as error:
+            raise self._unusable_since(error) from None
 
-    @contextmanager
-    def _copies_may_refuse(self) -> Iterator[None]:
+    def _plan_of_a_copy(self) -> Plan:
         if self.unusable is not None:
             raise CannotRunError(self.unusable)
         try:
-            yield
-        except (UnsupportedModelError, BackendUnavailableError) as error:
-            self.unusable = f"this copy cannot be accelerated: {error} (after a change call xfast.accelerate again)"
-            warnings.warn(f"xfast: the original code runs: {self.unusable}", stacklevel=7)
-            raise CannotRunError(self.unusable) from None
+            return self.plan
+        except UnsupportedModelError as error:
+            raise self._unusable_since(error) from None
+
+    def _unusable_since(self, error: Exception) -> CannotRunError:
+        self.unusable = f"this copy cannot be accelerated: {error} (after a change call xfast.accelerate again)"
+        warnings.warn(f"xfast: the original code runs: {self.unusable}", stacklevel=7)
+        return CannotRunError(self.unusable)
 
     def _refusal(self, module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
         """Why this call must run the original code, or None."""
@@ -330,8 +335,7 @@ class EncoderPatch(Patch):
         """A differentiable forward through the module's own parts, on packed tokens."""
         if (reason := self._refusal(module, call, train=True)) is not None:
             raise CannotRunError(reason)
-        with self._copies_may_refuse():
-            plan = self.plan
+        plan = self._plan_of_a_copy()
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
         if (reason := training.refusal(module, given.device) or plan.inner.refusal(training=True)) is not None:
             raise CannotRunError(reason)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import readers
-from xfast.stilts.data import SPLITS, Source
+from xfast.stilts.data import SPLITS, Source, zeroed
 from xfast.stilts.examples import ChoiceExample, Examples, PairExample, SpanExample, TaggedExample, TextExample
 from xfast.stilts.languages import ISO3, NAMES, UDPOS_WITHOUT_DEV
 from xfast.stilts.rows import json_rows, lines
 from xfast.stilts.scoring import TARGETS
-from xfast.stilts.task import BITEXT, CHOICE, MATCHING, SPAN, TAGGING, TARGET, Task
+from xfast.stilts.task import BITEXT, MATCHING, SPAN, TAGGING, TARGET, Task
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, get
 
 OK, MISSING, WARNING, ERROR = "ok", "missing", "warning", "error"
@@ -65,7 +65,6 @@ SIZES: dict[tuple[str, str], dict[str, int]] = {
 }
 """Examples of single languages, counted in files that the benchmark's own preparation wrote."""
 
-_FEWEST_ZEROS = 20  # as many labels that are all the first of two are no chance
 _WITHHELD = "labels withheld: predictions can be written but not scored here"
 
 
@@ -368,7 +367,7 @@ class _Examination:
             missing = {TAGGING: "tags", SPAN: "answers"}.get(task.type, "label")
             self.say(ERROR, task, split, language, f"{unlabelled:,} of {rows:,} rows lack their {missing}")
             return
-        zeros = task.type == CHOICE and rows >= _FEWEST_ZEROS and all(e.label == 0 for e in examples.items)
+        zeros = zeroed(examples, task)
         if not unlabelled and not zeros:
             return
         path = self.source.find(task.gold[split].format(language=language)) if split in task.gold else None

@@ -239,9 +239,9 @@ def _evaluated(config: GridConfig, cell: Cell, split: str, say: Report, callback
     (folder / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if not config.keep_models and result["score"] is not None:
         for stage in folder.glob("stage*"):
+            (stage / "result.json").unlink(missing_ok=True)  # first: without its models it must not count as trained
             for part in ("encoder", "tasks"):
                 shutil.rmtree(stage / part, ignore_errors=True)
-            (stage / "result.json").unlink(missing_ok=True)
     return result
 
 

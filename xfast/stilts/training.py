@@ -78,13 +78,20 @@ class _Collate:
         return {"task": name, **masked_batch(rows, serials, self.masking, self.padding)}
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files of a checkpoint but its mark."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
 class _MarkComplete(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size > 1:
             torch.distributed.barrier()  # every process writes a part: its random state, its shards
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / COMPLETE).write_text(json.dumps({"step": state.global_step}), encoding="utf-8")
+            content = {"step": state.global_step, "files": _sizes(folder)}
+            (folder / COMPLETE).write_text(json.dumps(content), encoding="utf-8")
 
 
 class _EarlyStopping(transformers.EarlyStoppingCallback):
@@ -233,7 +240,8 @@ def train(
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun's; nothing distributed has begun yet
     if first and not resume:
         _clear(folder)
-    _same_run(folder, config)
+    if resume:
+        _same_run(folder, config)
     if (folder / "result.json").is_file() and resume:
         return _read_result(folder)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
@@ -415,16 +423,25 @@ def _checkpoint_errors(folder: Path) -> Any:
 
 
 def _last_complete(folder: Path) -> str | None:
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
     return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+
+
+def _is_whole(mark: Path) -> bool:
+    """Whether a marked checkpoint still has its files: a run may have died while it removed an old one."""
+    try:
+        files = json.loads(mark.read_text(encoding="utf-8")).get("files", {})
+        return all((mark.parent / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        return False
 
 
 def _clear(folder: Path) -> None:
     """Whatever an earlier run left that this one could take for its own."""
-    for path in (*folder.glob("checkpoint-*"), folder / "encoder", folder / "tasks"):
-        shutil.rmtree(path, ignore_errors=True)
     for name in ("result.json", "run.yaml"):
         (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("checkpoint-*"), folder / "encoder", folder / "tasks"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _same_run(folder: Path, config: RunConfig) -> None:
