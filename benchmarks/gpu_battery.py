@@ -41,6 +41,8 @@ TESTS = (
         "gemm_triton",
         "gemm_weight_only_triton",
         "triton_backend",
+        "triton_precisions",
+        "artifact_triton",
         "attention_interface",
     ),
     "tensorrt_backend",
@@ -71,7 +73,7 @@ def correctness(tests: Path) -> dict[str, Any]:
     elif ended != 0 and not failed:
         failed.append(f"pytest ended with {ended}")
     return {
-        "passed": output.count(" PASSED") + output.count("PASSED tests"),
+        "passed": len(re.findall(r"(?:\sPASSED\s+\[|PASSED tests)", output)),
         "failed": failed,
         "output": output[-6000:],
     }
@@ -120,7 +122,7 @@ def main(
     clock = Clock(seconds)
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpu-{device}-{datetime.date.today().isoformat()}.json"
+    path = out / f"gpu-{device}-{datetime.datetime.now().strftime('%Y-%m-%d-%H%M')}.json"
     report = Report(path, _header(), console)
     sections: dict[str, Callable[[Clock], Iterable[Any]]] = {
         "correctness": lambda _: [correctness(tests.resolve())],

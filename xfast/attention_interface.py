@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfast.backends.triton import MIN_CAPABILITY
 from xfast.errors import InvalidInputError, UnsupportedModelError
 
 NAME = "xfast"
@@ -71,11 +72,12 @@ def dropout_seed(dropout: float) -> int:
 def _kernel_runs(query: torch.Tensor) -> bool:
     try:
         from xfast.kernels.attention import HEAD_DIMS
-        from xfast.kernels.launch import FLOATS, INTERPRETED
+        from xfast.kernels.launch import FLOATS, INTERPRETED, capability_of
     except ImportError:
         return False
     return (
         query.device.type == ("cpu" if INTERPRETED else "cuda")
+        and capability_of(query.device) >= MIN_CAPABILITY
         and query.shape[-1] in HEAD_DIMS
         and query.dtype in FLOATS
     )

@@ -92,7 +92,13 @@ class HeadPatch(Patch):
         padded = mask == 0
         if starts is not None and bool(padded.any()):  # its softmax runs over all positions
             return "a question-answering loss over a padded batch is asked for"
-        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape and bool((labels[padded] != -100).any()):
+        if (
+            isinstance(labels, torch.Tensor)
+            and labels.shape == mask.shape
+            and bool(
+                (labels[padded.to(labels.device)] != -100).any()  # a head may be given its labels on the CPU
+            )
+        ):
             return "labels at padded positions are not -100"
         return None
 

@@ -342,11 +342,12 @@ class EncoderPatch(Patch):
         packed = training.pack(plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         pooler, context = getattr(module, "pooler", None), current_context(self)
         _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
-        last, states = training.run(module, plan.weights.spec, packed, call.get("inputs_embeds"))
+        wanted = bool(_flag(module, call, "output_hidden_states"))
+        last, states = training.run(module, plan.weights.spec, packed, call.get("inputs_embeds"), wanted)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
-            hidden_states=(*states, last) if _flag(module, call, "output_hidden_states") else None,
+            hidden_states=(*states, last) if wanted else None,
         )
         return self._as_asked(module, call, output)
 
@@ -446,7 +447,14 @@ def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False
     return None
 
 
-@torch.library.custom_op("xfast::encode", mutates_args=())
+def _tags() -> dict[str, Any]:
+    """It waits for the device and replays graphs of its own: no part of somebody else's CUDA graph."""
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    known = "tags" in inspect.signature(torch.library.custom_op).parameters  # both newer than torch 2.6
+    return {"tags": (tag,)} if tag is not None and known else {}
+
+
+@torch.library.custom_op("xfast::encode", mutates_args=(), **_tags())
 def _encode(
     handle: int,
     input_ids: torch.Tensor,

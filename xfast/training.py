@@ -43,7 +43,7 @@ def pack(spec: EncoderSpec, *inputs: torch.Tensor | None) -> DevicePacked:
 
 
 def run(
-    module: Any, spec: EncoderSpec, packed: DevicePacked, embeds: torch.Tensor | None
+    module: Any, spec: EncoderSpec, packed: DevicePacked, embeds: torch.Tensor | None, hidden_states: bool = True
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The encoder's forward on packed tokens, differentiable.
 
@@ -51,6 +51,7 @@ def run(
         module: the encoder.
         packed: its batch.
         embeds: the batch's ``inputs_embeds``, if it was given these.
+        hidden_states: whether the states before each layer are wanted; padded, they are gigabytes.
 
     Returns:
         [batch, length, hidden_size] with zeros at padded positions, and the hidden states before each layer, alike.
@@ -71,7 +72,8 @@ def run(
 
     states = []
     for layer in layers_of(module):
-        states.append(padded(x))
+        if hidden_states:
+            states.append(padded(x))
         x = _layer(layer, x, spec, rows.cu_seqlens, packed.max_seqlen)
     return padded(module.encoder.LayerNorm(x) if spec.final_norm else x), states
 

@@ -204,9 +204,14 @@ class TensorRTEngine:
             assert profile is not None  # the cases are within every model's limits
             return runner.run(inputs, profile)
 
-        return judge.check(
-            run, self._weights, self.precision, layers, judge.cases(self.spec, CHECKED_LENGTH, self.device)
-        )
+        cases = judge.cases(self.spec, CHECKED_LENGTH, self.device)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # the engine computes no TF32: what it is held to must not either
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                return judge.check(run, self._weights, self.precision, layers, cases)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def own_word_table(self) -> bool:
         """See :class:`xfast.backends.base.Engine`: the engine has its own copy, but a rebuild needs the original."""
