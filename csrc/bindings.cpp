@@ -25,6 +25,13 @@
 namespace xfast {
 namespace {
 
+// Data pointer of an array whose element type must be exactly T: no hidden copies of outputs or large inputs.
+template <class T>
+T* exact(const py::array& array, const char* name) {
+  require(py::isinstance<py::array_t<T>>(array), std::string(name) + ": wrong dtype");
+  return const_cast<T*>(static_cast<const T*>(array.data()));
+}
+
 class PyEncoder {
  public:
   PyEncoder(const py::dict& shape, const std::string& precision, const std::string& isa)

@@ -36,13 +36,6 @@ inline void require_array(const py::array& array, const char* name, const std::v
                         ")");
 }
 
-// Data pointer of an array whose element type must be exactly T: no hidden copies of outputs or large inputs.
-template <class T>
-T* exact(const py::array& array, const char* name) {
-  require(py::isinstance<py::array_t<T>>(array), std::string(name) + ": wrong dtype");
-  return const_cast<T*>(static_cast<const T*>(array.data()));
-}
-
 // Rows of an output with `slots` rows: each at most once, in order.
 inline void require_ascending(const I32& indices, int64_t slots) {
   const int32_t* values = indices.data();

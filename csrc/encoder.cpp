@@ -52,13 +52,7 @@ class Worker {
   }
 
  private:
-  struct Range {
-    int64_t begin, end;
-  };
-  Range share(int64_t begin, int64_t end) const {
-    const int64_t n = end - begin;
-    return {begin + n * member_.id / member_.count, begin + n * (member_.id + 1) / member_.count};
-  }
+  Range share(int64_t begin, int64_t end) const { return xfast::share(member_, begin, end); }
   void sync() const { member_.barrier->wait(); }
   void sync(const RowSet& set) const {
     if (set.by_columns) sync();

@@ -145,9 +145,11 @@ inline void gemm_with(const GemmArgs& args, FinishFn finish, PanelFn multiply) {
     const int64_t end = args.rows - begin < kPassRows ? args.rows : begin + kPassRows;
     for (int64_t panel = args.panel_begin; panel < args.panel_end; ++panel) {
       const bool last = panel + 1 == args.panel_end;
-      const uint8_t* next = last ? args.next : args.w.data + (panel + 1) * bytes;
-      if (last && args.next_bytes < bytes && !args.weights_in_cache) next = nullptr;
-      if (!last && args.weights_in_cache) next = nullptr;
+      const uint8_t* next = nullptr;
+      if (last)
+        next = args.weights_in_cache || args.next_bytes >= bytes ? args.next : nullptr;
+      else if (!args.weights_in_cache)
+        next = args.w.data + (panel + 1) * bytes;
       multiply(args, finish, begin, end, panel, next);
     }
   }

@@ -5,19 +5,13 @@
 #include <cstring>
 
 #include "buffer.h"
+#include "packing.h"
 #include "thread_pool.h"
 
 namespace xfast {
 namespace {
 
 constexpr int64_t kMaxRun = 32;  // panels that a thread takes at a time
-
-struct Range {
-  int64_t begin, end;
-};
-Range share(int64_t count, const Member& member) {
-  return {count * member.id / member.count, count * (member.id + 1) / member.count};
-}
 
 // What lies in the workspace. The operand holds the head's input, then the decoder's.
 struct Workspace {
@@ -45,7 +39,7 @@ class Head {
 
   void run() const {
     if (args_.tokens == 0) return clear_padding();
-    const Range rows = share(args_.tokens, member_);
+    const Range rows = share(member_, 0, args_.tokens);
     const InputFormat format{args_.precision, 0, nullptr};
     kernels_.to_operand({format, args_.x, args_.hidden, rows.begin, rows.end, args_.hidden, work_.operand});
     member_.barrier->wait();
@@ -53,8 +47,7 @@ class Head {
     dense.out = work_.y;
     dense.out_type = TableType::kF32;
     dense.ldo = work_.ld;
-    const Range panels = share(panels_for(args_.hidden), member_);
-    multiply(dense, panels);
+    multiply(dense, share(member_, 0, panels_for(args_.hidden)));
     member_.barrier->wait();
     kernels_.layer_norm({format, work_.y, work_.ld, work_.y, work_.ld, rows.begin, rows.end, args_.hidden, args_.gamma,
                          args_.beta, args_.eps, work_.operand});
@@ -94,14 +87,9 @@ class Head {
 
   void clear_padding() const {
     const int64_t bytes = args_.vocab * (args_.out_type == TableType::kF32 ? 4 : 2);
-    const Range slots = share(args_.slots, member_);
-    int64_t t = std::lower_bound(args_.indices, args_.indices + args_.tokens, slots.begin) - args_.indices;
-    for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
-      if (t < args_.tokens && args_.indices[t] == slot)
-        ++t;
-      else
-        std::memset(static_cast<uint8_t*>(args_.out) + slot * bytes, 0, bytes);
-    }
+    walk_slots(
+        share(member_, 0, args_.slots), args_.indices, args_.tokens, [](int64_t, int64_t) {},
+        [&](int64_t slot) { std::memset(static_cast<uint8_t*>(args_.out) + slot * bytes, 0, bytes); });
   }
 
   const KernelTable& kernels_;

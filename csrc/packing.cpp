@@ -76,14 +76,10 @@ void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slo
          int threads) {
   const size_t row_bytes = cols * sizeof(float);
   run_parallel(threads, [&](const Member& member) {
-    const int64_t begin = slots * member.id / member.count, end = slots * (member.id + 1) / member.count;
-    int64_t t = std::lower_bound(indices, indices + total, begin) - indices;
-    for (int64_t slot = begin; slot < end; ++slot) {
-      if (t < total && indices[t] == slot)
-        std::memcpy(out + slot * cols, packed + t++ * cols, row_bytes);
-      else
-        std::memset(out + slot * cols, 0, row_bytes);
-    }
+    walk_slots(
+        share(member, 0, slots), indices, total,
+        [&](int64_t t, int64_t slot) { std::memcpy(out + slot * cols, packed + t * cols, row_bytes); },
+        [&](int64_t slot) { std::memset(out + slot * cols, 0, row_bytes); });
   });
 }
 

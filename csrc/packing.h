@@ -1,7 +1,10 @@
 // Padded batches <-> packed tokens, on the CPU: one pass that also checks every value, before any kernel reads them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "thread_pool.h"
 
 namespace xfast {
 
@@ -41,6 +44,19 @@ struct UnpadResult {
 // Writes the packed arrays (room for batch * length each; cu_seqlens: batch + 1). indices[t] = row * length + col.
 UnpadResult unpad(const UnpadArgs& args, int32_t* ids, int32_t* position_ids, int32_t* type_ids, int32_t* indices,
                   int32_t* cu_seqlens);
+
+// Calls token(t, slot) for the slots in `slots` that packed token t owns, and padding(slot) for the others. indices
+// ascend.
+template <class Token, class Padding>
+void walk_slots(Range slots, const int32_t* indices, int64_t total, Token&& token, Padding&& padding) {
+  int64_t t = std::lower_bound(indices, indices + total, slots.begin) - indices;
+  for (int64_t slot = slots.begin; slot < slots.end; ++slot) {
+    if (t < total && indices[t] == slot)
+      token(t++, slot);
+    else
+      padding(slot);
+  }
+}
 
 // out [slots, cols] = zeros, then out[indices[t]] = packed[t]. indices ascend and are below slots.
 void pad(const float* packed, const int32_t* indices, int64_t total, int64_t slots, int64_t cols, float* out,

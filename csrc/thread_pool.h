@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 
 namespace xfast {
@@ -26,6 +27,16 @@ struct Member {
   int id, count;
   Barrier* barrier;
 };
+
+struct Range {
+  int64_t begin, end;
+};
+
+// A member's part of [begin, end): consecutive, all parts within one of each other.
+inline Range share(const Member& member, int64_t begin, int64_t end) {
+  const int64_t count = end - begin;
+  return {begin + count * member.id / member.count, begin + count * (member.id + 1) / member.count};
+}
 
 // Up to `wanted` threads, the caller included, held for the lifetime of the object. size() is 1 when another caller
 // holds the pool, so that concurrent calls neither queue nor deadlock, and less than wanted when the system refuses

@@ -109,9 +109,9 @@ bool all_finite(const TableView& table, int64_t count, int threads) {
   run_parallel(threads, [&](const Member& member) {
     constexpr int64_t kStep = 4096;
     float values[kStep];
-    const int64_t begin = count * member.id / member.count, end = count * (member.id + 1) / member.count;
-    for (int64_t i = begin; i < end && good; i += kStep) {
-      const int64_t n = std::min(kStep, end - i);
+    const Range mine = share(member, 0, count);
+    for (int64_t i = mine.begin; i < mine.end && good; i += kStep) {
+      const int64_t n = std::min(kStep, mine.end - i);
       read_values(table, i, n, values);
       if (!finite(values, n)) good = false;
     }
@@ -122,7 +122,8 @@ bool all_finite(const TableView& table, int64_t count, int threads) {
 void quantize_rows(const TableView& table, int64_t rows, int64_t cols, int8_t* quantized, float* scales, int threads) {
   run_parallel(threads, [&](const Member& member) {
     std::vector<float> values(cols);
-    for (int64_t row = rows * member.id / member.count; row < rows * (member.id + 1) / member.count; ++row) {
+    const Range mine = share(member, 0, rows);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
       read_values(table, row * cols, cols, values.data());
       const Scale scale(values.data(), cols);
       int8_t* out = quantized + row * cols;
@@ -170,7 +171,8 @@ uint64_t checksum(const uint8_t* data, int64_t bytes, int threads) {
   std::vector<uint64_t> blocks(ceil_div(bytes, kBlock));
   const int64_t count = static_cast<int64_t>(blocks.size());
   run_parallel(threads, [&](const Member& member) {
-    for (int64_t b = count * member.id / member.count; b < count * (member.id + 1) / member.count; ++b)
+    const Range mine = share(member, 0, count);
+    for (int64_t b = mine.begin; b < mine.end; ++b)
       blocks[b] = block_checksum(data + b * kBlock, std::min(kBlock, bytes - b * kBlock));
   });
   uint64_t all = static_cast<uint64_t>(bytes);
@@ -217,12 +219,11 @@ bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bia
   }
   std::atomic<bool> good{true};
   // Members take whole panels, so that no two of them write to one cache line.
-  const int64_t panel0 = first / kPanel, panels = ceil_div(first + w.rows, kPanel) - panel0;
   run_parallel(threads, [&](const Member& member) {
     std::vector<float> values(in_features_);
-    const int64_t begin = (panel0 + panels * member.id / member.count) * kPanel;
-    const int64_t end = (panel0 + panels * (member.id + 1) / member.count) * kPanel;
-    for (int64_t n = std::max(begin, first); n < std::min(end, first + w.rows) && good; ++n)
+    const Range mine = share(member, first / kPanel, ceil_div(first + w.rows, kPanel));
+    const int64_t begin = std::max(mine.begin * kPanel, first), end = std::min(mine.end * kPanel, first + w.rows);
+    for (int64_t n = begin; n < end && good; ++n)
       if (!set_row(n, w, n - first, values.data())) good = false;
   });
   std::fill_n(set_.begin() + first, w.rows, good ? 1 : 0);

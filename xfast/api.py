@@ -98,8 +98,9 @@ def restore(model: T) -> T:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
         UnsupportedModelError: an encoder's ``forward`` was wrapped since, so that it cannot be reached.
     """
-    patches = _patches(_module_of(model))
-    _refuse_wrapped("restore", _module_of(model))
+    root = _module_of(model)
+    patches = _patches(root)
+    _refuse_wrapped("restore", root)
     _refuse_freed("restore", patches)
     _uninstall(patches)
     return model
@@ -135,8 +136,9 @@ def restored(model: T) -> Iterator[T]:
     Raises:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
     """
-    patches = _patches(_module_of(model))
-    _refuse_wrapped("restored", _module_of(model))
+    root = _module_of(model)
+    patches = _patches(root)
+    _refuse_wrapped("restored", root)
     _refuse_freed("restored", patches)
     _uninstall(patches)
     try:
@@ -148,10 +150,9 @@ def restored(model: T) -> Iterator[T]:
 
 def explain(model: Any) -> Explanation:
     """What runs and why: print it. See :class:`xfast.Explanation`."""
-    patches = _patches(_module_of(model))
-    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(
-        _module_of(model).modules()
-    )
+    root = _module_of(model)
+    patches = _patches(root)
+    encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(root.modules())
     heads = [patch for patch in patches if isinstance(patch, HeadPatch)]
     return explain_patches(encoders, heads)
 

@@ -23,7 +23,7 @@ from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint, Tensors
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
 from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
-from xfast.tensor_files import DTYPES, as_bytes
+from xfast.tensor_files import DTYPES, as_array, as_bytes
 from xfast.threads import get_num_threads
 
 Advance = Callable[[str], None]
@@ -177,9 +177,8 @@ class _Source:
         for first in range(0, rows, _ROWS):
             table = self._checkpoint.read(self._names[name], first, _ROWS)
             _require_finite(name, table)
-            bits = table.view(torch.uint16) if table.dtype == torch.bfloat16 else table
             part = slice(first, first + len(table))
-            values[part], scales[part] = _C.quantize_rows(bits.numpy(), get_num_threads())
+            values[part], scales[part] = _C.quantize_rows(as_array(table), get_num_threads())
         return values, scales
 
     def value(self, name: str) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from xfast import lm_head
 from xfast.architecture import family_of, layers_of
 from xfast.errors import BackendUnavailableError, UnsupportedModelError
 from xfast.head_patch import HeadPatch, TokenHeadPatch
@@ -110,8 +109,7 @@ def _head(patch: HeadPatch) -> str:
 
 
 def _logits(patch: TokenHeadPatch) -> str | None:
-    engine = patch.native_engine()
-    if engine is None or patch.native_head() is None:
+    precision = patch.native_precision()
+    if precision is None:
         return None
-    precision = lm_head.precision_for(engine)
     return f"{type(patch.module).__name__}: one native call in {precision}, its weights read in place"

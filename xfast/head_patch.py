@@ -17,16 +17,12 @@ from xfast.packing import Packed
 from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context, wrapped_since
 
 
-def _nothing() -> None:
-    """Stands for a reference to an encoder that is gone."""
-
-
 class HeadPatch(Patch):
     """On a model with a task head: tells the encoder which rows the head reads, for the time of one call."""
 
     def __init__(self, module: nn.Module, encoder: nn.Module | None, rule: HeadRule, previous: Any = None) -> None:
         super().__init__(module, previous)
-        self._encoder: Callable[[], nn.Module | None] = _nothing if encoder is None else weakref.ref(encoder)
+        self._encoder: Callable[[], nn.Module | None] = weakref.ref(encoder) if encoder is not None else lambda: None
         self.rule = rule
 
     @property
@@ -54,7 +50,7 @@ class HeadPatch(Patch):
         if torch.compiler.is_compiling():
             return self._traced(patch, args, kwargs)
         context = HeadContext(
-            self.rule.rows if self.reads_as_ruled(patch) else "all",
+            "first" if self.rule.rows == "first" and self.reads_as_ruled(patch) else "all",
             self._loss_over_padding(args, kwargs),
             needs_first=self.rule.pools or self.rule.rows == "first",
         )
@@ -92,14 +88,10 @@ class HeadPatch(Patch):
         padded = mask == 0
         if starts is not None and bool(padded.any()):  # its softmax runs over all positions
             return "a question-answering loss over a padded batch is asked for"
-        if (
-            isinstance(labels, torch.Tensor)
-            and labels.shape == mask.shape
-            and bool(
-                (labels[padded.to(labels.device)] != -100).any()  # a head may be given its labels on the CPU
-            )
-        ):
-            return "labels at padded positions are not -100"
+        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape:
+            at_padding = labels[padded.to(labels.device)]  # which may be the CPU beside a model on a GPU
+            if bool((at_padding != -100).any()):
+                return "labels at padded positions are not -100"
         return None
 
 
@@ -112,7 +104,6 @@ class TokenHeadPatch(HeadPatch):
         if (
             patch is None
             or context is None
-            or self.previous is not None
             or kwargs
             or len(args) != 1
             or not is_plain(self.module)
@@ -124,7 +115,7 @@ class TokenHeadPatch(HeadPatch):
         if is_followed((*self.module.parameters(), args[0])):
             return self.original(*args)  # padding included: torch's own operations alone
         whole = packed.total_tokens == packed.batch * packed.length
-        head, engine = self.native_head(), self.native_engine()
+        head, engine = lm_head.find(self.module), _native_engine(patch)
         if (
             head is not None
             and engine is not None
@@ -138,16 +129,20 @@ class TokenHeadPatch(HeadPatch):
         outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
         return packed.pad(outputs, outputs.dtype)
 
-    def native_head(self) -> lm_head.LmHead | None:
-        """The parts of a masked-LM head whose code nobody replaced, or None."""
-        return lm_head.find(self.module) if self.previous is None and is_plain(self.module) else None
-
-    def native_engine(self) -> NativeEngine | None:
-        """The encoder's engine if it is the CPU's, packed already."""
+    def native_precision(self) -> str | None:
+        """That of a masked-LM head's products, or None where its own code runs."""
         patch = self.encoder_patch
-        plan = None if patch is None else patch.__dict__.get("plan")  # not made for this: a changed copy may refuse
-        engine = None if plan is None else plan.engine
-        return engine if isinstance(engine, NativeEngine) else None
+        engine = None if patch is None else _native_engine(patch)
+        if engine is None or not is_plain(self.module) or lm_head.find(self.module) is None:
+            return None
+        return lm_head.precision_for(engine)
+
+
+def _native_engine(patch: EncoderPatch) -> NativeEngine | None:
+    """The encoder's engine if it is the CPU's, packed already."""
+    plan = patch.__dict__.get("plan")  # not made for this: a changed copy may refuse
+    engine = None if plan is None else plan.engine
+    return engine if isinstance(engine, NativeEngine) else None
 
 
 def _is_watched(patch: EncoderPatch) -> bool:

@@ -19,6 +19,7 @@ from xfast import _C
 from xfast.architecture import is_exact_gelu, is_plain_tensor
 from xfast.backends.native import NativeEngine
 from xfast.packing import Packed
+from xfast.tensor_files import as_array
 from xfast.threads import get_num_threads
 
 
@@ -119,24 +120,18 @@ def logits(head: LmHead, hidden: torch.Tensor, packed: Packed, engine: NativeEng
         engine.isa,
         precision_for(engine),
         hidden.to(torch.float32).contiguous().numpy(),
-        _matrix(head.dense.weight),
+        as_array(head.dense.weight),
         _vector(head.dense.bias),
         _vector(head.norm.weight),
         _vector(head.norm.bias),
         head.norm.eps,
-        _matrix(head.decoder.weight),
+        as_array(head.decoder.weight),
         None if head.decoder.bias is None else _vector(head.decoder.bias),
         packed.indices,
-        _matrix(out),
+        as_array(out),
         get_num_threads(),
     )
     return out.view(packed.batch, packed.length, outputs).to(dtype)
-
-
-def _matrix(tensor: torch.Tensor) -> np.ndarray:
-    # NumPy has no bf16: its bits cross as uint16
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _vector(tensor: torch.Tensor) -> np.ndarray:

@@ -37,7 +37,7 @@ from xfast.errors import (
 )
 from xfast.plan import Plan, refuse_state_dict
 from xfast.recipe import LINEARS, QUANTISED, PackedWeights, StoredFormat
-from xfast.tensor_files import DTYPES, NAMES, Mapped, as_bytes, strict_json
+from xfast.tensor_files import DTYPES, NAMES, Mapped, as_array, as_bytes, strict_json
 from xfast.threads import get_num_threads
 
 _TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -265,9 +265,7 @@ def save(root: nn.Module, plan: Plan, engine: NativeEngine, folder: Path, tokeni
         held = engine.packed_words()
         if held is not None:
             return held
-        table = word.detach().contiguous()
-        bits = table.view(torch.uint16) if table.dtype == torch.bfloat16 else table
-        return _C.quantize_rows(bits.numpy(), get_num_threads())
+        return _C.quantize_rows(as_array(word), get_num_threads())
 
     staging = Staging(folder)
     try:

@@ -146,10 +146,8 @@ def context_of(patch: EncoderPatch, context: HeadContext) -> Iterator[None]:
 class EncoderPatch(Patch):
     """Runs an encoder through its plan's engine, or its original code for calls that cannot be accelerated."""
 
-    def __init__(
-        self, module: nn.Module, options: Options, previous: Any = None, freed_plan: Plan | None = None
-    ) -> None:
-        super().__init__(module, previous)
+    def __init__(self, module: nn.Module, options: Options, freed_plan: Plan | None = None) -> None:
+        super().__init__(module)
         self.options = options
         self.fallbacks: Counter[str] = Counter()
         self.unusable: str | None = None  # why a copy has no engine
@@ -179,14 +177,14 @@ class EncoderPatch(Patch):
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
         # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
         freed = self.plan if self.freed else None
-        copied = EncoderPatch(memo[id(self.module)], self.options, self._copied_previous(memo), freed)
+        copied = EncoderPatch(memo[id(self.module)], self.options, freed)
         copied.installed = self.installed
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.freed:
             raise WeightsFreedError(f"pickle: {self.freed}")
-        return EncoderPatch, (self.module, self.options, self.previous), {"installed": self.installed}
+        return EncoderPatch, (self.module, self.options), {"installed": self.installed}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

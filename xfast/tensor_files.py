@@ -204,6 +204,13 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return flat
 
 
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor in host memory as an array, without a copy where it is contiguous; NumPy has no bf16: bits as uint16."""
+    plain = tensor.detach().contiguous()
+    array: np.ndarray = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+    return array
+
+
 def _memory(path: Path, size: int, copy_on_write: bool = False) -> np.ndarray:
     if size == 0:
         return np.zeros(0, np.uint8)

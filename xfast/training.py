@@ -43,7 +43,7 @@ def pack(spec: EncoderSpec, *inputs: torch.Tensor | None) -> DevicePacked:
 
 
 def run(
-    module: Any, spec: EncoderSpec, packed: DevicePacked, embeds: torch.Tensor | None, hidden_states: bool = True
+    module: Any, spec: EncoderSpec, packed: DevicePacked, embeds: torch.Tensor | None, hidden_states: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The encoder's forward on packed tokens, differentiable.
 

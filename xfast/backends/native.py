@@ -14,6 +14,7 @@ from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
 from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, PackedWeights, Recipe, StoredFormat, summary
+from xfast.tensor_files import as_array
 from xfast.threads import get_num_threads
 
 
@@ -226,9 +227,7 @@ class _Packer:
         self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)
 
     def _array(self, layer: int, role: str) -> np.ndarray:
-        tensor = self._weights.modules[layer, role].weight.detach().contiguous()
-        # NumPy has no bf16: its bits cross as uint16
-        return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        return as_array(self._weights.modules[layer, role].weight)
 
     def _bad(self, layer: int, role: str, parameter: str) -> InvalidWeightsError:
         return InvalidWeightsError(f"{self._weights.names[layer, role]}.{parameter} holds NaN or infinity")
