@@ -239,7 +239,7 @@ def test_a_grid_runs_resumes_and_isolates_failures(base: Path, data: Path, tmp_p
     ]
     assert heard.count("evaluating") == 0 and heard.count("intermediate training") == 4
     assert len(grids.done(config)) == 12
-    with pytest.raises(InvalidOptionError, match=r"another grid|with another .*limit"):
+    with pytest.raises(InvalidOptionError, match=r"holds a grid with another limit"):
         grids.run(_grid(base, data, tmp_path / "grid", limit=3))
 
 
@@ -285,9 +285,30 @@ def test_grid_options_are_checked(base: Path) -> None:
         ({"targets": ("mnli",)}, "targets: mnli"),
         ({"seeds": ()}, "seeds: none given"),
         ({"target": {"seed": 1}}, "target: seed is set by the grid"),
+        ({"split": "validation"}, "split: 'validation'; accepted: dev, test"),
+        ({"precision": "int7"}, "precision.*int7"),
+        ({"backend": "none", "precision": "int8"}, "precision: 'int8' with backend none"),
+        ({"limit": 0}, "limit: 0"),
+        ({"all_tasks": ("mnli", "mnli"), "intermediates": ("all",)}, "names a task twice"),
+        ({"intermediate": {"epoch": 2}}, "no option epoch"),
+        ({"target": {"batching": "long"}}, "batching: 'long'"),
+        ({"files": {"xnli": {"valid": ["a"]}}}, "files: xnli: 'valid'"),
+        ({"target": {"translated": {"mnlj": ["a"]}}}, "target: translated: mnlj is no task of this grid"),
+        ({"intermediate": {"translated": ["a"]}}, "translated: .*accepted: dict"),
     ):
         with pytest.raises(InvalidOptionError, match=match):
             grids.GridConfig(str(base), "out", **changes)
+
+
+def test_translated_files_go_to_the_rows_that_they_belong_to(base: Path) -> None:
+    options = {"translated": {"mnli": ["sw.tsv"], "xquad": ["sw.json"]}}
+    config = grids.GridConfig(str(base), "out", targets=("xnli", "xquad"), target=options)
+
+    def translated(target: str) -> Any:
+        return grids.run_config(config, options, "model", (target,), Path("x"), 0).translated
+
+    assert translated("xnli") == {"mnli": ["sw.tsv"]} and translated("xquad") == {"xquad": ["sw.json"]}
+    assert translated("panx") == {}
 
 
 # --- the command line ------------------------------------------------------------------------------------

@@ -406,13 +406,16 @@ def test_questions_without_an_answer(double: Any) -> None:
         SpanExample("", "a", "abc", ()),
         SpanExample("", "a", "ab  c", (Answer(" ", 3),)),  # no token touches it
         SpanExample("", "a", "", (), impossible=True),
+        SpanExample("", "a", "abc", (Answer("x", None), Answer("y", None))),  # it has no place in the context
+        SpanExample("", "a", "abc", (Answer("x", None), Answer("b", 1))),
     ]
     trained = encoded(double, "squad_v2", items, train=True)
-    assert [(f.example, f.label) for f in trained.items] == [(0, (0, 0)), (3, (0, 0))]
-    dropped = {features.UNANSWERED: 1, features.UNTOUCHED_ANSWER: 1, features.EMPTY_CONTEXT: 1}
+    assert [(f.example, f.label != (0, 0)) for f in trained.items] == [(0, False), (3, False), (5, True)]
+    dropped = (features.UNANSWERED, features.UNTOUCHED_ANSWER, features.EMPTY_CONTEXT, features.MISPLACED_ANSWER)
     assert trained.notes == Counter(dropped)
     kept = encoded(double, "squad_v2", items)
-    assert [(f.example, f.label) for f in kept.items] == [(i, (0, 0)) for i in range(4)]
+    assert [f.example for f in kept.items] == list(range(6))
+    assert all(f.label == (0, 0) for f in kept.items[:5])
     assert kept.notes == Counter({features.EMPTY_CONTEXT: 1})
     empty = kept.items[3]
     assert empty.rows[0].tolist() == [0, 10, 2, 2, 2] and len(empty.extra.offsets) == len(empty.extra.best) == 0

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import config as configs
-from xfast.stilts import features, readers
+from xfast.stilts import features, mixture, readers
 from xfast.stilts.config import RunConfig, from_dict
 from xfast.stilts.mixture import examples_task, probabilities, steps, training_sets
 from xfast.stilts.tasks import get
@@ -247,10 +247,14 @@ def test_a_target_is_trained_and_stopped_on_english_examples(pairs: Any, tokeniz
     assert [feature.label for feature in found.features.items] == [2, 1, 2]  # neutral, entailment, neutral
     (found,) = training_sets(run("xnli", files=files, dev_examples=None), tokenizer).values()
     assert len(found.features) == 5 and len(found.dev) == 4
-    # examples without a label stay in the dev set, so that its features match it one to one
-    files["mnli"]["dev"].append(pairs("unlabelled.tsv", 40, 2, ("",)))
+    # dev examples without a label are left out and counted; without any label nothing is trained
+    unlabelled = pairs("unlabelled.tsv", 40, 2, ("",))
+    files["mnli"]["dev"].append(unlabelled)
     (found,) = training_sets(run("xnli", files=files), tokenizer).values()
-    assert numbers(found.dev_features) == [30, 31, 32, 33, 40, 41] and found.dev_features.items[5].label is None
+    assert numbers(found.dev_features) == [30, 31, 32, 33] and found.dev.skipped == Counter({mixture.UNLABELLED: 2})
+    files["mnli"]["dev"] = [unlabelled]
+    with pytest.raises(DataFileError, match=r"mnli: none of the 2 English dev examples has a label"):
+        training_sets(run("xnli", files=files), tokenizer)
 
 
 def test_without_a_dev_set_examples_are_held_out_or_nothing_is_evaluated(pairs: Any, tokenizer: Any) -> None:
@@ -271,7 +275,7 @@ def test_without_a_dev_set_examples_are_held_out_or_nothing_is_evaluated(pairs: 
 def test_translated_examples_are_added_under_either_name(pairs: Any, tokenizer: Any) -> None:
     files = {"mnli": {"train": [pairs("t.tsv", 10, 4)]}}
     for name in ("mnli", "xnli"):
-        translated = {name: [pairs("sw.tsv", 50, 2), pairs("tr.tsv", 60, 1)], "qqp": ["unused"]}
+        translated = {name: [pairs("sw.tsv", 50, 2), pairs("tr.tsv", 60, 1)]}
         config = run("xnli", files=files, holdout=1, train_examples=3, translated=translated)
         (found,) = training_sets(config, tokenizer).values()
         assert numbers(found.features) == [10, 11, 50, 51, 60] and numbers(found.dev_features) == [12]

@@ -19,11 +19,12 @@ import transformers
 
 import xfast.training
 from xfast.errors import DataFileError, InvalidOptionError
-from xfast.stilts import training
+from xfast.stilts import checkpoints
+from xfast.stilts.checkpoints import CheckpointError
 from xfast.stilts.config import RunConfig
 from xfast.stilts.model import build, load_task_model
 from xfast.stilts.tasks import get
-from xfast.stilts.training import CheckpointError, train
+from xfast.stilts.training import train
 
 _one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
 base = pytest.fixture(scope="module")(stilts.base)
@@ -132,7 +133,8 @@ import resource, signal, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from xfast.stilts.config import from_dict, load
-from xfast.stilts.training import CheckpointError, train
+from xfast.stilts.checkpoints import CheckpointError
+from xfast.stilts.training import train
 run = from_dict(load(Path(sys.argv[1])))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -148,13 +150,13 @@ def test_a_checkpoint_that_lost_a_file_is_not_continued(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_bytes(b"12345")
-        content = {"step": step, "files": training._sizes(folder)}
-        (folder / training.COMPLETE).write_text(json.dumps(content))
-    assert training._last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
+        content = {"step": step, "files": checkpoints._sizes(folder)}
+        (folder / checkpoints.COMPLETE).write_text(json.dumps(content))
+    assert checkpoints.last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()  # the run died while it removed it
-    assert training._last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert checkpoints.last_complete(tmp_path) == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
-    assert training._last_complete(tmp_path) is None
+    assert checkpoints.last_complete(tmp_path) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_so(base: Path, tmp_path: Path, rng: Any) -> None:
@@ -293,6 +295,32 @@ def test_the_best_checkpoint_is_what_is_saved(base: Path, tmp_path: Path, monkey
     assert trained.score == 30 and len(kept) == 4  # the last evaluation is of the best model
     saved = stilts.weights(trained.folder / "encoder")["encoder.layer.0.output.dense.weight"]
     assert torch.equal(saved, kept[1]) and not torch.equal(saved, kept[2])
+
+
+def test_the_best_checkpoint_of_a_moved_run_is_found_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last checkpoint, and continued under another path: the state names the old one."""
+    scores = iter([30.0, 20.0, 30.0])
+    kept: list[torch.Tensor] = []
+
+    def judged(self: Any, model: Any) -> dict[str, float]:
+        kept.append(model.encoder.encoder.layer[0].output.dense.weight.detach().clone())
+        return {"score": next(scores)}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xfast.stilts.dev.Evaluator.__call__", judged)
+    run = stilts.run_config(base, tmp_path / "run", ["xnli"], np.random.default_rng(7), max_steps=4, eval_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("xfast.stilts.training._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trained = train(stilts.changed(run, output=str(tmp_path / "moved")))
+    saved = stilts.weights(trained.folder / "encoder")["encoder.layer.0.output.dense.weight"]
+    assert torch.equal(saved, kept[0]) and not torch.equal(saved, kept[1])
 
 
 def test_starting_anew_forgets_everything(base: Path, tmp_path: Path) -> None:

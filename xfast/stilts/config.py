@@ -185,8 +185,12 @@ def _check_sources(config: RunConfig) -> None:
             _check_paths(f"files: {task}: {split}", paths)
             if split == "train" and task not in origin:
                 raise InvalidOptionError(f"files: {task}: fine-tuned on {', '.join(origin)}; name training files there")
+    origins = {name for task in config.supervised for name in (task.name, *task.train_on)}
     for task, paths in config.translated.items():
-        get(task, "translated")
+        if get(task, "translated").name not in origins:
+            raise InvalidOptionError(
+                f"translated: {task} is no task of this run; accepted: {', '.join(sorted(origins))}"
+            )
         _check_paths(f"translated: {task}", paths)
     for task, dataset in config.hub.items():
         get(task, "hub")

@@ -9,7 +9,7 @@ from typing import Any
 
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError
 from xfast.stilts import files, readers
-from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample
+from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample, unlabelled
 from xfast.stilts.languages import NAMES
 from xfast.stilts.rows import pick, text
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
@@ -106,7 +106,7 @@ class Source:
         if zeroed(examples, task):
             examples = Examples([replace(example, label=None) for example in examples.items], examples.skipped)
         gold = self.find(task.gold[split].format(language=language))
-        if gold is not None and _unlabelled(examples):
+        if gold is not None and examples and all(map(unlabelled, examples.items)):
             return readers.with_gold(examples, gold, task)
         return examples
 
@@ -139,13 +139,6 @@ def zeroed(examples: Examples[Any], task: Task) -> bool:
     return task.type == CHOICE and len(examples) >= _FEWEST_ZEROS and all(e.label == 0 for e in examples.items)
 
 
-def _unlabelled(examples: Examples[Any]) -> bool:
-    def label(example: Any) -> Any:
-        return example.tags if isinstance(example, TaggedExample) else example.label
-
-    return bool(examples) and all(label(example) is None for example in examples.items)
-
-
 _FEWEST_ZEROS = 20  # as many labels that are all the first of two are no chance
 _SENTENCE_ENDS = (". ", "? ", "! ", "\n")
 
@@ -158,11 +151,12 @@ def _question_pairs(examples: Examples[SpanExample]) -> Examples[MatchExample]:
     """
     pairs: Examples[MatchExample] = Examples(skipped=examples.skipped)
     for example in examples.items:
-        if not example.answers:
-            pairs.skipped["a question without an answer"] += 1
+        places = [(answer.start, len(answer.text)) for answer in example.answers if answer.start is not None]
+        if not places:
+            pairs.skipped["a question without an answer in its context"] += 1
             continue
-        answer, context = example.answers[0], example.context
-        at, last_character = answer.start, answer.start + len(answer.text) - 1
+        context, (at, length) = example.context, places[0]
+        last_character = at + length - 1
         first = max((context.rfind(end, 0, at) + len(end) for end in _SENTENCE_ENDS if end in context[:at]), default=0)
         ends = [context.find(end, last_character) for end in _SENTENCE_ENDS]
         last = min((end + 1 for end in ends if end >= 0), default=len(context))

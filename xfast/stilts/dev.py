@@ -71,10 +71,8 @@ class Evaluator:
             logits = prediction.classes(forward, features, part.task.type, self.padding, device)
             best = logits.argmax(-1).tolist() if len(logits) else []
             guessed = [part.labels[i] for i in best] if part.labels else best
-            pairs = [(item.label, guess) for item, guess in zip(items, guessed, strict=True) if item.label is not None]
-            gold, guessed = [g for g, _ in pairs], [p for _, p in pairs]
             score = metrics.accuracy_f1 if part.task.metric == "accuracy_f1" else metrics.accuracy
-            return score(gold, guessed)
+            return score([item.label for item in items], guessed)
         words = [len(item.words) for item in items]
         tagged = prediction.tags(forward, features, words, part.labels, self.padding, device)
         return metrics.tag_f1([item.tags for item in items], tagged)

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import readers
 from xfast.stilts.data import SPLITS, Source, zeroed
-from xfast.stilts.examples import ChoiceExample, Examples, PairExample, SpanExample, TaggedExample, TextExample
+from xfast.stilts.examples import (
+    ChoiceExample,
+    Examples,
+    PairExample,
+    SpanExample,
+    TaggedExample,
+    TextExample,
+    unlabelled,
+)
 from xfast.stilts.languages import ISO3, NAMES, UDPOS_WITHOUT_DEV
 from xfast.stilts.rows import json_rows, lines
 from xfast.stilts.scoring import TARGETS
@@ -230,14 +238,6 @@ def _merged(findings: Iterable[Finding]) -> Iterator[Finding]:
         yield Finding(severity, task, " ".join(dict.fromkeys(languages)), split, message, owner)
 
 
-def _unlabelled(example: Any) -> bool:
-    if isinstance(example, (PairExample, ChoiceExample)):
-        return example.label is None
-    if isinstance(example, TaggedExample):
-        return example.tags is None
-    return isinstance(example, SpanExample) and not example.answers and not example.impossible
-
-
 def _key(example: Any) -> int | None:
     """Hash of an example's text without regard to case and spacing; equal texts of one type have equal keys."""
     if isinstance(example, PairExample):
@@ -328,8 +328,8 @@ class _Examination:
         items = examples.items
         if not items:
             raise DataFileError(f"{', '.join(map(str, paths))}: no examples; was the download interrupted?")
-        unlabelled = 0 if task.type == MATCHING else sum(map(_unlabelled, items))
-        self.found.append(SplitFound(task.name, split, language, len(items), len(items) - unlabelled))
+        withheld = 0 if task.type == MATCHING else sum(map(unlabelled, items))
+        self.found.append(SplitFound(task.name, split, language, len(items), len(items) - withheld))
         for reason, count in examples.skipped.items():
             self.say(WARNING, task, split, language, f"{count:,} × {reason}")
         if task.name == "tydiqa" and (split, language) == ("train", "en") and len(items) != task.train_size:
@@ -339,7 +339,7 @@ class _Examination:
         if language == "en":
             keys = [key for key in map(_key, items) if key is not None]
             self.texts.append(_Texts(task, split, paths, keys))
-        self._labels(task, split, language, examples, unlabelled)
+        self._labels(task, split, language, examples, withheld)
         return True
 
     def _size(self, task: Task, split: str, found: list[SplitFound]) -> None:

@@ -19,6 +19,7 @@ import xfast
 from xfast import files
 from xfast.artifact import manifest_in
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
+from xfast.options import Options
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
@@ -79,6 +80,12 @@ class Evaluation:
             raise InvalidOptionError(f"benchmark: {self.benchmark!r}; accepted: {', '.join(scoring.TARGETS)}")
         if self.limit is not None and self.limit < 1:
             raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
+        if self.backend != "none":
+            Options(backend=self.backend, precision=self.precision)
+        elif self.precision != "model":
+            raise InvalidOptionError(f"precision: {self.precision!r} with backend none, which runs the stock model")
+        if self.split == "dev" and self.task in ("tatoeba", "lareqa"):
+            raise InvalidOptionError(f"split: {self.task} has no dev set; accepted: test")
 
 
 def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class ChoiceExample:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer's text and where it starts in the context, in characters."""
+    """An answer's text and where it starts in the context, in characters; None: the context does not hold it."""
 
     text: str
-    start: int
+    start: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,15 @@ class TextExample:
 
 
 Example = PairExample | ChoiceExample | SpanExample | TaggedExample | MatchExample | TextExample
+
+
+def unlabelled(example: Example) -> bool:
+    """Whether its label, tags or answers are withheld."""
+    if isinstance(example, PairExample | ChoiceExample):
+        return example.label is None
+    if isinstance(example, TaggedExample):
+        return example.tags is None
+    return isinstance(example, SpanExample) and not example.answers and not example.impossible
 
 
 @dataclass

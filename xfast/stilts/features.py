@@ -43,6 +43,7 @@ EMPTY_CONTEXT = "empty context"
 EMPTY_TEXT = "text that the tokenizer drops: left out"
 UNKNOWN_TAG = "tag that is no label: its word is not learned from"
 UNTOUCHED_ANSWER = "training answer that the tokenizer drops: left out"
+MISPLACED_ANSWER = "training question whose context does not hold its answer: left out"
 
 
 @dataclass(slots=True)
@@ -285,9 +286,10 @@ def _spans(encoder: Encoder, items: Sequence[SpanExample], labels: Sequence[str]
         if example.context not in contexts:
             contexts = {example.context: _tokens_with_offsets(encoder, example.context)}
         ids, offsets = contexts[example.context]
-        answer = _answer_tokens(example, offsets)
+        places = [(a.start, a.start + len(a.text)) for a in example.answers if a.start is not None]
+        answer = _answer_tokens(*places[0], offsets) if places else None
         if train and example.answers and answer is None:  # labelled "no answer" it would teach what is wrong
-            encoder.notes[UNTOUCHED_ANSWER] += 1
+            encoder.notes[UNTOUCHED_ANSWER if places else MISPLACED_ANSWER] += 1
             continue
         encoder.notes[EMPTY_CONTEXT] += not ids
         encoder.notes[TRUNCATED] += len(question) > limit
@@ -301,12 +303,9 @@ def _tokens_with_offsets(encoder: Encoder, text: str) -> tuple[list[int], npt.ND
     return encoded["input_ids"], np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
 
 
-def _answer_tokens(example: SpanExample, offsets: npt.NDArray[np.int64]) -> tuple[int, int] | None:
-    """First and last token that touch the first answer."""
-    if not example.answers:
-        return None
-    answer = example.answers[0]
-    touching = np.flatnonzero((offsets[:, 1] > answer.start) & (offsets[:, 0] < answer.start + len(answer.text)))
+def _answer_tokens(start: int, end: int, offsets: npt.NDArray[np.int64]) -> tuple[int, int] | None:
+    """First and last token that touch the characters of an answer."""
+    touching = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
     return (int(touching[0]), int(touching[-1])) if touching.size else None
 
 

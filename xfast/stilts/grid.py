@@ -6,7 +6,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,22 @@ class GridConfig:
         for phase in ("intermediate", "target"):
             if given := [name for name in getattr(self, phase) if name in OWN]:
                 raise InvalidOptionError(f"{phase}: {', '.join(given)} is set by the grid itself")
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        """Make every run and evaluation once: what a cell would refuse is refused now, not after its training."""
+        rows = [task for name in self.intermediates if name != BASELINE for task in _row_tasks(self, name)]
+        for phase, tasks in (("intermediate", rows), ("target", self.targets)):
+            translated = getattr(self, phase).get("translated")
+            if isinstance(translated, dict) and (unused := set(translated) - _origins(tasks)):
+                raise InvalidOptionError(f"{phase}: translated: {', '.join(sorted(unused))} is no task of this grid")
+        for name in self.intermediates:
+            if name != BASELINE:
+                run_config(self, self.intermediate, self.model, _row_tasks(self, name), Path("unused"), self.seeds[0])
+        for target in self.targets:
+            for name in _stages(target) if get(target).train_on else ():
+                run_config(self, self.target, self.model, (name,), Path("unused"), self.seeds[0])
+            evaluation(self, self.model, target, Path("unused"))
 
     @property
     def source(self) -> Source:
@@ -163,12 +179,12 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def _same_grid(folder: Path, config: GridConfig) -> None:
-    """Rows, columns and seeds may grow; what a cell means may not change."""
+    """Rows, columns and seeds may grow; what a cell means may not change once one is done (a run checks itself)."""
     import dataclasses
 
     stored = folder / "grid.json"
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if stored.is_file():
+    if stored.is_file() and any(row["status"] == "done" for row in done(config).values()):
         before = json.loads(stored.read_text(encoding="utf-8"))
         free = ("intermediates", "targets", "seeds", "keep_models", "output")
         if changed := [name for name in now if name not in free and now[name] != before.get(name)]:
@@ -188,7 +204,7 @@ def _run(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[Any, ...]
         "model": config.model,
     }
     try:
-        result = _evaluated(config, cell, split, say, callbacks)
+        result = _evaluated(config, cell, say, callbacks)
         row.update(
             status="done", error=None, score=result["score"], languages=result["languages"], notes=result["notes"]
         )
@@ -213,7 +229,24 @@ def split_of(config: GridConfig, target: str) -> str:
     return "test" if no_dev else config.split
 
 
-def _evaluated(config: GridConfig, cell: Cell, split: str, say: Report, callbacks: tuple[Any, ...]) -> dict[str, Any]:
+def evaluation(config: GridConfig, model: str, target: str, folder: Path) -> Evaluation:
+    """The evaluation of one cell."""
+    return Evaluation(
+        model,
+        target,
+        folder / "predictions",
+        config.source,
+        split=split_of(config, target),
+        benchmark=config.benchmark,
+        languages=config.languages,
+        tokenizer=config.target.get("tokenizer", config.model),
+        precision=config.precision,
+        backend=config.backend,
+        limit=config.limit,
+    )
+
+
+def _evaluated(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[Any, ...]) -> dict[str, Any]:
     encoder = _intermediate(config, cell, say, callbacks)
     folder = Path(config.output) / "targets" / cell.intermediate / cell.target / f"seed{cell.seed}"
     model = encoder
@@ -221,21 +254,7 @@ def _evaluated(config: GridConfig, cell: Cell, split: str, say: Report, callback
         say(cell, "fine-tuning")
         model = str(_fine_tuned(config, cell, encoder, folder, callbacks) / "tasks" / _last_stage(cell.target))
     say(cell, "evaluating")
-    result = evaluate(
-        Evaluation(
-            model,
-            cell.target,
-            folder / "predictions",
-            config.source,
-            split=split,
-            benchmark=config.benchmark,
-            languages=config.languages,
-            tokenizer=config.target.get("tokenizer", config.model),
-            precision=config.precision,
-            backend=config.backend,
-            limit=config.limit,
-        )
-    )
+    result = evaluate(evaluation(config, model, cell.target, folder))
     (folder / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if not config.keep_models and result["score"] is not None:
         for stage in folder.glob("stage*"):
@@ -250,10 +269,19 @@ def _intermediate(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[
     if cell.intermediate == BASELINE:
         return config.model
     say(cell, "intermediate training")
-    tasks = config.all_tasks if cell.intermediate == ALL else (cell.intermediate,)
+    tasks = _row_tasks(config, cell.intermediate)
     folder = Path(config.output) / "intermediate" / cell.intermediate / f"seed{cell.seed}"
     trained = _train(config, config.intermediate, config.model, tasks, folder, cell.seed, callbacks)
     return str(trained.folder / "encoder")
+
+
+def _row_tasks(config: GridConfig, intermediate: str) -> tuple[str, ...]:
+    return config.all_tasks if intermediate == ALL else (intermediate,)
+
+
+def _origins(tasks: Iterable[str]) -> set[str]:
+    """The tasks and those whose examples train them."""
+    return {name for task in tasks for name in (task, *get(task).train_on)}
 
 
 def _stages(target: str) -> tuple[str, ...]:
@@ -285,6 +313,16 @@ def _train(
     seed: int,
     callbacks: tuple[Any, ...],
 ) -> Trained:
+    return train(run_config(config, options, model, tasks, folder, seed), callbacks=callbacks)
+
+
+def run_config(
+    config: GridConfig, options: dict[str, Any], model: str, tasks: tuple[str, ...], folder: Path, seed: int
+) -> RunConfig:
+    """One training run of the grid; of the phase's translated files it has those of its own tasks."""
+    if isinstance(translated := options.get("translated"), dict):
+        own = _origins(tasks)
+        options = {**options, "translated": {task: paths for task, paths in translated.items() if task in own}}
     values = {
         "tokenizer": config.model,
         **options,
@@ -297,4 +335,4 @@ def _train(
         "hub": config.hub,
     }
     run: RunConfig = configs.from_dict(values, "grid")
-    return train(run, callbacks=callbacks)
+    return run

@@ -13,7 +13,7 @@ from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts import batches
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import read_file
-from xfast.stilts.examples import Examples
+from xfast.stilts.examples import Examples, unlabelled
 from xfast.stilts.features import Features, encode
 from xfast.stilts.rows import load_json
 from xfast.stilts.task import TAGGING, Task
@@ -21,6 +21,9 @@ from xfast.stilts.tasks import get
 
 MLM_HELD_OUT = 0.05
 """Share of each text file that perplexity is measured on, at most ``dev_examples`` lines."""
+
+
+UNLABELLED = "dev example without a label: left out"
 
 
 @dataclass
@@ -119,6 +122,14 @@ def _dev(config: RunConfig, task: Task, train: Examples[Any]) -> Examples[Any]:
             f"{task.name}: no English dev set; give its file, or `holdout` examples of the training set, "
             f"or `dev_examples: 0` for no early stopping. Published at {task.owner}"
         )
+    if withheld := sum(map(unlabelled, dev.items)):
+        if withheld == len(dev):  # now, not at the first evaluation
+            raise DataFileError(
+                f"{task.name}: none of the {withheld} English dev examples has a label; give a dev set with labels, or "
+                "`dev_examples: 0` for no early stopping"
+            )
+        dev.items[:] = [example for example in dev.items if not unlabelled(example)]
+        dev.skipped[UNLABELLED] += withheld
     _limit(dev, config.dev_examples, task)
     return dev
 

@@ -188,15 +188,15 @@ def _choice_reader(convert: Callable[[Mapping[str, Any], Task, str], ChoiceExamp
 OTHER_LANGUAGE = "a question of another language in a one-language file"
 ANSWER_MOVED = "answer_start did not point at the answer: moved to its only occurrence"
 ANSWER_LOST = "the context does not hold the answer"
-QUESTION_LOST = "a question none of whose answers its context holds"
 
 
 def read_squad(path: Path, task: Task, language: str) -> Examples[SpanExample]:
     """SQuAD's JSON (v1.1, v2.0), as XQuAD, MLQA and TyDiQA-GoldP use it.
 
-    An answer whose ``answer_start`` is wrong is moved if the context holds it exactly once; otherwise it is left out
-    and counted, and so is a question that loses all its answers. TyDiQA's question ids begin with their language:
-    questions of another one are left out and counted (published copies of the English training file held all nine).
+    An answer whose ``answer_start`` is wrong is moved if the context holds it exactly once; otherwise it has no place,
+    which is counted: such an answer is scored, but nothing learns from it. TyDiQA's question ids begin with their
+    language: questions of another one are left out and counted (published copies of the English training file held
+    all nine).
     XTREME's preparation of those files cuts the ids to their last number: repeated ids get their position added.
     """
     document = load_json(path)
@@ -232,12 +232,9 @@ def add_question(
     if not isinstance(context, str) or not isinstance(qa["question"], str):
         raise TypeError(f"the context or the question of {identity} is no text")
     impossible = bool(qa.get("is_impossible", False))
-    answers = [] if impossible else [Answer(a["text"], int(a["answer_start"])) for a in qa.get("answers", ())]
-    kept = list(filter(None, (_located(answer, context, examples) for answer in answers if answer.text)))
-    if any(answer.text for answer in answers) and not kept:
-        examples.skipped[QUESTION_LOST] += 1
-        return
-    examples.items.append(SpanExample(identity, qa["question"], context, tuple(kept), impossible))
+    answers = [] if impossible else [(a["text"], int(a["answer_start"])) for a in qa.get("answers", ())]
+    kept = tuple(_located(text, start, context, examples) for text, start in answers if text)
+    examples.items.append(SpanExample(identity, qa["question"], context, kept, impossible))
 
 
 def _names_another_language(identity: str, language: str) -> bool:
@@ -245,14 +242,14 @@ def _names_another_language(identity: str, language: str) -> bool:
     return prefix in {name.lower() for name in NAMES.values()} and prefix != NAMES.get(language, "").lower()
 
 
-def _located(answer: Answer, context: str, examples: Examples[SpanExample]) -> Answer | None:
-    if context[answer.start : answer.start + len(answer.text)] == answer.text:
-        return answer
-    if context.count(answer.text) == 1:
+def _located(text: str, start: int, context: str, examples: Examples[SpanExample]) -> Answer:
+    if start >= 0 and context.startswith(text, start):
+        return Answer(text, start)
+    if context.count(text) == 1:
         examples.skipped[ANSWER_MOVED] += 1
-        return Answer(answer.text, context.index(answer.text))
+        return Answer(text, context.index(text))
     examples.skipped[ANSWER_LOST] += 1
-    return None
+    return Answer(text, None)
 
 
 # --- tagging --------------------------------------------------------------------------------------

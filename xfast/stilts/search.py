@@ -179,8 +179,9 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
     from xfast.stilts.languages import XTREME_R
 
     _require(folder, f"lareqa/xquad-r/{language}.json")
+    official = XTREME_R["lareqa"]
     if "lareqa" not in engine.cache:
-        present = [name for name in XTREME_R["lareqa"] if find(folder, f"lareqa/xquad-r/{name}.json")]
+        present = [name for name in official if find(folder, f"lareqa/xquad-r/{name}.json")]
         data = retrieval_data.lareqa(folder, present)
         encoder = engine.encoder
         passages = zip(encoder.ids(data.candidates.sentences), encoder.ids(data.candidates.contexts), strict=True)
@@ -192,7 +193,10 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
     ids = [data.queries.ids[i] for i in which]
     queries = engine.texts(texts, language, "cls", engine.recipe.query_length)
     ranked = dict(zip(ids, retrieval.rank(queries, candidates, data.candidates.ids), strict=True))
-    return Found(ranked, {name: sorted(data.gold[name]) for name in ids}, len(ids), Counter(data.skipped))
+    notes = Counter(data.skipped)
+    if absent := [name for name in official if name not in data.queries.languages]:
+        notes[f"no candidates in {', '.join(absent)}: not the official score, which searches all {len(official)}"] += 1
+    return Found(ranked, {name: sorted(data.gold[name]) for name in ids}, len(ids), notes)
 
 
 def _mewslix(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:

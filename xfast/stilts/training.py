@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import json
 import math
 import os
@@ -24,8 +23,8 @@ import transformers
 from torch.utils.data import DataLoader, Dataset
 
 from xfast import files
-from xfast.errors import BackendUnavailableError, InvalidOptionError, XfastError
-from xfast.stilts import dev, mixture, sharding
+from xfast.errors import BackendUnavailableError, InvalidOptionError
+from xfast.stilts import checkpoints, dev, mixture, sharding
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
@@ -41,17 +40,6 @@ FREE = {"logging_steps", "disable_tqdm", "dataloader_pin_memory", "ddp_find_unus
 
 COMPUTED = {"max_steps", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "logging_dir"}
 """Arguments that follow from the data."""
-
-COMPLETE = "complete.json"
-"""Written last into a checkpoint: a run that was killed while saving continues from the one before."""
-
-
-UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-"""What the system says when a file cannot be written."""
-
-
-class CheckpointError(XfastError, RuntimeError):
-    """A checkpoint could not be written (a full disk, for instance); the earlier ones are untouched."""
 
 
 class _Examples(Dataset):
@@ -78,26 +66,16 @@ class _Collate:
         return {"task": name, **masked_batch(rows, serials, self.masking, self.padding)}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """The files of a checkpoint but its mark."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
-
-
-class _MarkComplete(transformers.TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every process writes a part: its random state, its shards
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            content = {"step": state.global_step, "files": _sizes(folder)}
-            (folder / COMPLETE).write_text(json.dumps(content), encoding="utf-8")
-
-
 class _EarlyStopping(transformers.EarlyStoppingCallback):
-    """Counts again, when a run continues, how many evaluations have passed without a better score."""
+    """Counts again, when a run continues, how many evaluations have passed without a better score.
+
+    And finds the best checkpoint again where the run's folder was moved meanwhile: the state holds its old path.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        best_checkpoint = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best_checkpoint.is_dir():
+            state.best_model_checkpoint = str(best_checkpoint)
         best: float | None = None
         count = 0
         for score in (entry["eval_score"] for entry in state.log_history if "eval_score" in entry):
@@ -260,8 +238,8 @@ def train(
     trainer.accelerator.wait_for_everyone()
     if announce is not None and first:
         announce(estimate(config, model, sets, trainer.schedule.steps, str(trainer.args.device)))
-    with _packed(config, model), _checkpoint_errors(folder), sharding.quiet():
-        trainer.train(resume_from_checkpoint=_last_complete(folder))
+    with _packed(config, model), checkpoints.reported(folder), sharding.quiet():
+        trainer.train(resume_from_checkpoint=checkpoints.last_complete(folder))
         return _finish(config, trainer, model, tokenizer, sets)
 
 
@@ -297,7 +275,7 @@ def _trainer(
         sets=sets,
         collator=_Collate(model.types, padding, masking),
         evaluate_with=evaluator,
-        callbacks=[*own, *callbacks, _MarkComplete()],
+        callbacks=[*own, *callbacks, checkpoints.MarkComplete()],
     )
     if (trainer.is_fsdp_enabled and not arguments.fsdp) or trainer.is_deepspeed_enabled:
         raise InvalidOptionError(
@@ -408,34 +386,6 @@ def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
         xfast.restore(model.encoder)
 
 
-@contextlib.contextmanager
-def _checkpoint_errors(folder: Path) -> Any:
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in UNWRITABLE
-        # safetensors and torch have their own types for what the system said
-        if not full and not any(words in str(error) for words in ("No space left", "File too large", "PytorchStream")):
-            raise
-        last = _last_complete(folder)
-        state = f"continue from {last} with the same command" if last else "no complete checkpoint yet"
-        raise CheckpointError(f"{folder}: {error}; {state}") from error
-
-
-def _last_complete(folder: Path) -> str | None:
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}") if _is_whole(path)]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
-
-
-def _is_whole(mark: Path) -> bool:
-    """Whether a marked checkpoint still has its files: a run may have died while it removed an old one."""
-    try:
-        files = json.loads(mark.read_text(encoding="utf-8")).get("files", {})
-        return all((mark.parent / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError):
-        return False
-
-
 def _clear(folder: Path) -> None:
     """Whatever an earlier run left that this one could take for its own."""
     for name in ("result.json", "run.yaml"):
@@ -449,7 +399,7 @@ def _same_run(folder: Path, config: RunConfig) -> None:
     from xfast.stilts.config import from_dict, load
 
     stored = folder / "run.yaml"
-    if not stored.is_file() or not ((folder / "result.json").is_file() or _last_complete(folder)):
+    if not stored.is_file() or not ((folder / "result.json").is_file() or checkpoints.last_complete(folder)):
         return
     before = from_dict(load(stored), str(stored)).as_dict()
     now = config.as_dict()
@@ -474,6 +424,7 @@ def _finish(
             model.save_task(name, folder / "tasks" / name, state)
             tokenizer.save_pretrained(folder / "tasks" / name)
         notes = {name: dict(s.features.notes) for name, s in sets.items()}
+        notes.update({f"{name} dev": dict(s.dev.skipped) for name, s in sets.items() if s.dev.skipped})
         result = {
             "score": metrics.get("score"),
             "metrics": metrics,
