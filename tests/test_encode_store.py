@@ -106,11 +106,11 @@ def test_a_job_that_is_stopped_at_any_batch(
     source = encode.jsonl(tmp_path / "in.jsonl", rows_of(rng, 40))
     settings, execution = Settings(model=str(base), shard_rows=9), Execution(batch_tokens=60, window=5, overlap=overlap)
     encode.run(source, tmp_path / "whole", base, execution, shard_rows=9)
-    threads = threading.active_count()
     for after in (1, 2, 5, 8):
         with pytest.raises(type(error)):
             job.encode(str(source), tmp_path / "out", settings, execution, Interrupting(after, error))
-        assert threading.active_count() == threads
+        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("xfast")]
+        assert not left  # only the job's own: libraries start threads when they like
         assert not list((tmp_path / "out").glob(".*.partial"))
     encode.run(source, tmp_path / "out", base, execution, shard_rows=9)
     same(tmp_path / "out", tmp_path / "whole")

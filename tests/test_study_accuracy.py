@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import study_processes as processes
 import torch
 import transformers
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xfast.benchmarks import workloads
 from xfast.convert import convert
@@ -374,6 +375,20 @@ def test_bad_checkpoints_are_skipped_by_task_and_said(
     assert skipped["what"] == "checkpoint xnli" and str(tmp_path) in skipped["why"]
     with pytest.raises(InvalidOptionError, match="checkpoints"):
         arms.resolve(changed, CHECKPOINT, ["xnli"])
+
+
+def test_a_checkpoint_that_no_engine_takes_costs_its_task_alone(
+    settings: Settings, checkpoints: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints[BASELINE] / "tasks" / "xnli", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["roberta.encoder.layer.0.attention.self.query.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    values = {"baseline": {"": str(base), "xnli": str(tmp_path / "nan")}, "intermediate": {}, "accuracy": False}
+    changed = replace(settings, tasks=("xnli", "tatoeba"), engines=("native:fp32",), **values)
+    document = run.start(changed, tmp_path / "study", resume=False, console=Console(file=io.StringIO()))
+    assert {cell["task"] for cell in document["cells"]} == {"tatoeba"}
+    assert any("xnli" in one["what"] and "NaN" in one["why"] for one in document["skipped"])
 
 
 def test_stock_scores_are_those_of_its_own_precision(settings: Settings, checkpoints: dict[str, Path]) -> None:

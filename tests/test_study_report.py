@@ -176,6 +176,8 @@ def test_verdict_of_one_language() -> None:
         {**builder.equivalence("yo", "control", 1.5, 0.001)},
         {**builder.equivalence("all", INTERMEDIATE, 1.0, 0.001), "pairs": 0},
     ]
+    assert "different, but as much as the baseline's two copies there" in said(study)
+    study["equivalence"][2] = builder.equivalence("yo", "control", 1.02, 0.001)
     text = said(study)
     assert "[-5.0, +16.0]: undecided at 2 %." in text and "[+4.9, +5.1]: different, by more than 2 %." in text
     assert "+50" not in text  # a part of the control says nothing about training

@@ -186,9 +186,11 @@ def test_an_engine_that_cannot_run_says_why(tmp_path: Path) -> None:
     (skipped,) = document["skipped"]
     assert skipped["what"] == "tiny native:fp8" and "precision fp8 is not available on the CPU" in skipped["why"]
     assert {cell["engine"] for cell in document["cells"]} == {"native:int8"}
-    only = replace(FEW, engines=("stock:int8",), rounds=1)
-    with pytest.raises(BackendUnavailableError, match="transformers itself runs fp32, fp16 and bf16"):
+    only = replace(FEW, engines=("native:fp8",), rounds=1)
+    with pytest.raises(BackendUnavailableError, match="precision fp8 is not available on the CPU"):
         run.start(only, tmp_path / "two", resume=False, console=quiet())
+    with pytest.raises(InvalidOptionError, match="transformers itself runs fp32, fp16, bf16"):
+        replace(FEW, engines=("stock:int8",))
 
 
 def test_no_gpu_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,13 +420,14 @@ def test_a_coarse_clock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_energy_counters_wrap_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index, (value, top) in enumerate([(900, 1000), (5, 1000)]):
-        zone = tmp_path / f"intel-rapl:{index}"
+    names = ("package-0", "package-1", "psys", "core")  # psys has the packages in it, core is a part of one
+    for index, (value, top) in enumerate([(900, 1000), (5, 1000), (999, 1000), (1, 1000)]):
+        zone = tmp_path / f"intel-rapl:{index if index < 3 else '0:0'}"
         zone.mkdir()
+        (zone / "name").write_text(f"{names[index]}\n")
         (zone / "energy_uj").write_text(f"{value}000000\n")
         (zone / "max_energy_range_uj").write_text(f"{top}000000\n")
-    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the first: not counted twice
-    (tmp_path / "intel-rapl:2").mkdir()  # unreadable
+    (tmp_path / "intel-rapl:3").mkdir()  # unreadable
     monkeypatch.setattr(timing, "_RAPL", tmp_path)
     energy = timing.Energy("cpu")
     before = energy.read()

@@ -25,7 +25,7 @@ _CGROUP_FILES = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_
 
 
 def machine() -> dict[str, Any]:
-    """What figures are measured on: CPU, cores this process may use, threads, instruction sets, versions, commit.
+    """What figures are measured on: CPU, cores this process may use, threads, instruction sets, GPU, versions, commit.
 
     Raises:
         InvalidOptionError: ``XFAST_ISA`` names an instruction set that this CPU lacks.
@@ -43,6 +43,7 @@ def machine() -> dict[str, Any]:
         "threads": xfast.get_num_threads(),
         "isa": requested_isa(),
         "isas": xfast.available_isas(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             "xfast": xfast.__version__,
             "python": platform.python_version(),

@@ -101,6 +101,8 @@ def _verdict(study: Study, one: Equivalence) -> str:
         return "not to be judged, since the control failed"
     if one["verdict"] == EQUIVALENT:
         return f"equivalent within {margin}"
+    if one["verdict"] == DIFFERENT and view.like_the_control(one, study["equivalence"]):
+        return "different, but as much as the baseline's two copies there: not to be told from the control"
     if one["verdict"] == DIFFERENT:
         return f"different, by more than {margin}" if view.outside(one) else f"different, whether by {margin} is open"
     needed = f" ({one['pairs']} paired visits, about {one['pairs_needed']} are needed)" if one["pairs_needed"] else ""
@@ -117,7 +119,11 @@ def _gain(study: Study) -> Iterator[str]:
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for row in study["accuracy"]:
         same = (row["size"], row["engine"]) == (first["size"], first["engine"])
-        if same and row["layers"] is None and metrics.setdefault(row["task"], row["metric"]) == row["metric"]:
+        if (
+            same
+            and view.whole(study, row["size"], row["layers"])
+            and metrics.setdefault(row["task"], row["metric"]) == row["metric"]
+        ):
             scores.setdefault((row["task"], row["language"]), {})[row["arm"]] = row["value"]
     for arm in view.trained_arms(study):
         pairs = {key: both for key, both in scores.items() if arm != BASELINE and arm in both and BASELINE in both}
@@ -173,8 +179,8 @@ def _between(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
     by_group = f"; by group: {', '.join(means)}" if len(means) > 1 else ""
     yield f"With {engine} the slowest language is {names[0]}, the fastest {names[1]}{by_group}."
     for model in study["cost_models"]:
-        where = (model["size"], model["engine"], model["policy"], model["batch_size"])
-        if where == (chosen.size, engine, chosen.policy, chosen.batch_size) and model["explained"]:
+        where = (model["size"], model["engine"], model["task"], model["policy"], model["batch_size"])
+        if where == (chosen.size, engine, chosen.task, chosen.policy, chosen.batch_size) and model["explained"]:
             (first, most), *others = sorted(model["explained"].items(), key=lambda item: -item[1])
             rest = "".join(f", {cause} {_percent(share, 0)}" for cause, share in others)
             sentence = f"{first} explains {_percent(most, 0)} of the variance of speed between languages{rest}."
@@ -229,7 +235,7 @@ def _times(cell: Cell, reference: Cell) -> float:
 
 
 def _rate(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else grouped(value)
+    return f"{value:.3g}" if value < 999.5 else grouped(value)
 
 
 def _percent(share: float, decimals: int | None = None) -> str:

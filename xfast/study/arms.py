@@ -473,7 +473,5 @@ def accelerate(model: nn.Module, engine: EngineName, *, keep_weights: bool = Tru
     if is_mapped(model):
         return model
     if engine.backend == STOCK:
-        if engine.precision not in DTYPES:
-            raise InvalidOptionError(f"engine: {engine}; transformers itself runs fp32, fp16 and bf16")
         return model.to(DTYPES[engine.precision])
     return xfast.accelerate(model, backend=engine.backend, precision=engine.precision, keep_weights=keep_weights)

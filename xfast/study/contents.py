@@ -43,8 +43,7 @@ def _named(study: Study, code: str) -> Row:
 
 def overview(study: Study) -> Table:
     """One row a language: what it is, and samples per second of every engine in the main setting."""
-    chosen = view.setting(study)
-    found = view.throughput_cells(study, chosen) if chosen else {}
+    chosen, found, others = view.main_cells(study)
     columns = [
         *_LANGUAGE,
         *(Column(f"samples_per_s {engine}", f"{engine}, samples/s", "figure") for engine in found),
@@ -65,7 +64,8 @@ def overview(study: Study) -> Table:
         (
             "class: Joshi et al. 2020, 0 to 5. CC-100: text in the rebuild of XLM-R's pretraining corpus. padding: "
             "what transformers computes and xfast does not."
-        )
+        ),
+        *others,
     ]
     return Table("overview", f"Speed by language and engine: {chosen}", columns, rows, legend)
 
@@ -91,7 +91,7 @@ def _first_metric(study: Study) -> dict[tuple[str, ...], Row]:
     """By size, engine, task and language, the scores of every arm in the metric that the document has first."""
     found: dict[tuple[str, ...], Row] = {}
     for score in study["accuracy"]:
-        if score["layers"] is None:
+        if view.whole(study, score["size"], score["layers"]):
             row = found.setdefault(_place(score), {"metric": score["metric"]})
             if row["metric"] == score["metric"]:
                 row[f"score_{score['arm']}"] = score["value"]
@@ -173,7 +173,7 @@ def comparisons(study: Study) -> list[Equivalence]:
 def equivalence(study: Study) -> Table:
     """The control, then every comparison with its margin and verdict."""
     ratios = interval("ratio", "time over baseline", percent=90)
-    also = [Column(end, end, "ratio", hidden=True) for end in ends("ratio", (0, 0))]
+    also = [Column(end, end, "ratio", hidden=True) for end in ends("ratio", (0, 1))]
     columns = [
         Column("scope", "scope"),
         Column("arm", "arm"),
@@ -192,7 +192,8 @@ def equivalence(study: Study) -> Table:
     legend = [
         (
             "Two one-sided tests at 5 %: equivalent where the 90 % interval lies inside the margin. p: of the weaker "
-            "of the two. Pairs needed: for a power of 0.9 at the noise seen."
+            "of the two. Pairs needed: for a power of 0.9 at the noise seen. Where the copies of the weights lie in "
+            "memory is in no interval: a part in which the control differs as much tells nothing of the weights."
         )
     ]
     return Table("equivalence", "Tests of equivalence", columns, rows, legend)
@@ -290,7 +291,7 @@ def scaling(study: Study) -> Table:
         return (_group_place(one["group"]), one["parameters"], *ranks)
 
     found = sorted(study["scaling"], key=place)
-    legend = ["Geometric means over the languages of each group."]
+    legend = ["Geometric means over the languages of each group that were measured with every size of an engine."]
     return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
 
 

@@ -54,6 +54,9 @@ POLICIES = (ARRIVAL, SORTED, BUDGET)
 STOCK = "stock"
 """The engine that is transformers itself, unaccelerated."""
 
+STOCK_PRECISIONS = ("fp32", "fp16", "bf16")
+"""What it runs."""
+
 CHECKPOINT = "checkpoint"
 """The size of models that were given as folders."""
 
@@ -84,6 +87,8 @@ class EngineName:
             raise InvalidOptionError(
                 f"engine: {text!r}; accepted: {'|'.join((*BACKENDS, STOCK))}:{'|'.join(precisions)}, as native:int8"
             )
+        if backend == STOCK and precision not in STOCK_PRECISIONS:
+            raise InvalidOptionError(f"engine: {text!r}; transformers itself runs {', '.join(STOCK_PRECISIONS)}")
         return cls(backend, precision)
 
     def __str__(self) -> str:
@@ -167,7 +172,11 @@ class Settings:
         if ONE_TASK in self.tasks and len(self.tasks) > 1:
             raise InvalidOptionError(f"tasks: {ONE_TASK!r} stands for a choice of its own; name tasks or {ONE_TASK!r}")
         counts = {"token_budget": self.token_budget, "samples": self.samples, "rounds": self.rounds, "seed": self.seed}
-        counts |= {"responses": self.responses, "batch_sizes": min(self.batch_sizes), "limit": self.limit or 1}
+        counts |= {
+            "responses": self.responses,
+            "batch_sizes": min(self.batch_sizes),
+            "limit": 1 if self.limit is None else self.limit,
+        }
         for name, value in counts.items():
             least = 0 if name in ("seed", "responses") else 1
             if value < least:

@@ -44,6 +44,10 @@ class _Costs:
         }
         self._layers = {size: facts["layers"] for size, facts in sizes.items()}
 
+    def estimated(self, kind: Kind) -> bool:
+        """Whether the cost is not that of what was timed, which is the whole encoder."""
+        return kind[4] not in (None, self._layers[kind[1]])
+
     def of(self, kind: Kind, language: str) -> float | None:
         arm, size, engine, task, layers = kind
         whole = self._whole.get((arm, size, engine, task, language))
@@ -101,7 +105,7 @@ def _front(
             layers=layers,
             accuracy=value,
             ms_per_sample=price,
-            estimated=layers is not None,
+            estimated=costs.estimated((arm, size, engine, task, layers)),
             on_front=front,
         )
         for ((arm, size, engine, task, layers), price, value), front in zip(points, best, strict=True)

@@ -121,7 +121,8 @@ def ratios(study: Study) -> Drawing | str:
 
 def accuracy(study: Study) -> Drawing | str:
     """Scores by language and arm, on the task that has most of them."""
-    rows = [row for row in study["accuracy"] if row["layers"] is None and row["arm"] in view.trained_arms(study)]
+    trained = view.trained_arms(study)
+    rows = [row for row in study["accuracy"] if view.whole(study, row["size"], row["layers"]) and row["arm"] in trained]
     counts = Counter((row["task"], row["metric"], row["size"], row["engine"]) for row in rows)
     if not counts:
         return _no_scores(study)
@@ -222,7 +223,7 @@ def _probe(study: Study, rows: Sequence[Probe]) -> Drawing:
     made, all_axes = panels(len(whats), 3.2)
     for axes, what in zip(all_axes, whats, strict=True):
         _probe_panel(axes, [row for row in mine if row["what"] == what])
-        if rows[0]["probe"] in ("layer", "early"):
+        if rows[0]["probe"] == "early":
             axes.set_xlabel("layer")
         axes.set_title(textwrap.fill(what, 96 // min(len(whats), PANELS), max_lines=3, placeholder="…"), color=INK)
     legend_above(made, all_axes[0])

@@ -32,10 +32,9 @@ _DARK = 0.7  # share of the heat map's scale from which text is light
 
 def heat_map(study: Study) -> Drawing | str:
     """Samples per second by language and engine; or why there is none."""
-    chosen = view.setting(study)
+    chosen, cells, others = view.main_cells(study)
     if chosen is None:
         return "no throughput was measured"
-    cells = view.throughput_cells(study, chosen)
     found = {
         (code, engine): view.rate(cell)["samples_per_s"] for engine, row in cells.items() for code, cell in row.items()
     }
@@ -62,7 +61,8 @@ def heat_map(study: Study) -> Drawing | str:
             middle = (inside[0] + inside[-1]) / 2
             axes.text(len(cells) - 0.42, middle, group, rotation=270, va="center", ha="left", color=SOFT, fontsize=8)
     absent = " Hatched: not measured." if len(found) < len(codes) * len(cells) else ""
-    return Drawing(made, f"Samples per second ({chosen}); the colours follow a logarithmic scale.{absent}")
+    caption = f"Samples per second ({chosen}); the colours follow a logarithmic scale.{absent}"
+    return Drawing(made, " ".join((caption, *others)))
 
 
 def _tile(axes: Any, x: float, y: float, value: float | None, share: float | None) -> None:
@@ -107,8 +107,7 @@ def fertility(study: Study) -> Drawing | str:
     axes.set_ylabel("samples per second")
     axes.grid()
     legend_above(made, axes)
-    measured = [code for code in view.languages(study) if any(code in row for row in cells.values())]
-    unknown = [view.language_name(study, code) for code in measured if code not in codes]
+    unknown = [view.language_name(study, code) for code in view.languages(study) if code not in codes]
     without = f" Without: {', '.join(unknown)}." if unknown else ""
     return Drawing(made, f"Filled and named: XTREME's low-resource languages ({chosen}).{without}")
 

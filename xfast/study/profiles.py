@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from xfast import files
 from xfast.errors import InvalidInputError
 
 FORMAT = 1
@@ -203,13 +204,16 @@ def save_profiles(
         tokenizer: name of the tokenizer that measured them.
         measured: how they were measured, in words.
         date: ISO date of the measurement.
+
+    Raises:
+        InvalidOptionError: the file cannot be written.
     """
     header = {"format": FORMAT, "tokenizer": tokenizer, "measured": measured, "date": date, "percents": list(PERCENTS)}
     rows = sorted(profiles, key=lambda profile: (profile.joshi_class, profile.language, profile.task))
     lines = [json.dumps(asdict(profile), separators=(",", ":")) for profile in rows]
     opening = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in header.items())
     text = "{" + opening + ',\n"profiles": [\n' + ",\n".join(lines) + "\n]}\n"
-    Path(path).write_text(text, encoding="utf-8")
+    files.save("path", Path(path), text.encode())
 
 
 def _rounded(value: float) -> float:

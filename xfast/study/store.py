@@ -24,8 +24,8 @@ FORMAT = 1
 
 Record = dict[str, Any]
 
-_SAME_MACHINE = ("cpu", "architecture", "cores", "isa")
-"""Facts in which a machine that continues a study must agree."""
+_SAME_MACHINE = ("cpu", "architecture", "cores", "isa", "gpu")
+"""Facts in which a machine that continues a study must agree; and its threads, where the settings do not say them."""
 
 
 class Store:
@@ -80,7 +80,7 @@ class Store:
         if settings_of(records, self.path) != self.settings:
             raise InvalidOptionError(f"output: {self.path} is another study's; name another folder, or its settings")
         before = records[0].get("machine", {})
-        for name in _SAME_MACHINE:
+        for name in (*_SAME_MACHINE, *(() if self.settings.threads else ("threads",))):
             if before.get(name) != machine.get(name):
                 raise InvalidOptionError(
                     f"output: {self.path} was measured on another machine ({name}: {before.get(name)!r} there, "
@@ -91,6 +91,9 @@ class Store:
         self._run = 1 + max(record.get("run", 1) for record in records)
         if before.get("commit") != machine.get("commit"):
             self.note(f"Continued with xfast {machine.get('commit')}; it was begun with {before.get('commit')}.")
+        had, has = before.get("versions", {}), machine.get("versions", {})
+        for name in (name for name in {**had, **has} if had.get(name) != has.get(name)):
+            self.note(f"Continued with {name} {has.get(name)}; it was begun with {had.get(name)}.")
 
     def match(self, kind: str, name: str, now: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse to continue where what is measured has changed.

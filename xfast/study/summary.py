@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from xfast.study import accuracy, arms, document, fronts, statistics
+from xfast.study import accuracy, arms, document, fronts, statistics, view
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, PERCENTILES
 from xfast.study.factors import CHECKPOINT, SINGLE, STOCK, EngineName, Settings, batch_sizes
 from xfast.study.languages import language as language_facts
 from xfast.study.languages import ordered
-from xfast.study.profiles import GROUPS
+from xfast.study.profiles import GROUPS, JOSHI_CLASS
 from xfast.study.store import Record, settings_of
 
 Visits = list[Record]
@@ -273,21 +273,36 @@ def _test(cells: _Cells, keys: Sequence[str], scope: str, arm: str, settings: Se
 
 
 def _scaling(rows: Sequence[document.Cell], settings: Settings, sizes: Mapping[str, Record]) -> list[document.Scaling]:
-    """Geometric means over languages, by size, engine, arm and resource group; the first policy and batch size."""
+    """Geometric means over languages, by size, engine, arm and resource group; the first policy and batch size.
+
+    Over what every size has been measured on: a run that was stopped has less of some, and not the same.
+    """
     first = (settings.policies[0], batch_sizes(settings, settings.policies[0])[0])
+    batched = [row for row in rows if (row["policy"], row["batch_size"]) == first]
     found: list[document.Scaling] = []
-    for size, engine in dict.fromkeys((row["size"], row["engine"]) for row in rows):
-        mine = [row for row in rows if (row["size"], row["engine"]) == (size, engine)]
-        for group in (ALL, *GROUPS):
-            inside = [row for row in mine if _in_group(row["language"], group)]
-            batches = [row for row in inside if (row["policy"], row["batch_size"]) == first]
-            single = [row for row in inside if row["latency"]]
-            names = dict.fromkeys(arm for row in batches for arm in row["throughput"] if arm != CONTROL)
-            for arm in names:
-                fast = [row for row in batches if arm in row["throughput"]]
-                slow = [row for row in single if arm in row["latency"]]
-                found.append(_scaling_row(sizes[size], size, engine, arm, group, fast, slow))
+    for engine, arm in dict.fromkeys((row["engine"], arm) for row in batched for arm in row["throughput"]):
+        if arm == CONTROL:
+            continue
+        fast = _shared([row for row in batched if row["engine"] == engine and arm in row["throughput"]])
+        slow = _shared([row for row in rows if row["engine"] == engine and arm in row["latency"]])
+        for size, mine in fast.items():
+            for group in (ALL, *GROUPS):
+                batches, single = (
+                    [row for row in each if _in_group(row["language"], group)] for each in (mine, slow.get(size, ()))
+                )
+                if batches:
+                    found.append(_scaling_row(sizes[size], size, engine, arm, group, batches, single))
     return found
+
+
+def _shared(rows: Sequence[document.Cell]) -> dict[str, list[document.Cell]]:
+    """The rows by size, of the tasks and languages that all sizes have."""
+    by_size: dict[str, list[document.Cell]] = {}
+    for row in rows:
+        by_size.setdefault(row["size"], []).append(row)
+    places = [{(row["task"], row["language"]) for row in mine} for mine in by_size.values()]
+    common = set.intersection(*places) if places else set()
+    return {size: [row for row in mine if (row["task"], row["language"]) in common] for size, mine in by_size.items()}
 
 
 def _scaling_row(
@@ -448,4 +463,16 @@ def _notes(settings: Settings, tests: Sequence[document.Equivalence]) -> list[st
     different = [test["scope"] for test in mine if test["verdict"] == document.DIFFERENT and test["scope"] != ALL]
     if different and mine[0]["verdict"] == document.EQUIVALENT:
         notes.append(f"Equivalent over all cells, but different in: {', '.join(different)}.")
+        notes += _doubts(different, tests)
     return notes
+
+
+def _doubts(different: Sequence[str], tests: Sequence[document.Equivalence]) -> Iterator[str]:
+    """What else than other weights may have made these parts of a study differ."""
+    mine = {test["scope"]: test for test in tests if test["arm"] == INTERMEDIATE and test["pairs"]}
+    if both := [scope for scope in different if view.like_the_control(mine[scope], tests)]:
+        yield f"The control differs as much in: {', '.join(both)}; there the weights are not the cause."
+    languages = [scope for scope in mine if scope in JOSHI_CLASS]
+    if any(scope in different for scope in languages):
+        chance = statistics.ALPHA * len(languages)
+        yield f"Of {len(languages)} languages that are tested one by one, about {chance:.1f} differ by chance alone."

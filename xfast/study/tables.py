@@ -70,13 +70,15 @@ class Table:
 
 def interval(key: str, title: str, kind: str = "ratio", percent: int = 95) -> list[Column]:
     """A figure's column and the two of its interval's ends."""
-    low, high = ends(key, (0.0, 0.0), percent)
+    low, high = ends(key, (0.0, 1.0), percent)
     figure = Column(key, f"{title} [{percent}\N{NO-BREAK SPACE}%]", kind, (low, high))
     return [figure, *(Column(end, end, kind, hidden=True) for end in (low, high))]
 
 
-def ends(key: str, pair: Sequence[float], percent: int = 95) -> dict[str, Value]:
-    """The ends of an interval as the columns of :func:`interval` name them."""
+def ends(key: str, pair: Sequence[float | None], percent: int = 95) -> dict[str, Value]:
+    """The ends of an interval as the columns of :func:`interval` name them; of a single measurement none."""
+    if pair[0] == pair[1]:
+        pair = (None, None)
     return dict(zip((f"{key}_low{percent}", f"{key}_high{percent}"), pair, strict=True))
 
 
@@ -204,7 +206,7 @@ def to_markdown(table: Table) -> str:
 def latex_text(text: str) -> str:
     """Text that LaTeX sets as it is."""
     text = "".join(_LATEX_SPECIAL.get(char, char) for char in " ".join(pages.printable(text).split()))
-    return text.replace("–", "--").replace("×", r"$\times$")
+    return text.replace("–", "--").replace("×", r"$\times$").replace("−", r"$-$").replace("µ", r"$\mu$")
 
 
 def to_latex(table: Table) -> str:

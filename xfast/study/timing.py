@@ -93,16 +93,19 @@ class Energy:
 
 
 def _rapl_zones() -> list[Path]:
-    """The packages whose counters this user may read."""
-    found = []
-    for zone in sorted(_RAPL.glob("intel-rapl:*")):
-        if zone.name.count(":") == 1:  # sub-zones (cores, memory) are parts of their package
-            try:
-                _number(zone / "energy_uj")
-            except (OSError, ValueError):
-                continue
-            found.append(zone)
-    return found
+    """The packages whose counters this user may read.
+
+    Nothing else: sub-zones (cores, memory) are parts of their package, and the zone ``psys`` has the packages in it.
+    """
+    return [zone for zone in sorted(_RAPL.glob("intel-rapl:*")) if _readable_package(zone)]
+
+
+def _readable_package(zone: Path) -> bool:
+    try:
+        _number(zone / "energy_uj")
+        return (zone / "name").read_text().startswith("package")
+    except (OSError, ValueError):
+        return False
 
 
 def _number(path: Path) -> float:

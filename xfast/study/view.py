@@ -146,6 +146,27 @@ def throughput_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
     return _by_engine(study, found)
 
 
+def main_cells(study: Study) -> tuple[Setting | None, dict[str, dict[str, Cell]], list[str]]:
+    """The setting that figures show, its throughput cells, and those of languages that only another setting has.
+
+    Returns:
+        The setting, cells by engine and language, and a sentence for each other setting whose languages were added.
+    """
+    chosen = setting(study)
+    if chosen is None:
+        return None, {}, []
+    found = throughput_cells(study, chosen)
+    others: dict[str, list[str]] = {}
+    for code in languages(study):
+        own = None if any(code in row for row in found.values()) else setting(study, code)
+        if own is not None:
+            for engine, row in throughput_cells(study, own).items():
+                if code in row:
+                    found.setdefault(engine, {})[code] = row[code]
+            others.setdefault(str(own), []).append(language_name(study, code))
+    return chosen, found, [f"{', '.join(names)}: {where}." for where, names in others.items()]
+
+
 def latency_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
     """By engine and language, both in their order, the latency cells of a setting's size and task."""
     found = {
@@ -198,6 +219,23 @@ def fastest(rows: dict[str, dict[str, Cell]]) -> str:
 def seeded(study: Study) -> list[str]:
     """The arms whose weights are random: they carry no accuracy."""
     return [name for name, arm in study["arms"].items() if arm["source"] == "seeded"]
+
+
+def like_the_control(one: Equivalence, tests: Sequence[Equivalence]) -> bool:
+    """Whether the baseline's two copies differ in the same part of the study, and by as much, in either direction.
+
+    Where copies lie in memory matters a little to speed, and is in no interval: the weights are not the cause then.
+    """
+    for other in tests:
+        if (other["arm"], other["scope"]) == (CONTROL, one["scope"]) and other["pairs"]:
+            low, high = (math.log(end) for end in other["interval95"])
+            return low * high > 0 and abs(math.log(one["ratio"])) <= max(abs(low), abs(high))
+    return False
+
+
+def whole(study: Study, size: str, layers: int | None) -> bool:
+    """Whether a score is of all the encoder's layers (None: its task has no choice)."""
+    return layers in (None, study["sizes"][size]["layers"])
 
 
 def tests_of(study: Study, language: str) -> list[Equivalence]:

@@ -177,18 +177,28 @@ class Texts:
             raise DataFileError(
                 f"tokenizer: it gives the id {largest}, the model has {model.vocab} ids; name the model's own tokenizer"
             )
-        words, fertility = self._words(task, language, [groups[index] for index in chosen])
+        words, fertility = self._words(task, language, [groups[index] for index in chosen], sequences)
         windows = sum(map(len, examples)) / len(examples) if TYPES[task] == SPAN else None
         return Work(task, language, examples, words, windows, fertility)
 
-    def _words(self, task: str, language: str, groups: Sequence[Sequence[Any]]) -> tuple[int | None, float | None]:
+    def _words(
+        self, task: str, language: str, groups: Sequence[Sequence[Any]], sequences: Sequence[Sequence[Any]]
+    ) -> tuple[int | None, float | None]:
+        """Words of the texts, of those that were cut by the share of their tokens that is left; and tokens a word."""
         if language in LANGUAGES_WITHOUT_SPACES:
             return None, None
         sides = [[sample] if isinstance(sample, str) else sample for group in groups for sample in group]
         texts = [text for side in sides for text in side]
         words = sum(len(text.split()) for text in texts)
-        tokens = sum(len(ids) for ids in self.tokenizers[task](texts, add_special_tokens=False)["input_ids"])
-        return (words, round(tokens / words, 4)) if words else (None, None)
+        tokenizer = self.tokenizers[task]
+        tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+        if not words:
+            return None, None
+        kept = tokens
+        if TYPES[task] != SPAN:  # whose windows hold all of a context, and parts of it twice
+            special = tokenizer.num_special_tokens_to_add(pair=len(sides[0]) > 1)
+            kept = sum(len(ids) - special for mine in sequences for ids in mine)
+        return round(words * min(1.0, kept / max(tokens, 1))), round(tokens / words, 4)
 
 
 def batches_of(work: Work, policy: str, batch_size: int, pad: int) -> tuple[Batch, ...]:

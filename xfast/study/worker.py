@@ -211,10 +211,18 @@ class _Group:
         self._take_out(models)
 
     def _models(self, cells: Sequence[Cell]) -> dict[str, nn.Module]:
-        """The arms, each accelerated before the next is made, so that only one has weights to give up.
+        """The arms; of checkpoints that cannot be loaded or run none, and the reason is sent."""
+        try:
+            return self._made(cells)
+        except XfastError as error:
+            if self.job.size != CHECKPOINT:
+                raise
+            what = f"{self.job.size} {self.job.engine} {cells[0].task}"
+            self.send({"kind": "skipped", "what": what, "why": str(error)})
+            return {}
 
-        With checkpoints that cannot be loaded: none, and the reason is sent.
-        """
+    def _made(self, cells: Sequence[Cell]) -> dict[str, nn.Module]:
+        """The arms, each accelerated before the next is made, so that only one has weights to give up."""
         task = cells[0].task
         wanted = self._probes(cells)
         inputs = self._probe_inputs(cells) if wanted else {}
@@ -222,14 +230,7 @@ class _Group:
         for one in dict.fromkeys(self.job.fit.seeded.values()):  # before any is mapped, which needs the memory
             one.make(self.job.output, lambda _: self.send(ALIVE))
         for arm in self.job.fit.arms:
-            try:
-                model = self._model(arm, task)
-            except XfastError as error:
-                if self.job.size != CHECKPOINT:
-                    raise
-                what = f"{self.job.size} {self.job.engine} {task}"
-                self.send({"kind": "skipped", "what": what, "why": str(error)})
-                return {}
+            model = self._model(arm, task)
             if not arms.is_mapped(model):
                 model = model.to(self.settings.device)
             if inputs and arm != CONTROL:
