@@ -80,9 +80,10 @@ def test_a_language_with_another_task_is_shown_with_its_own() -> None:
         study[part] += extra[part]  # type: ignore[literal-required]
     study["languages"] |= extra["languages"]
     table = contents.overview(study)
-    assert "qu" in table.column("language") and any("Quechua: " in line and "xcopa" in line for line in table.legend)
+    assert "Quechua*" in table.column("name") and "Swahili" in table.column("name")
+    assert any("Quechua*: " in line and "xcopa" in line for line in table.legend)
     drawn = plots_speed.heat_map(study)
-    assert isinstance(drawn, Drawing) and "Quechua: " in drawn.caption
+    assert isinstance(drawn, Drawing) and "Quechua*: " in drawn.caption
     scattered = plots_speed.fertility(study)
     assert isinstance(scattered, Drawing) and "Without: Quechua" in scattered.caption
 

@@ -59,7 +59,8 @@ def overview(study: Study) -> Table:
         if cells:
             known = {**study["languages"][code], **next(iter(cells.values())), "language": code}
             speeds = {f"samples_per_s {engine}": view.rate(cell)["samples_per_s"] for engine, cell in cells.items()}
-            rows.append({**_taken(known, columns), **speeds})
+            name = f"{known['name']}{view.elsewhere(found, code, chosen)}" if chosen else known["name"]
+            rows.append({**_taken(known, columns), **speeds, "name": name})
     legend = [
         (
             "class: Joshi et al. 2020, 0 to 5. CC-100: text in the rebuild of XLM-R's pretraining corpus. padding: "

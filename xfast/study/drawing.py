@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,11 @@ def panels(count: int, height: float) -> tuple[Any, list[Any]]:
     return made, [made.add_subplot(rows, columns, at + 1) for at in range(count)]
 
 
-def language_axis(study: Study, axes: Any, codes: Sequence[str], places: Sequence[float]) -> None:
+def language_axis(
+    study: Study, axes: Any, codes: Sequence[str], places: Sequence[float], starred: Container[str] = ()
+) -> None:
     """Names of languages down the y axis, the first at the top; XTREME's low-resource languages stand out."""
-    axes.set_yticks(places, [label(study, code) for code in codes])
+    axes.set_yticks(places, [label(study, code) + "*" * (code in starred) for code in codes])
     for text, code in zip(axes.get_yticklabels(), codes, strict=True):
         text.set_color(INK)
         text.set_fontweight("bold" if code in LOW_RESOURCE else "normal")

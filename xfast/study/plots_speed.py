@@ -54,7 +54,7 @@ def heat_map(study: Study) -> Drawing | str:
     axes.xaxis.tick_top()
     if len(cells) > 4:
         axes.tick_params(axis="x", labelrotation=30)
-    language_axis(study, axes, codes, places)
+    language_axis(study, axes, codes, places, [code for code in codes if view.elsewhere(cells, code, chosen)])
     for group in dict.fromkeys(blocks):
         inside = [place for place, block in zip(places, blocks, strict=True) if block == group]
         if len(inside) > 2:  # else there is no room for the name

@@ -150,7 +150,7 @@ def main_cells(study: Study) -> tuple[Setting | None, dict[str, dict[str, Cell]]
     """The setting that figures show, its throughput cells, and those of languages that only another setting has.
 
     Returns:
-        The setting, cells by engine and language, and a sentence for each other setting whose languages were added.
+        The setting, cells by engine and language, and a line for each other setting whose languages were added.
     """
     chosen = setting(study)
     if chosen is None:
@@ -164,7 +164,12 @@ def main_cells(study: Study) -> tuple[Setting | None, dict[str, dict[str, Cell]]
                 if code in row:
                     found.setdefault(engine, {})[code] = row[code]
             others.setdefault(str(own), []).append(language_name(study, code))
-    return chosen, found, [f"{', '.join(names)}: {where}." for where, names in others.items()]
+    return chosen, found, [f"{', '.join(names)}*: {where}." for where, names in others.items()]
+
+
+def elsewhere(cells: dict[str, dict[str, Cell]], code: str, chosen: Setting) -> str:
+    """A star for a language that :func:`main_cells` has from another setting than the chosen one."""
+    return "*" if any(_setting(row[code]) != chosen for row in cells.values() if code in row) else ""
 
 
 def latency_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
