@@ -59,7 +59,7 @@ def overview(study: Study) -> Table:
         if cells:
             known = {**study["languages"][code], **next(iter(cells.values())), "language": code}
             speeds = {f"samples_per_s {engine}": view.rate(cell)["samples_per_s"] for engine, cell in cells.items()}
-            name = f"{known['name']}{view.elsewhere(found, code, chosen)}" if chosen else known["name"]
+            name = f"{study['languages'][code]['name']}{view.elsewhere(found, code, chosen)}" if chosen else ""
             rows.append({**_taken(known, columns), **speeds, "name": name})
     legend = [
         (
