@@ -278,7 +278,8 @@ def test_translated_examples_are_added_under_either_name(pairs: Any, tokenizer: 
         translated = {name: [pairs("sw.tsv", 50, 2), pairs("tr.tsv", 60, 1)]}
         config = run("xnli", files=files, holdout=1, train_examples=3, translated=translated)
         (found,) = training_sets(config, tokenizer).values()
-        assert numbers(found.features) == [10, 11, 50, 51, 60] and numbers(found.dev_features) == [12]
+        # what is held out for dev does not count as training examples
+        assert numbers(found.features) == [10, 11, 12, 50, 51, 60] and numbers(found.dev_features) == [13]
 
 
 def test_translated_questions_keep_the_language_that_their_ids_name(tmp_path: Path, tokenizer: Any) -> None:
@@ -330,9 +331,11 @@ def test_ccg_has_the_tags_of_its_file_or_those_that_occur(tmp_path: Path, tokeni
     ids = tmp_path / "tags_to_id.json"
     ids.write_text(json.dumps({"S": 3, "NP": 0, "N": 2, "N/N": 1}), encoding="utf-8")
     assert labels() == (("NP", "N/N", "N", "S"), [[1, 2, 0], [2]], Counter())
+    ids.write_text(json.dumps({f"T{i}": str(i) for i in range(11)} | {"N": "11"}), encoding="utf-8")
+    assert labels()[0] == (*(f"T{i}" for i in range(11)), "N")  # ids as text: 10 comes after 9
     ids.write_text(json.dumps({"NP": 0, "N": 1}), encoding="utf-8")
     assert labels() == (("NP", "N"), [[-100, 1, 0], [1]], Counter({features.UNKNOWN_TAG: 1}))
-    for wrong in ({"N": 1, "NP": 2}, {"N": 0, "NP": 0}, {"N": 0, "NP": "1"}, {"N": 0, "NP": None}, ["N"]):
+    for wrong in ({"N": 1, "NP": 2}, {"N": 0, "NP": 0}, {"N": 0, "NP": "x"}, {"N": 0, "NP": None}, ["N"]):
         ids.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(DataFileError, match=r"tags_to_id\.json: expected the ids 0 to n - 1 by tag"):
             training_sets(config, tokenizer)

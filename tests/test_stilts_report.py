@@ -291,7 +291,7 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, change: dict[str, Any], mes
         ('[\n{"seed": 0},\n{"se', ":3: not JSON"),
         ("[\n3]", ":2: expected a JSON object, got int"),
         ("\n\n3", ":3: expected a JSON object, got int"),
-        ("[" + "[" * 100_000, ": "),
+        ("[" + "[" * 100_000, ":1: not JSON"),
         ("[" + "1" * 5000 + "]", ":1: not JSON"),
     ],
 )

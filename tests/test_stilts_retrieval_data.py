@@ -59,10 +59,11 @@ def test_tatoeba_in_a_folder_that_holds_xtreme(write: Write, tmp_path: Path) -> 
 
 
 def test_tatoeba_as_laser_has_it(write: Write, tmp_path: Path) -> None:
-    write("tatoeba/tatoeba.swh-eng.swh", "moja\nmbili")
-    write("tatoeba/tatoeba.swh-eng.eng", "one\n\n")
+    write("tatoeba/tatoeba.swh-eng.swh", "mbili\nmoja\ntatu\nMoja")
+    write("tatoeba/tatoeba.swh-eng.eng", "two\none\nthree\none\n")
     write("labels/tatoeba/test-sw.tsv", "1\n0\n")  # belongs to the sorted layout
-    assert tatoeba(tmp_path, "sw").gold == (0, 1)
+    data = tatoeba(tmp_path, "sw")  # the English side sorted as XTREME's files and labels have it
+    assert data.english == ("one", "one", "three", "two") and data.gold == (1, 3, 2, 0)
 
 
 def test_tatoeba_errors(write: Write, tmp_path: Path) -> None:

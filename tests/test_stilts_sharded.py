@@ -56,7 +56,7 @@ SETTINGS = {"batching": "random", "batch_size": 8, "device_batch_size": 4}
 
 
 def sharded(run: RunConfig, **changes: Any) -> RunConfig:
-    trainer = {"use_cpu": True, "fsdp": True, "logging_steps": 1}
+    trainer = {"fsdp": True, "logging_steps": 1}
     return stilts.changed(run, trainer=trainer, **changes)
 
 
@@ -98,7 +98,7 @@ def test_two_sharded_processes_train_as_one(base: Path, tmp_path: Path, monkeypa
     one = stilts.run_config(
         *(base, tmp_path / "one", tasks, np.random.default_rng(4), 16), **SETTINGS, max_grad_norm=0.0, max_steps=9,
         eval_steps=3, precision="bf16", mlm_files=(str(text),), mlm_share=0.3,
-        trainer={"use_cpu": True, "logging_steps": 1},
+        trainer={"logging_steps": 1},
     )  # fmt: skip
     two = sharded(one, output=str(tmp_path / "two"), gradient_checkpointing=True)
     scores = [10.0, 30.0, 20.0, 30.0]  # the last is of the best model
@@ -166,5 +166,5 @@ def test_what_does_not_go_with_sharding_is_refused(
     monkeypatch.setattr(transformers.TrainingArguments, "world_size", processes)
     run = stilts.run_config(base, tmp_path / "run", ["udpos"], np.random.default_rng(8), 16, **changes)
     with pytest.raises(InvalidOptionError, match=match):
-        train(stilts.changed(run, trainer={"use_cpu": True, **trainer}))
+        train(stilts.changed(run, trainer=trainer))
     assert not (tmp_path / "run").exists()

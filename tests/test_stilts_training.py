@@ -215,7 +215,7 @@ def test_packed_training_follows_padded_training(base: Path, tmp_path: Path, mon
 
 def test_two_processes_train_as_one(base: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     """torchrun with two CPU processes and half the examples in each: the same weights, to rounding."""
-    settings = {"max_steps": 4, "batch_size": 8, "batching": "random", "trainer": {"use_cpu": True}}
+    settings = {"max_steps": 4, "batch_size": 8, "batching": "random"}
     one = stilts.run_config(
         base, tmp_path / "one", ["xnli", "udpos"], np.random.default_rng(3), device_batch_size=8, **settings
     )

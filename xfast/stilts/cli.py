@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ Config = Annotated[Path | None, typer.Option(help="YAML, TOML or JSON file with 
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, any option of the file; may be repeated.")]
 Precision = Annotated[str, typer.Option(help="Of the evaluation: model, fp32, bf16, int8, ...; see xfast.accelerate.")]
 Backend = Annotated[str, typer.Option(help="auto, native, triton, or none for stock transformers.")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of one sequence, as in training; default: the recipe's.")]
 
 
 def _console(stderr: bool = False) -> Console:
@@ -109,6 +111,8 @@ def train(
             callbacks=[progress.TrainingBar(bar)],
             announce=lambda estimate: console.print(progress.cost(estimate), highlight=False),
         )
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks for all
+        return
     if as_json:
         result = {"score": trained.score, "metrics": trained.metrics, "steps": trained.steps, "notes": trained.notes}
         _print_json({"output": str(trained.folder), **result})
@@ -137,15 +141,27 @@ def evaluate(
     backend: Backend = "auto",
     layer: Annotated[int | None, typer.Option(help="Hidden state for Tatoeba and BUCC; default: 14 of 24.")] = None,
     pooling: Annotated[str, typer.Option(help="mean or cls, for Tatoeba and BUCC.")] = "mean",
-    limit: Annotated[int | None, typer.Option(help="Examples per language.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per language; then nothing is written.")] = None,
+    max_length: MaxLength = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate zero-shot in every language, on the accelerated encoder."""
     from xfast.stilts.evaluation import Evaluation
 
-    chosen = _chosen(languages)
     run = Evaluation(
-        model, task, output, _source(data), split, benchmark, chosen, precision, backend, None, layer, pooling, limit
+        model,
+        task,
+        output,
+        _source(data),
+        split,
+        benchmark,
+        _chosen(languages),
+        precision,
+        backend,
+        layer=layer,
+        pooling=pooling,
+        limit=limit,
+        max_length=max_length,
     )
     result = _evaluated(run, _console(stderr=True))
     if as_json:
@@ -165,13 +181,23 @@ def predict(
     languages: Languages = None,
     precision: Precision = "model",
     backend: Backend = "auto",
+    max_length: MaxLength = None,
 ) -> None:
     """Write predictions in XTREME's submission layout; no score is shown."""
     from xfast.stilts.evaluation import Evaluation
 
     console = _console(stderr=True)
     run = Evaluation(
-        model, task, output, _source(data), split, benchmark, _chosen(languages), precision=precision, backend=backend
+        model,
+        task,
+        output,
+        _source(data),
+        split,
+        benchmark,
+        _chosen(languages),
+        precision,
+        backend,
+        max_length=max_length,
     )
     result = _evaluated(run, console)
     written = sum(result["examples"].values())
@@ -256,6 +282,8 @@ def score(
         console.print(f"missing tasks: {', '.join(result['missing_tasks'])}", highlight=False)
     for name, absent in result["missing_languages"].items():
         console.print(f"missing languages: {name}: {', '.join(absent)}", highlight=False)
+    for name, languages in result["notes"].items():
+        _show_notes({f"{name} {language}": counts for language, counts in languages.items()}, console)
 
 
 @app.command()
@@ -284,7 +312,12 @@ def grid(
                 bar.advance(whole)
                 console.print(f"{name}: {what}", markup=False, highlight=False, soft_wrap=True)
 
-        rows = grids.run(run, report, (progress.TrainingBar(bar),))
+        rows = grids.run(
+            run,
+            report,
+            (progress.TrainingBar(bar),),
+            lambda estimate: console.print(progress.cost(estimate), highlight=False),
+        )
     failed = sum(row["status"] != "done" for row in rows)
     _console().print(f"{run.output}/cells.jsonl: {len(rows) - failed} cells done, {failed} failed", highlight=False)
     if failed:

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 from xfast import files
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.data import SPLITS, Source
-from xfast.stilts.task import BITEXT, MLM, Recipe, Task
+from xfast.stilts.task import BITEXT, MATCHING, MLM, Recipe, Task
 from xfast.stilts.tasks import get
 
 BATCHING = ("length", "random", "packed")
@@ -44,7 +44,8 @@ class RunConfig:
         epochs, batch_size, learning_rate, max_length: None: the recipe of the (first) task. ``batch_size`` counts
             examples of one optimizer step over all devices.
         max_steps: ends training early, whatever ``epochs`` says.
-        device_batch_size: examples of one forward; the rest is gradient accumulation.
+        device_batch_size: examples of one forward; the rest is gradient accumulation. For dual encoders (LAReQA,
+            Mewsli-X) it is also the number of targets that a query is compared with.
         cap, temperature: several tasks are drawn with probability proportional to min(examples, cap)^(1/temperature).
         mlm_files: text files, one sentence a line; their batches are interleaved with the tasks'.
         mlm_share: share of the steps that are masked language modelling (the paper's 20 % is recalled, not confirmed).
@@ -113,6 +114,11 @@ class RunConfig:
         for name in self.tasks:
             if get(name, "tasks").type == BITEXT:
                 raise InvalidOptionError(f"tasks: {name} is evaluated without training; see `xfast stilts evaluate`")
+        matching = [name for name in self.tasks if get(name).type == MATCHING]
+        if matching and min(self.device_batch_size, self.recipe.batch_size) < 2:
+            raise InvalidOptionError(
+                f"device_batch_size: {matching[0]} learns from the other examples of a batch; accepted: 2 or more"
+            )
         if "mlm" in self.tasks and not self.mlm_files:
             raise InvalidOptionError("mlm_files: masked language modelling needs text files")
         _among("batching", self.batching, BATCHING)
@@ -196,6 +202,7 @@ def _check_sources(config: RunConfig) -> None:
         get(task, "hub")
         if not isinstance(dataset, str):
             raise InvalidOptionError(f"hub: {task}: {dataset!r}; accepted: a dataset's name, or '' for the task's own")
+    _ = config.source  # which says what cannot be named
 
 
 def _check_paths(name: str, paths: Any) -> None:

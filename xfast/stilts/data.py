@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError
 from xfast.stilts import files, readers
 from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample, unlabelled
-from xfast.stilts.languages import NAMES
+from xfast.stilts.languages import NAMES, UDPOS_WITHOUT_DEV
 from xfast.stilts.rows import pick, text
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
@@ -18,6 +20,10 @@ from xfast.stilts.tasks import get
 SPLITS = ("train", "dev", "test")
 
 Files = Mapping[str, Mapping[str, Sequence[str | Path]]]
+
+
+class MissingDataError(DataFileError):
+    """A Hub dataset does not have this language, or not this split of it."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,23 @@ class Source:
         files: by task and split, files to read instead; ``{language}`` in a name is replaced. Their format is one that
             the task's reader knows, told by the suffix (``.conllu`` works for every tagging task). Labels must be in
             them: gold files of the folder belong to the folder's own.
-        hub: by task, the name of a Hub dataset (or a folder in its format) to read instead; "" for the task's own.
-            Where ``files`` names files of a split, these are read.
+        hub: by task, the name of a Hub dataset (or a folder in its format, ``{language}`` in it replaced) to read
+            instead; "" for the task's own. Where ``files`` names files of a split, these are read.
+
+    Raises:
+        InvalidOptionError: ``files`` or ``hub`` names what is read from the data folder alone: sentences and rankings.
     """
 
     folder: Path | None = None
     files: Files = field(default_factory=dict)
     hub: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, of in (("files", self.files), ("hub", self.hub)):
+            for task in of:
+                kind = get(task, name).type
+                if kind == BITEXT or (kind == MATCHING and (name == "hub" or "test" in of[task])):
+                    raise InvalidOptionError(f"{name}: {task} is evaluated on files of the data folder alone")
 
     def find(self, relative: str) -> Path | None:
         """The file of that relative name in the data folder, or None."""
@@ -58,6 +74,23 @@ class Source:
         names = self.files.get(task.name, {}).get(split)
         return None if names is None else [str(name) for name in names]
 
+    def given(self, task: Task, split: str) -> bool:
+        """Whether ``files`` or ``hub`` names the split: then the data folder's gold files do not belong to it."""
+        return self._named(task, split) is not None or task.name in self.hub
+
+    def one_language(self, task: Task, split: str) -> bool:
+        """Whether what is named for a split is one language's, and which one is not said.
+
+        TyDiQA's files may hold several: its questions' ids tell the language.
+        """
+        named = self._named(task, split)
+        if task.name == "tydiqa":
+            return False
+        if named is not None:
+            return not any("{language}" in name for name in named)
+        name = self.hub.get(task.name, "")
+        return bool(name) and Path(name).is_dir() and "{language}" not in name
+
     def _of_parts(self, task: Task) -> Source:
         """The source of a joined task's parts: its own Hub datasets are theirs."""
         if task.name not in self.hub:
@@ -77,7 +110,8 @@ class Source:
             source = self._of_parts(task)
             return all(source.has(get(part), split, language) for part in task.parts)
         if task.name in self.hub:
-            return task.hub is not None and split in task.hub.splits
+            absent = task.name == "udpos" and split == "dev" and language in UDPOS_WITHOUT_DEV
+            return task.hub is not None and split in task.hub.splits and not absent
         return self.paths(task, split, language) is not None
 
     def load(self, task: Task, split: str, language: str = "en") -> Examples[Any]:
@@ -101,13 +135,16 @@ class Source:
         if paths is None:
             raise DataFileError(self._missing(task, split, language))
         examples = Examples.of(read_file(path, task, language) for path in paths)
+        if task.type == SPAN and len(paths) > 1:
+            _check_unique(examples, paths)
         if named or split not in task.gold or task.type in (SPAN, MATCHING):
             return examples
         if zeroed(examples, task):
             examples = Examples([replace(example, label=None) for example in examples.items], examples.skipped)
         gold = self.find(task.gold[split].format(language=language))
         if gold is not None and examples and all(map(unlabelled, examples.items)):
-            return readers.with_gold(examples, gold, task)
+            joined = readers.with_gold(examples, gold, task)
+            return examples if zeroed(joined, task) else joined
         return examples
 
     def _missing(self, task: Task, split: str, language: str) -> str:
@@ -134,12 +171,25 @@ def read_file(path: Path, task: Task, language: str) -> Examples[Any]:
     return readers.READERS[task.reader](path, task, language)
 
 
+def _check_unique(examples: Examples[Any], paths: Sequence[Path]) -> None:
+    """A question's id is what its answer is written under."""
+    twice = [identity for identity, count in Counter(example.id for example in examples.items).items() if count > 1]
+    if twice:
+        names = " and ".join(map(str, paths))
+        raise DataFileError(f"{names}: question {twice[0]!r} is in more than one ({len(twice)} questions are)")
+
+
 def zeroed(examples: Examples[Any], task: Task) -> bool:
     """Whether a benchmark wrote 0 over the labels that it withholds, as XTREME does for XCOPA's test sets."""
-    return task.type == CHOICE and len(examples) >= _FEWEST_ZEROS and all(e.label == 0 for e in examples.items)
+    return task.type == CHOICE and all_zero([str(example.label) for example in examples.items])
 
 
-_FEWEST_ZEROS = 20  # as many labels that are all the first of two are no chance
+def all_zero(labels: Sequence[str]) -> bool:
+    """Whether so many labels are all the first of two that it is no chance."""
+    return len(labels) >= _FEWEST_ZEROS and set(labels) == {"0"}
+
+
+_FEWEST_ZEROS = 20
 _SENTENCE_ENDS = (". ", "? ", "! ", "\n")
 
 
@@ -175,6 +225,7 @@ def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[
 
     Raises:
         BackendUnavailableError: ``datasets`` is not installed.
+        MissingDataError: the dataset has not this language or split.
         DataFileError: the task has no Hub dataset, or its columns are not what is expected.
     """
     hub = task.hub
@@ -185,6 +236,7 @@ def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[
     except ImportError:
         raise BackendUnavailableError('datasets is not installed: pip install "xfast[stilts]"') from None
     config = hub.config and hub.config.format(language=language, name=NAMES.get(language, language))
+    name = name.replace("{language}", language)
     if name and Path(name).is_dir():
         config = None  # a folder holds one configuration
     where = f"{name or hub.name}{':' + config if config else ''}:{hub.splits[split]}"
@@ -192,7 +244,9 @@ def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[
         rows = datasets.load_dataset(name or hub.name, config, split=hub.splits[split])
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # a RuntimeError: the dataset needs a script, which datasets 4 and later do not run
-        raise DataFileError(f"{where}: {error}; a copy as parquet can be named instead") from None
+        absent = isinstance(error, ValueError) and re.search("Unknown split|BuilderConfig .* not found", str(error))
+        kind = MissingDataError if absent else DataFileError
+        raise kind(f"{where}: {error}; a copy as parquet can be named instead") from None
     names = _label_names(rows, hub.labels)
     converted: Examples[Any] = Examples()
     for index, row in enumerate(rows):
@@ -259,6 +313,10 @@ def _hub_question(row: Mapping[str, Any], task: Task, language: str, where: str)
 def _hub_sentence(row: Mapping[str, Any], task: Task, where: str, names: tuple[str, ...]) -> TaggedExample:
     words = pick(row, ("tokens",), where)
     given = pick(row, ("ner_tags", "pos_tags"), where)
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise DataFileError(f"{where}: tokens {words!r}; expected a list of words")
+    if given is None:  # withheld
+        return TaggedExample(where, tuple(words), None)
     tags = tuple(names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in given)
     if len(words) != len(tags) or not set(tags) <= set(task.labels):
         raise DataFileError(

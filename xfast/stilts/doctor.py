@@ -26,6 +26,7 @@ from xfast.stilts.examples import (
     unlabelled,
 )
 from xfast.stilts.languages import ISO3, NAMES, UDPOS_WITHOUT_DEV
+from xfast.stilts.retrieval_data import bucc
 from xfast.stilts.rows import json_rows, lines
 from xfast.stilts.scoring import TARGETS
 from xfast.stilts.task import BITEXT, MATCHING, SPAN, TAGGING, TARGET, Task
@@ -403,19 +404,12 @@ class _Examination:
         return False
 
     def _bucc(self, task: Task, split: str, language: str) -> bool:
-        stem = f"bucc2018/{language}-en.{split}"
-        sides = [self.source.find(f"{stem}.{side}") for side in (language, "en")]
-        if sides[0] is None or sides[1] is None:
+        sides = [self.source.find(f"bucc2018/{language}-en.{split}.{side}") for side in (language, "en")]
+        if self.source.folder is None or None in sides:
             return False
-        ids = [{row[0] for _, row in _columns(side)} for side in sides if side is not None]
-        gold = self.source.find(f"{stem}.gold")
-        labelled = 0
-        for number, pair in _columns(gold) if gold else ():
-            labelled += 1
-            if pair[0] not in ids[0] or pair[1] not in ids[1]:
-                raise DataFileError(f"{gold}:{number}: {pair[0]} and {pair[1]} are not both in the sentence files")
-        self.found.append(SplitFound(task.name, split, language, len(ids[0]), labelled))
-        if gold is None:
+        data = bucc(self.source.folder, language, split)
+        self.found.append(SplitFound(task.name, split, language, len(data.source), len(data.gold or ())))
+        if data.gold is None:
             self.say(WARNING, task, split, language, _WITHHELD)
         return True
 
@@ -461,11 +455,3 @@ def _read(path: Path, task: Task, language: str) -> Examples[Any]:
 
 def _count(path: Path) -> int:
     return sum(1 for _ in lines(path))
-
-
-def _columns(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in lines(path):
-        row = line.split("\t")
-        if len(row) < 2:
-            raise DataFileError(f"{path}:{number}: {len(row)} columns, expected 2")
-        yield number, row

@@ -49,7 +49,9 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: RunConfig, model: Any, sets: Mapping[str, TrainingSet], steps: int, device: str) -> Estimate:
+def estimate(
+    config: RunConfig, model: Any, sets: Mapping[str, TrainingSet], steps: int, device: str, processes: int = 1
+) -> Estimate:
     """Estimate a run: 6 operations a parameter and token (8 with checkpointing), embeddings left out.
 
     Args:
@@ -58,6 +60,7 @@ def estimate(config: RunConfig, model: Any, sets: Mapping[str, TrainingSet], ste
         sets: training sets.
         steps: optimizer steps.
         device: where it will run; its rate is measured there in about a tenth of a second.
+        processes: that train together, a device each; FSDP shards weights and optimizer over them.
     """
     shares = probabilities(config, sets)
     batch = config.recipe.batch_size
@@ -73,10 +76,10 @@ def estimate(config: RunConfig, model: Any, sets: Mapping[str, TrainingSet], ste
     activations = (
         ACTIVATIONS_PER_LAYER * half * layers * size.hidden_size * widest * min(config.device_batch_size, batch)
     )
-    memory = OPTIMIZER_BYTES * parameters + activations
-    return Estimate(
-        steps, steps * batch, tokens, parameters, memory, operations / (EFFICIENCY * rate(config, device)), device
-    )
+    shards = processes if config.trainer.get("fsdp") else 1
+    memory = OPTIMIZER_BYTES * parameters // shards + activations
+    seconds = operations / (EFFICIENCY * rate(config, device) * processes)
+    return Estimate(steps, steps * batch, tokens, parameters, memory, seconds, device)
 
 
 def _mean_tokens(part: TrainingSet) -> float:

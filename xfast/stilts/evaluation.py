@@ -6,6 +6,7 @@ is at hand they are scored with the official metrics.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,16 +19,16 @@ import torch
 import xfast
 from xfast import files
 from xfast.artifact import manifest_in
-from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
+from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError
 from xfast.options import Options
 from xfast.stilts import prediction, scoring, search
-from xfast.stilts.data import Source
+from xfast.stilts.data import MissingDataError, Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
 from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
 from xfast.stilts.search import Found
-from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
+from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Recipe, Task
 from xfast.stilts.tasks import get
 from xfast.stilts.tokenizer import load_tokenizer
 
@@ -48,9 +49,14 @@ class Evaluation:
         device: "cpu", "cuda", ...; None: a GPU where there is one.
         layer: hidden state that Tatoeba and BUCC use, counted from 1; None: 14 of 24, in proportion.
         pooling: "mean" or "cls", for the same.
-        limit: examples per language, for a quick look; a score on fewer examples is marked as such.
+        limit: examples per language, for a quick look; a score on fewer examples is marked as such, and nothing is
+            written.
         tokenizer: folder or Hub id; None: the model's own.
         dtype: of the weights, "fp32", "bf16" or "fp16"; None: as they are saved.
+        max_length: tokens of one sequence; None: the task's recipe. What the model was trained with, if that differs.
+
+    Raises:
+        InvalidOptionError: a value is not accepted, or the benchmark does not have the task.
     """
 
     model: str
@@ -68,6 +74,7 @@ class Evaluation:
     limit: int | None = None
     tokenizer: str | None = None
     dtype: str | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in ("mean", "cls"):
@@ -84,8 +91,32 @@ class Evaluation:
             Options(backend=self.backend, precision=self.precision)
         elif self.precision != "model":
             raise InvalidOptionError(f"precision: {self.precision!r} with backend none, which runs the stock model")
+        if self.max_length is not None and self.max_length < 1:
+            raise InvalidOptionError(f"max_length: {self.max_length}; accepted: 1 or more")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        task = get(self.task)
+        if task.metric not in scoring.METRICS:
+            known = ", ".join(dict.fromkeys((*scoring.TARGETS["xtreme"], *scoring.TARGETS["xtreme-r"])))
+            raise InvalidOptionError(f"task: {self.task}; accepted: {known}")
         if self.split == "dev" and self.task in ("tatoeba", "lareqa"):
             raise InvalidOptionError(f"split: {self.task} has no dev set; accepted: test")
+        if not self.wanted:
+            has = ", ".join(scoring.TARGETS[self.benchmark])
+            raise InvalidOptionError(f"task: {self.task} is not in {self.benchmark}, which has {has}")
+        if len(self.wanted) > 1 and self.source.one_language(task, self.split):
+            what = "what `files` or `hub` names is one language's"
+            raise InvalidOptionError(
+                f"languages: {self.task} {self.split}: {what}; name that one, or put {{language}} into the names"
+            )
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The languages: those named, or the benchmark's; of tasks that XTREME has not, XTREME-R's."""
+        task = get(self.task)
+        only_later = self.benchmark == "xtreme" and self.task not in scoring.TARGETS["xtreme"]
+        return self.languages or task.languages("xtreme-r" if only_later else self.benchmark)
 
 
 def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any]:
@@ -98,13 +129,10 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
 
     Raises:
         DataFileError: no language has data, or a file is malformed.
-        InvalidOptionError: the task is no target.
+        InvalidOptionError: the model does not take such sequences, or predictions cannot be written.
+        InvalidInputError: the model gives NaN.
     """
-    task = get(run.task)
-    if task.metric not in scoring.METRICS:
-        known = ", ".join(dict.fromkeys((*scoring.TARGETS["xtreme"], *scoring.TARGETS["xtreme-r"])))
-        raise InvalidOptionError(f"task: {run.task}; accepted: {known}")
-    wanted = run.languages or task.languages(run.benchmark) or task.languages("xtreme-r")
+    task, wanted = get(run.task), run.wanted
     started = time.perf_counter()
     predictor = _Predictor(run, task)
     found: dict[str, Found] = {}
@@ -115,13 +143,13 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
             missing[language] = outcome
             continue
         found[language] = outcome
-        if run.output is not None:  # at once: a later language's failure loses nothing
+        if run.output is not None and run.limit is None:  # at once: a later language's failure loses nothing
             write_predictions(run.output, task, run.split, language, outcome.predicted)
     if not found:
         first = next(iter(missing.values()))
         raise DataFileError(f"{run.task} {run.split}: no data in any of {', '.join(wanted)}: {first}")
     return {
-        **_scores(task, found),
+        **_scores(run, task, found),
         "task": run.task,
         "split": run.split,
         "missing": missing,
@@ -134,12 +162,15 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     }
 
 
-def _scores(task: Task, found: Mapping[str, Found]) -> dict[str, Any]:
+def _scores(run: Evaluation, task: Task, found: Mapping[str, Found]) -> dict[str, Any]:
     metric = scoring.metric_of(task.name)
     by_language = {}
     for language, part in found.items():
         if part.gold is not None:
-            scores = metric.score(part.gold, part.predicted, language)
+            try:
+                scores = metric.score(part.gold, part.predicted, language)
+            except InvalidInputError as error:
+                raise DataFileError(f"{task.name} {run.split} {language}: {error}") from None
             by_language[language] = scoring.without_mean(task.name, scores)
     withheld = [language for language, part in found.items() if part.gold is None]
     if not by_language:
@@ -159,7 +190,7 @@ class _Predictor:
         self.model = self._load()
         self.tokenizer = load_tokenizer(run.tokenizer or run.model)
         self.padding = padding_of(self.model, self.tokenizer)
-        self.recipe = task.recipe.within(usable_positions(self.model.config))
+        self.recipe = self._recipe(task)
         self._check_labels()
         self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
         self.forward: Any = self.model
@@ -170,6 +201,14 @@ class _Predictor:
         else:
             self._accelerate()
         self._engine: search.Engine | None = None
+
+    def _recipe(self, task: Task) -> Recipe:
+        wanted, room = self.run.max_length, usable_positions(self.model.config)
+        if wanted is None:
+            return task.recipe.within(room)
+        if room is not None and wanted > room:
+            raise InvalidOptionError(f"max_length: {wanted}; {self.run.model} has positions for {room}")
+        return dataclasses.replace(task.recipe, max_length=wanted)
 
     def _load(self) -> Any:
         run, packed = self.run, self.packed
@@ -205,7 +244,10 @@ class _Predictor:
             return self._search(language, progress)
         if not run.source.has(self.task, run.split, language):
             return f"{self.task.name} {run.split} {language}: no file; published at {self.task.owner}"
-        examples = run.source.load(self.task, run.split, language)
+        try:
+            examples = run.source.load(self.task, run.split, language)
+        except MissingDataError as error:
+            return str(error)
         if run.limit is not None:
             del examples.items[run.limit :]
         return self._predict(language, examples, progress)
@@ -243,15 +285,20 @@ class _Predictor:
             )
 
     def _answers(self, language: str, examples: Examples[Any]) -> dict[str, list[str]] | None:
-        """Accepted answers by question; from the label folder where the data file has them blanked."""
+        """Accepted answers by question; from the label folder where the data folder's file has them blanked."""
+        source, split = self.run.source, self.run.split
         gold = {item.id: [answer.text for answer in item.answers] for item in examples.items}
         if all(gold.values()):
             return gold
-        path = self.run.source.find(self.task.gold.get(self.run.split, "").format(language=language))
-        if path is None or self.run.split not in self.task.gold:
+        given = source.given(self.task, split) or split not in self.task.gold
+        path = None if given else source.find(self.task.gold[split].format(language=language))
+        if path is None:
             return None
         labels = scoring.metric_of(self.task.name).read(path, True)
-        return {identity: labels[identity] for identity in gold if labels.get(identity)} or None
+        known = {identity: labels[identity] for identity in gold if any(labels.get(identity, ()))}
+        if known and len(known) < len(gold):
+            raise DataFileError(f"{path}: answers to {len(known)} of the {len(gold)} questions of {language}")
+        return known or None
 
     def _search(self, language: str, progress: Progress | None) -> Found | str:
         if self._engine is None:  # one for all languages: they share candidates
@@ -274,8 +321,7 @@ def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
 def write_predictions(folder: Path, task: Task, split: str, language: str, predicted: Any) -> Path:
     """Write one language's predictions as XTREME's evaluation reads them. The file appears whole or not at all."""
     path = folder / task.name / f"{split}-{language}.{scoring.metric_of(task.name).suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, _text(task, predicted))
+    files.save("output", path, _text(task, predicted).encode())
     return path
 
 

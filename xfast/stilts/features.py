@@ -236,14 +236,14 @@ def passage(encoder: Encoder, text: Sequence[int], context: Sequence[int]) -> tu
 
 def _tags(encoder: Encoder, items: Sequence[TaggedExample], labels: Sequence[str], train: bool) -> Iterable[Feature]:
     index = {name: i for i, name in enumerate(labels)}
-    words = list({word for example in items for word in example.words})
-    pieces = dict(zip(words, encoder.ids(words), strict=True))
+    pieces = _pieces(encoder, items)
     room = encoder.recipe.max_length - 2
     for number, example in enumerate(items):
         if train and example.tags is None:
             encoder.notes[UNLABELLED] += 1
             continue
-        windows = list(_word_windows(encoder, [pieces[word] for word in example.words], room))
+        words = [pieces[at > 0, word] for at, word in enumerate(example.words)]
+        windows = list(_word_windows(encoder, words, room))
         encoder.notes[SPLIT_SENTENCE] += len(windows) > 1
         for first, parts in windows:
             starts = np.cumsum([1, *(len(part) for part in parts)])[:-1]
@@ -255,6 +255,22 @@ def _tags(encoder: Encoder, items: Sequence[TaggedExample], labels: Sequence[str
                 label[starts] = [index.get(tag, IGNORED) for tag in tags]
                 encoder.notes[UNKNOWN_TAG] += sum(tag not in index for tag in tags)
             yield Feature((row,), (end,), label, number, (first, starts))
+
+
+def _pieces(encoder: Encoder, items: Sequence[TaggedExample]) -> dict[tuple[bool, str], list[int]]:
+    """Pieces of every word, at a sentence's start (False) and after another word (True).
+
+    For byte-level tokenizers (RoBERTa's) that is not the same: the space before a word is a part of its first piece.
+    """
+    words = list({word for example in items for word in example.words})
+    first = encoder.ids(words)
+    spaced, alone = encoder.ids([" a", "a"])
+    later = first if spaced == alone else encoder.ids([f" {word}" for word in words])
+    return {
+        (after, word): ids
+        for after, all_ in ((False, first), (True, later))
+        for word, ids in zip(words, all_, strict=True)
+    }
 
 
 def _word_windows(encoder: Encoder, words: Sequence[list[int]], room: int) -> Iterable[tuple[int, list[list[int]]]]:

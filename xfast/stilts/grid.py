@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from xfast import files
 from xfast.errors import InvalidOptionError
 from xfast.stilts import config as configs
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
+from xfast.stilts.estimate import Estimate
 from xfast.stilts.evaluation import Evaluation, evaluate
+from xfast.stilts.rows import load_json
 from xfast.stilts.task import BITEXT, INTERMEDIATE, MATCHING, TARGET
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, XTREME_TARGETS, get
 from xfast.stilts.training import Trained, train
@@ -45,7 +50,8 @@ class GridConfig:
         targets: columns.
         seeds: each cell is run once for each.
         benchmark: "xtreme" or "xtreme-r": the languages.
-        split: evaluated split; a target without it is evaluated on its other one, and says so.
+        splits: evaluated splits, "dev", "test" or both: the best row of a target is picked on dev and told on test. A
+            target without one of them is evaluated on its other one, and says so.
         languages: these instead of all.
         limit: examples per language.
         intermediate, target: options of :class:`RunConfig` for the two phases.
@@ -63,7 +69,7 @@ class GridConfig:
     targets: tuple[str, ...] = XTREME_TARGETS
     seeds: tuple[int, ...] = (0, 1, 2)
     benchmark: str = "xtreme"
-    split: str = "dev"
+    splits: tuple[str, ...] = ("dev",)
     languages: tuple[str, ...] | None = None
     limit: int | None = None
     intermediate: dict[str, Any] = field(default_factory=dict)
@@ -73,10 +79,13 @@ class GridConfig:
     keep_models: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("intermediates", "all_tasks", "targets", "seeds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            if not getattr(self, name):
+        for name in ("intermediates", "all_tasks", "targets", "seeds", "splits"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values:
                 raise InvalidOptionError(f"{name}: none given")
+            if twice := [str(value) for value in dict.fromkeys(values) if values.count(value) > 1]:
+                raise InvalidOptionError(f"{name}: {', '.join(twice)} given more than once")
         for name in self.intermediates:
             if name not in (BASELINE, ALL) and get(name, "intermediates").role != INTERMEDIATE:
                 known = ", ".join((BASELINE, *INTERMEDIATE_TASKS, ALL))
@@ -102,7 +111,8 @@ class GridConfig:
         for target in self.targets:
             for name in _stages(target) if get(target).train_on else ():
                 run_config(self, self.target, self.model, (name,), Path("unused"), self.seeds[0])
-            evaluation(self, self.model, target, Path("unused"))
+            for split in self.splits:
+                evaluation(self, self.model, target, split, Path("unused"))
 
     @property
     def source(self) -> Source:
@@ -135,143 +145,212 @@ def cells(config: GridConfig) -> Iterator[Cell]:
                 yield Cell(intermediate, target, seed)
 
 
-def done(config: GridConfig) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The last line of each cell in ``cells.jsonl``. A last line cut off by a crash is passed over."""
-    path = Path(config.output) / "cells.jsonl"
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+Rows = dict[tuple[str, str, int, str], dict[str, Any]]
+"""By intermediate task, target, seed and split."""
+
+
+def done(config: GridConfig) -> Rows:
+    """The last row of each cell and split in ``cells.jsonl``. A last line cut off by a crash is passed over."""
+    found: Rows = {}
+    for line in _lines(Path(config.output) / "cells.jsonl"):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        found[row["intermediate"], row["target"], row["seed"]] = row
+        found[row["intermediate"], row["target"], row["seed"], row["split"]] = row
     return found
 
 
-def run(config: GridConfig, report: Report | None = None, callbacks: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.is_file() else []
+
+
+def run(
+    config: GridConfig,
+    report: Report | None = None,
+    callbacks: tuple[Any, ...] = (),
+    announce: Callable[[Estimate], None] | None = None,
+) -> list[dict[str, Any]]:
     """Run every cell that is not done. Failed cells are tried again; what they had trained is kept.
 
+    Args:
+        config: the grid.
+        report: called with a cell and what happens to it.
+        callbacks: ``TrainerCallback`` objects for every training run.
+        announce: called with what a training run will cost, before it begins.
+
     Returns:
-        The rows of all cells, as :func:`xfast.stilts.report.load_cells` reads them.
+        The rows of all cells and splits, as :func:`xfast.stilts.report.load_cells` reads them.
 
     Raises:
-        InvalidOptionError: the folder holds another grid.
+        InvalidOptionError: the folder holds another grid or cannot be made, or several processes would run it.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InvalidOptionError("grid: one process runs it; use torchrun for single runs, `xfast stilts train`")
     folder = Path(config.output)
     _same_grid(folder, config)
     say = report or (lambda cell, what: None)
     before = done(config)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for cell in cells(config):
-        row = before.get(cell.key)
-        if row is None or row["status"] != "done":
-            row = _run(config, cell, say, callbacks)
-            _append(folder / "cells.jsonl", row)
-        say(cell, row["status"] if row["status"] == "done" else f"failed: {row['error']}")
-        rows.append(row)
+        splits = dict.fromkeys(split_of(config, cell.target, split) for split in config.splits)
+        had = {split: before.get((*cell.key, split), {}) for split in splits}
+        missing = [split for split in splits if had[split].get("status") != "done"]
+        if missing:
+            for row in _run(config, cell, missing, say, _Training(callbacks, announce)):
+                _append(folder / "cells.jsonl", row)
+                had[row["split"]] = row
+        # after its rows are on disk: a cell that is killed in between would be trained again
+        if not config.keep_models and all(row["status"] == "done" for row in had.values()):
+            _drop_models(_folder(config, cell))
+        failed = [row["error"] for row in had.values() if row["status"] != "done"]
+        say(cell, f"failed: {failed[0]}" if failed else "done")
+        rows += had.values()
     return rows
 
 
+@dataclass(frozen=True)
+class _Training:
+    callbacks: tuple[Any, ...]
+    announce: Callable[[Estimate], None] | None
+
+
 def _append(path: Path, row: dict[str, Any]) -> None:
-    cut_off = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
-    with path.open("a", encoding="utf-8") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(row, ensure_ascii=False) + "\n")
+    """Add a row; what a crash has cut off before it goes."""
+    kept = path.read_bytes() if path.is_file() else b""
+    kept = kept[: kept.rfind(b"\n") + 1]
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    files.write_bytes(path, kept + line.encode())
 
 
 def _same_grid(folder: Path, config: GridConfig) -> None:
-    """Rows, columns and seeds may grow; what a cell means may not change once one is done (a run checks itself)."""
-    import dataclasses
-
+    """Rows, columns, seeds and splits may grow; what a cell means may not change once one is done."""
     stored = folder / "grid.json"
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if stored.is_file() and any(row["status"] == "done" for row in done(config).values()):
-        before = json.loads(stored.read_text(encoding="utf-8"))
-        free = ("intermediates", "targets", "seeds", "keep_models", "output")
+        before = load_json(stored)
+        free = ("intermediates", "targets", "seeds", "splits", "keep_models", "output")
         if changed := [name for name in now if name not in free and now[name] != before.get(name)]:
             raise InvalidOptionError(f"output: {folder} holds a grid with another {', '.join(changed)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    files.save("output", stored, (json.dumps(now, indent=1) + "\n").encode())
 
 
-def _run(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[Any, ...]) -> dict[str, Any]:
+def _run(
+    config: GridConfig, cell: Cell, splits: Sequence[str], say: Report, training: _Training
+) -> Iterator[dict[str, Any]]:
+    """A row for each split. A cell's failure, whatever it is, must not end the others."""
     started = time.perf_counter()
-    split = split_of(config, cell.target)
-    row: dict[str, Any] = {
-        "intermediate": cell.intermediate,
-        "target": cell.target,
-        "seed": cell.seed,
-        "split": split,
-        "model": config.model,
-    }
     try:
-        result = _evaluated(config, cell, say, callbacks)
-        row.update(
-            status="done", error=None, score=result["score"], languages=result["languages"], notes=result["notes"]
-        )
-        if result["score"] is None:
-            row.update(status="failed", error=f"no gold in any language for {cell.target} {split}")
-    except Exception as error:  # a cell's failure, whatever it is, must not end the others
-        row.update(status="failed", error=f"{type(error).__name__}: {error}", score=None, languages={})
+        model, trained = _trained(config, cell, say, training)
+    except Exception as error:
+        for split in splits:
+            yield _row(config, cell, split, started, error)
+        return
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
+    for split in splits:
+        say(cell, f"evaluating on {split}")
+        try:
+            found: Any = evaluate(evaluation(config, model, cell.target, split, _folder(config, cell)))
+            text = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
+            files.write_text(_folder(config, cell) / f"evaluation-{split}.json", text)
+        except Exception as error:
+            found = error
+        finally:
+            _free_memory()
+        yield _row(config, cell, split, started, found, trained)
+        started = time.perf_counter()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _row(
+    config: GridConfig, cell: Cell, split: str, started: float, found: Any, trained: Trained | None = None
+) -> dict[str, Any]:
+    """What ``cells.jsonl`` has of one evaluation: ``found`` is its result or what was raised."""
+    row: dict[str, Any] = {**dataclasses.asdict(cell), "split": split, "model": config.model}
+    if trained is not None:
+        row["training"] = {"dev_score": trained.score, "steps": trained.steps, "notes": trained.notes}
     row["seconds"] = round(time.perf_counter() - started, 3)
-    return row
+    if isinstance(found, Exception):
+        return {**row, "status": "failed", "error": f"{type(found).__name__}: {found}", "score": None, "languages": {}}
+    if found["score"] is None:
+        error = f"no gold in any language for {cell.target} {split}"
+        return {**row, "status": "failed", "error": error, "score": None, "languages": {}}
+    kept = {name: found[name] for name in ("score", "languages", "notes", "missing", "withheld", "limit")}
+    return {**row, "status": "done", "error": None, **kept, "partial": _partial(found)}
 
 
-def split_of(config: GridConfig, target: str) -> str:
+def _partial(found: Mapping[str, Any]) -> str | None:
+    """What a score does not cover: "3 of 15 languages, at most 5 examples a language"."""
+    scored, others = len(found["languages"]), len(found["missing"]) + len(found["withheld"])
+    parts = [f"{scored} of {scored + others} languages"] if others else []
+    parts += [f"at most {found['limit']} examples a language"] if found["limit"] else []
+    return ", ".join(parts) or None
+
+
+def split_of(config: GridConfig, target: str, split: str) -> str:
     """The split a target is evaluated on: the one asked for, where it is there."""
     task = get(target)
     if target == "bucc2018":
-        return config.split
-    no_dev = task.type in (BITEXT, MATCHING) or config.split not in task.files  # matching: dev is for training alone
-    return "test" if no_dev else config.split
+        return split
+    no_dev = task.type in (BITEXT, MATCHING) or split not in task.files  # matching: dev is for training alone
+    return "test" if no_dev else split
 
 
-def evaluation(config: GridConfig, model: str, target: str, folder: Path) -> Evaluation:
-    """The evaluation of one cell."""
+def evaluation(config: GridConfig, model: str, target: str, split: str, folder: Path) -> Evaluation:
+    """The evaluation of one cell on the split, or on the one that the target has."""
     return Evaluation(
         model,
         target,
         folder / "predictions",
         config.source,
-        split=split_of(config, target),
+        split=split_of(config, target, split),
         benchmark=config.benchmark,
         languages=config.languages,
         tokenizer=config.target.get("tokenizer", config.model),
         precision=config.precision,
         backend=config.backend,
         limit=config.limit,
+        max_length=config.target.get("max_length") if get(target).train_on else None,
     )
 
 
-def _evaluated(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[Any, ...]) -> dict[str, Any]:
-    encoder = _intermediate(config, cell, say, callbacks)
-    folder = Path(config.output) / "targets" / cell.intermediate / cell.target / f"seed{cell.seed}"
-    model = encoder
-    if get(cell.target).train_on:
-        say(cell, "fine-tuning")
-        model = str(_fine_tuned(config, cell, encoder, folder, callbacks) / "tasks" / _last_stage(cell.target))
-    say(cell, "evaluating")
-    result = evaluate(evaluation(config, model, cell.target, folder))
-    (folder / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    if not config.keep_models and result["score"] is not None:
-        for stage in folder.glob("stage*"):
-            (stage / "result.json").unlink(missing_ok=True)  # first: without its models it must not count as trained
-            for part in ("encoder", "tasks"):
-                shutil.rmtree(stage / part, ignore_errors=True)
-    return result
+def _folder(config: GridConfig, cell: Cell) -> Path:
+    return Path(config.output) / "targets" / cell.intermediate / cell.target / f"seed{cell.seed}"
 
 
-def _intermediate(config: GridConfig, cell: Cell, say: Report, callbacks: tuple[Any, ...]) -> str:
+def _trained(config: GridConfig, cell: Cell, say: Report, training: _Training) -> tuple[str, Trained | None]:
+    """The model of a cell, and of its fine-tuning what is worth keeping."""
+    encoder = _intermediate(config, cell, say, training)
+    if not get(cell.target).train_on:
+        return encoder, None
+    say(cell, "fine-tuning")
+    trained = _fine_tuned(config, cell, encoder, training)
+    return str(trained.folder / "tasks" / _last_stage(cell.target)), trained
+
+
+def _drop_models(folder: Path) -> None:
+    for stage in folder.glob("stage*"):
+        if (stage / "result.json").is_file():  # first: without its models it must not count as trained
+            (stage / "result.json").replace(stage / "trained.json")
+        for part in ("encoder", "tasks"):
+            shutil.rmtree(stage / part, ignore_errors=True)
+
+
+def _intermediate(config: GridConfig, cell: Cell, say: Report, training: _Training) -> str:
     """Phase 2: the encoder that the row starts from."""
     if cell.intermediate == BASELINE:
         return config.model
     say(cell, "intermediate training")
     tasks = _row_tasks(config, cell.intermediate)
     folder = Path(config.output) / "intermediate" / cell.intermediate / f"seed{cell.seed}"
-    trained = _train(config, config.intermediate, config.model, tasks, folder, cell.seed, callbacks)
+    run = run_config(config, config.intermediate, config.model, tasks, folder, cell.seed)
+    trained = train(run, callbacks=training.callbacks, announce=training.announce)
     return str(trained.folder / "encoder")
 
 
@@ -294,26 +373,14 @@ def _last_stage(target: str) -> str:
     return _stages(target)[-1]
 
 
-def _fine_tuned(config: GridConfig, cell: Cell, encoder: str, folder: Path, callbacks: tuple[Any, ...]) -> Path:
-    model, options = encoder, config.target
+def _fine_tuned(config: GridConfig, cell: Cell, encoder: str, training: _Training) -> Trained:
+    model, options, folder = encoder, config.target, _folder(config, cell)
     for number, name in enumerate(_stages(cell.target)):
-        stage = folder / f"stage{number}"
-        _train(config, options, model, (name,), stage, cell.seed, callbacks)
+        run = run_config(config, options, model, (name,), folder / f"stage{number}", cell.seed)
+        trained = train(run, callbacks=training.callbacks, announce=training.announce)
         # a second stage continues the first one's head, too: COPA alone is too small for a new one
-        model, options = str(stage / "tasks" / name), {**config.target, "heads": "checkpoint"}
-    return stage
-
-
-def _train(
-    config: GridConfig,
-    options: dict[str, Any],
-    model: str,
-    tasks: tuple[str, ...],
-    folder: Path,
-    seed: int,
-    callbacks: tuple[Any, ...],
-) -> Trained:
-    return train(run_config(config, options, model, tasks, folder, seed), callbacks=callbacks)
+        model, options = str(trained.folder / "tasks" / name), {**config.target, "heads": "checkpoint"}
+    return trained
 
 
 def run_config(

@@ -297,6 +297,7 @@ def average_precision(gold: Collection[str], ranked: Sequence[str], k: int = 20)
     """Average precision of the first ``k`` of a ranking, 0 to 1; the divisor is min(number of gold items, k)."""
     if not gold:
         raise InvalidInputError("gold: a query without a right answer")
+    gold = set(gold)  # an answer counts once, also where a file names it twice
     hits, total, seen = 0, 0.0, set()
     for rank, item in enumerate(ranked[:k], start=1):
         if item in gold and item not in seen:

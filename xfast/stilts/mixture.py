@@ -82,8 +82,8 @@ def training_sets(config: RunConfig, tokenizer: Any) -> dict[str, TrainingSet]:
 def _supervised(config: RunConfig, task: Task, tokenizer: Any) -> TrainingSet:
     origin, source = examples_task(task), config.source
     examples = source.load(origin, "train")
+    dev = _dev(config, origin, examples)  # what it holds out does not count as training examples
     _limit(examples, config.train_examples, origin)
-    dev = _dev(config, origin, examples)
     for name in dict.fromkeys((origin.name, task.name)):
         for path in config.translated.get(name, ()):
             examples.extend(read_file(Path(path), origin, "en"))  # question ids keep the language they came from
@@ -141,10 +141,10 @@ def label_set(config: RunConfig, task: Task, examples: Examples[Any]) -> tuple[s
     paths = config.source.paths(task, "train") or ()
     for path in (folder.parent / "tags_to_id.json" for folder in paths):
         if path.is_file():
-            ids = load_json(path)
-            if not isinstance(ids, dict) or {*map(repr, ids.values())} != {*map(str, range(len(ids)))}:
+            ids = load_json(path)  # the ids are numbers, or numbers as text
+            if not isinstance(ids, dict) or {*map(str, ids.values())} != {*map(str, range(len(ids)))}:
                 raise DataFileError(f"{path}: expected the ids 0 to n - 1 by tag")
-            return tuple(sorted(ids, key=lambda tag: ids[tag]))
+            return tuple(sorted(ids, key=lambda tag: int(ids[tag])))
     return tuple(sorted({tag for example in examples.items for tag in example.tags or ()}))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from xfast.errors import InvalidInputError
 from xfast.stilts.batches import Padding, by_length, collate, pad_rows
 from xfast.stilts.examples import SpanExample
 from xfast.stilts.features import Feature, Features, Ids
@@ -85,6 +86,15 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     return tensor.float().cpu().numpy()
 
 
+def _check(logits: npt.NDArray[np.float32], example: int) -> None:
+    """An argmax over NaN is an ordinary class: it must not become a prediction."""
+    if not np.isfinite(logits).all():
+        raise InvalidInputError(
+            f"model: NaN or infinity instead of scores for example {example}: do its weights hold any, or are numbers "
+            "larger than fp16 takes?"
+        )
+
+
 def classes(
     forward: Forward, features: Features, type: str, padding: Padding, device: torch.device, progress: Any = None
 ) -> npt.NDArray[np.float32]:
@@ -92,6 +102,7 @@ def classes(
     found: list[Any] = [None] * len(features)
     for indices, result in outputs(forward, features.items, type, padding, device, progress=progress):
         for index, row in zip(indices, _array(result.logits), strict=True):
+            _check(row, features.items[index].example)
             found[index] = row
     return np.stack(found) if found else np.zeros((0, 0), np.float32)
 
@@ -113,10 +124,11 @@ def tags(
     """
     found: list[list[str]] = [[""] * count for count in words]
     for indices, result in outputs(forward, features.items, TAGGING, padding, device, progress=progress):
-        best = result.logits.argmax(-1).cpu().numpy()
-        for index, row in zip(indices, best, strict=True):
+        most, best = result.logits.max(-1)
+        for index, row, scores in zip(indices, best.cpu().numpy(), _array(most), strict=True):
             feature = features.items[index]
             first, starts = feature.extra
+            _check(scores[starts], feature.example)
             found[feature.example][first : first + len(starts)] = [names[i] for i in row[starts]]
     return found
 
@@ -142,6 +154,8 @@ def answers(
         for index, start, end in zip(indices, starts, ends, strict=True):
             feature = features.items[index]
             example = feature.example
+            inside = slice(feature.extra.first, feature.extra.first + len(feature.extra.offsets))
+            _check(np.concatenate([start[:1], end[:1], start[inside], end[inside]]), example)
             null[example] = min(null[example], float(start[0] + end[0]))
             found = best_span(start, end, feature)
             if found is not None and found[0] > best[example][0]:

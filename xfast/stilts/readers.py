@@ -38,6 +38,8 @@ BROKEN_ROW = "a row with the wrong number of columns"
 
 _LABEL_NAMES = {"contradictory": "contradiction", "c": "contradiction", "e": "entailment", "n": "neutral"}
 _WITHHELD = ("", None, -1, "-1")
+_FIRST, _SECOND = ("premise", "sentence1", "context", "question1"), ("hypothesis", "sentence2", "question2")
+_HEADINGS = (*_FIRST, *_SECOND, "hypo")
 
 
 def label_name(value: Any, labels: Sequence[str], where: str) -> str | None:
@@ -59,8 +61,7 @@ def pair_row(row: Mapping[str, Any], task: Task, where: str) -> PairExample | st
     label = next((row[name] for name in ("gold_label", "label", "is_duplicate") if name in row), None)
     if label == "-":
         return UNLABELLED
-    first = text(row, ("premise", "sentence1", "context", "question1"), where)
-    second = text(row, ("hypothesis", "sentence2", "question2"), where)
+    first, second = text(row, _FIRST, where), text(row, _SECOND, where)
     name = label_name(label, task.labels, where)
     return PairExample(str(row.get("uid") or row.get("pairID") or where), first, second, name)
 
@@ -77,6 +78,8 @@ def read_pairs(path: Path, task: Task, language: str) -> Examples[PairExample]:
         where = f"{path}:{number}"
         if len(row) not in (2, 3):
             raise DataFileError(f"{where}: {len(row)} columns, expected sentence1, sentence2, label (or none)")
+        if number == 1 and row[0].strip().lower() in _HEADINGS and row[1].strip().lower() in _HEADINGS:
+            raise DataFileError(f"{where}: a heading, which XTREME's files do not have; leave the line out")
         label = label_name(row[2], task.labels, where) if len(row) == 3 else None
         examples.items.append(PairExample(f"{path.stem}-{len(examples)}", row[0], row[1], label))
     return examples
@@ -208,7 +211,7 @@ def read_squad(path: Path, task: Task, language: str) -> Examples[SpanExample]:
                 context = paragraph["context"]
                 for qa in paragraph["qas"]:
                     add_question(examples, context, qa, task, language)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise DataFileError(
             f"{path}: not SQuAD's format, data[].paragraphs[].{{context, qas[].{{id, question, answers}}}}: {error!r}"
         ) from None

@@ -74,6 +74,7 @@ class Cell:
         languages: that score by language, in percent.
         error: why it failed.
         seconds: how long it took.
+        partial: what the score does not cover, in words; None: it is over the whole benchmark.
         replaced: earlier rows of the file that this one stands for.
     """
 
@@ -86,6 +87,7 @@ class Cell:
     languages: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     seconds: float | None = None
+    partial: str | None = None
     replaced: int = 0
 
 
@@ -165,6 +167,7 @@ class GridSummary:
         unfinished: cells that failed or are pending, of either split.
         duplicates: rows that a later one replaced.
         hidden: done cells of the split that is not shown.
+        partial: by target, what the scores that are shown do not cover.
     """
 
     split: str
@@ -182,6 +185,7 @@ class GridSummary:
     unfinished: tuple[Cell, ...]
     duplicates: int
     hidden: int
+    partial: Mapping[str, str]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -197,10 +201,7 @@ def load_cells(path: Path | str) -> list[Cell]:
         DataFileError: the file is missing, unreadable or malformed; names the file and, where there is one, the line.
     """
     path = Path(path)
-    try:
-        return _deduplicated(_cell(row, f"{path}:{line}") for line, row in _rows(path))
-    except RecursionError:
-        raise DataFileError(f"{path}: nested too deeply for cells") from None
+    return _deduplicated(_cell(row, f"{path}:{line}") for line, row in _rows(path))
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -246,6 +247,7 @@ def _cell(row: Any, where: str) -> Cell:
         # Control characters would reach the terminal, lone surrogates could not be written.
         error=None if error is None else "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in error),
         seconds=None if row.get("seconds") is None else _number(row["seconds"], f"{where}: seconds", 1e12),
+        partial=None if row.get("partial") is None else _name(row["partial"], f"{where}: partial"),
     )
 
 
@@ -275,6 +277,11 @@ def _deduplicated(cells: Iterable[Cell]) -> list[Cell]:
         before = kept.get(key)
         kept[key] = cell if before is None else replace(cell, replaced=cell.replaced + before.replaced + 1)
     return list(kept.values())
+
+
+def _partial(cells: Sequence[Cell], target: str, split: str) -> str:
+    shown = [cell.partial for cell in cells if (cell.target, cell.split) == (target, split) and cell.partial]
+    return "; ".join(dict.fromkeys(shown))
 
 
 # --- summarizing ----------------------------------------------------------------------------------
@@ -325,6 +332,7 @@ def summarize(cells: Iterable[Cell], split: str = "dev") -> GridSummary:
         unfinished=tuple(cell for cell in cells if cell.status != "done"),
         duplicates=sum(cell.replaced for cell in cells),
         hidden=sum(cell.status == "done" and cell.split != splits[cell.target] for cell in cells),
+        partial={target: what for target in targets if (what := _partial(cells, target, splits[target]))},
     )
 
 

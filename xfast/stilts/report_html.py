@@ -208,6 +208,9 @@ def notes(document: Document) -> list[str]:
     other = [heads[target] for target, split in document["splits"].items() if split != document["split"]]
     if other:
         found.append(f"Without cells on {document['split']}, shown on the other split: {', '.join(other)}.")
+    found += [
+        f"{heads[target]}: {what}; official figures are over all." for target, what in document["partial"].items()
+    ]
     for row, mean in document["averages"].items():
         if mean["n"] < mean["of"]:
             absent = [heads[target] for target, entry in document["entries"][row].items() if not entry["delta"]]

@@ -155,7 +155,7 @@ def tatoeba(folder: Path | str, language: str) -> Tatoeba:
 
     Reads XTREME's layout, ``tatoeba/{language}-en.{language}`` and ``.en`` (the English side sorted by XTREME, so that
     its gold is in ``labels/tatoeba/test-{language}.tsv`` and only there), or else LASER's own,
-    ``tatoeba/tatoeba.{iso3}-eng.{iso3}`` and ``.eng``, where row i translates row i.
+    ``tatoeba/tatoeba.{iso3}-eng.{iso3}`` and ``.eng``, where row i translates row i; its English side is sorted here.
 
     Raises:
         DataFileError: a file is missing or not UTF-8, the sides differ in length, or a label is no row.
@@ -172,8 +172,9 @@ def tatoeba(folder: Path | str, language: str) -> Tatoeba:
     foreign, english = (tuple(line for _, line in lines(path)) for path in paths)
     if len(foreign) != len(english):
         raise DataFileError(f"{paths[0]} and {paths[1]}: {len(foreign)} and {len(english)} sentences, expected as many")
-    if layout == 1:
-        return Tatoeba(foreign, english, tuple(range(len(foreign))))
+    if layout == 1:  # in XTREME's order, in which its labels and submissions are
+        order = sorted(range(len(english)), key=english.__getitem__)
+        return Tatoeba(foreign, tuple(english[row] for row in order), tuple(order))
     labels = find(folder, f"labels/tatoeba/test-{language}.tsv")
     return Tatoeba(foreign, english, None if labels is None else _rows(labels, len(foreign)))
 
@@ -196,7 +197,8 @@ def bucc(folder: Path | str, language: str, split: str) -> Bucc:
     Args:
         language: de, fr, ru or zh.
         split: "dev" (BUCC's sample) or "test" (its training set, whose gold XTREME deletes): any name whose files
-            ``bucc2018/{language}-en.{split}.{language}`` and ``.en`` are there.
+            ``bucc2018/{language}-en.{split}.{language}`` and ``.en`` are there. Gold is in ``.gold`` beside them or in
+            ``labels/bucc2018/{split}-{language}.tsv``.
 
     Raises:
         DataFileError: a file is missing or has a line that is not ``id<TAB>sentence``, an id occurs twice, or the gold
@@ -204,7 +206,7 @@ def bucc(folder: Path | str, language: str, split: str) -> Bucc:
     """
     prefix = f"bucc2018/{language}-en.{split}"
     source, target = (_tabbed(_needed(Path(folder), f"{prefix}.{side}")) for side in (language, "en"))
-    path = find(Path(folder), f"{prefix}.gold")
+    path = find(Path(folder), f"{prefix}.gold") or find(Path(folder), f"labels/bucc2018/{split}-{language}.tsv")
     if path is None:
         return Bucc(source, target, None)
     known = frozenset(source.ids), frozenset(target.ids)
@@ -265,6 +267,8 @@ def lareqa(folder: Path | str, languages: Sequence[str]) -> Ranking:
                 passages += [(f"{name}_{i}", context[a:b], context, language) for i, (a, b) in enumerate(breaks)]
                 for qa in paragraph["qas"]:
                     start = _answer_start(qa, path)
+                    if not isinstance(qa["question"], str):
+                        raise DataFileError(f"{path}: question {qa['id']} is {qa['question']!r}, expected text")
                     holds = next((i for i, (a, b) in enumerate(breaks) if a <= start < b), None)
                     if holds is None:
                         skipped[NO_SENTENCE] += 1

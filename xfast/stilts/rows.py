@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xfast.errors import DataFileError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 csv.field_size_limit(2**24)  # a paragraph is longer than the csv module's 128 KiB in a few languages' files
 
@@ -28,21 +31,30 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def load_json(path: Path) -> Any:
     """The file's JSON value, with typed errors."""
-    text = "\n".join(line for _, line in lines(path))
+    return _parsed("\n".join(line for _, line in lines(path)), path, 1)
+
+
+def _parsed(text: str, path: Path, number: int) -> Any:
+    """The JSON value that begins on a line."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataFileError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON, perhaps truncated: {error}") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{number + getattr(error, 'lineno', 1) - 1}"
+        raise DataFileError(f"{where}: not JSON, perhaps truncated: {error}") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            what = "half of a surrogate pair, which is no character: a text that was cut off there?"
+            raise DataFileError(f"{path}:{number}: {what}") from None
+    return value
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSON-lines file; empty lines are passed over."""
     for number, line in lines(path):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataFileError(f"{path}:{number}: not JSON, perhaps truncated: {error}") from None
+            row = _parsed(line, path, number)
             if not isinstance(row, dict):
                 raise DataFileError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
             yield number, row

@@ -6,6 +6,7 @@ rankings, ``.jsonl`` for XCOPA), predictions and labels alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError
 from xfast.stilts import metrics
+from xfast.stilts.data import all_zero
 from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.readers import read_gold
 from xfast.stilts.rows import json_rows, lines, load_json, pick
@@ -57,7 +59,10 @@ class Metric:
 
 
 def _read_labels(path: Path, gold: bool) -> list[str]:
-    return read_gold(path)
+    labels = read_gold(path)
+    if gold and "" in labels:
+        raise DataFileError(f"{path}:{labels.index('') + 1}: no label; is the gold withheld?")
+    return labels
 
 
 def _read_tags(path: Path, gold: bool) -> list[list[str]]:
@@ -91,12 +96,18 @@ def _read_answers(path: Path, gold: bool) -> Mapping[str, Any]:
     answers: dict[str, list[str]] = {}
     try:
         for qa in (qa for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]):
-            if qa["id"] in answers:
+            if str(qa["id"]) in answers:
                 raise DataFileError(f"{path}: question {qa['id']} occurs twice")
-            answers[qa["id"]] = [answer["text"] for answer in qa["answers"]]
+            answers[str(qa["id"])] = [_text_of(answer) for answer in qa["answers"]]
     except (TypeError, KeyError) as error:
         raise DataFileError(f"{path}: not SQuAD's format: {error!r}") from None
     return answers
+
+
+def _text_of(answer: Mapping[str, Any]) -> str:
+    if not isinstance(answer["text"], str):
+        raise TypeError(f"the answer {answer['text']!r} is no text")
+    return answer["text"]
 
 
 def _read_ranking(path: Path, gold: bool) -> Mapping[str, Any]:
@@ -117,7 +128,15 @@ def _mapping(document: Any, path: Path, accepts: Callable[[Any], bool], expected
 
 
 def _read_xcopa(path: Path, gold: bool) -> list[str]:
-    return [str(pick(row, ("label",), f"{path}:{number}")) for number, row in json_rows(path)]
+    labels = []
+    for number, row in json_rows(path):
+        label = str(pick(row, ("label",), f"{path}:{number}"))
+        if gold and label not in ("0", "1"):
+            raise DataFileError(f"{path}:{number}: label {label}; accepted: 0, 1; is the gold withheld?")
+        labels.append(label)
+    if gold and all_zero(labels):
+        raise DataFileError(f"{path}: every label is 0, which XTREME writes over those that it withholds")
+    return labels
 
 
 def _plain(score: Callable[[Any, Any], metrics.Scores]) -> Callable[[Any, Any, str], metrics.Scores]:
@@ -141,8 +160,19 @@ def metric_of(task: str) -> Metric:
     return METRICS["xcopa" if task == "xcopa" else get(task).metric]
 
 
-def score_file(task: str, language: str, predictions: Path, labels: Path) -> metrics.Scores:
+UNANSWERED = "queries without a prediction: they score 0"
+UNKNOWN = "predictions of ids that the labels do not have: passed over"
+
+
+def score_file(
+    task: str, language: str, predictions: Path, labels: Path, notes: Counter[str] | None = None
+) -> metrics.Scores:
     """Scores of one file, in percent.
+
+    Args:
+        task, language: whose.
+        predictions, labels: files.
+        notes: counts :data:`UNANSWERED` and :data:`UNKNOWN`, of files that name what they answer.
 
     Raises:
         DataFileError: a file is missing or malformed, or the two do not fit together.
@@ -153,6 +183,12 @@ def score_file(task: str, language: str, predictions: Path, labels: Path) -> met
         scores = metric.score(gold, predicted, language)
     except InvalidInputError as error:
         raise DataFileError(f"{predictions} against {labels}: {error}") from None
+    if isinstance(gold, Mapping):
+        if not gold.keys() & predicted.keys():
+            raise DataFileError(f"{predictions}: has none of the {len(gold)} ids of {labels}")
+        if notes is not None:
+            notes[UNANSWERED] += len(gold.keys() - predicted.keys())
+            notes[UNKNOWN] += len(predicted.keys() - gold.keys())
     return without_mean(task, scores)
 
 
@@ -217,7 +253,8 @@ def score(
 
     Returns:
         ``{"overall": x, "groups": {...}, "tasks": {"xnli": {"score": x, "languages": {...}, "metrics": {...}}}}``.
-        Tasks that only one of the folders has are listed in ``missing_tasks``.
+        Tasks that only one of the folders has are listed in ``missing_tasks``; ``notes`` counts, by task and language,
+        what has no prediction and predictions of nothing that is asked.
 
     Raises:
         InvalidOptionError: ``benchmark`` is none.
@@ -229,10 +266,12 @@ def score(
     for folder in (predictions, labels):
         if not folder.is_dir():
             raise DataFileError(f"{folder}: no such folder")
-    tasks, missing = {}, {}
+    tasks, missing, notes = {}, {}, {}
     for task in TARGETS[benchmark]:
         if (predictions / task).is_dir() and (labels / task).is_dir():
-            scores, absent = _score_task(task, predictions, labels, benchmark, allow_missing)
+            scores, absent, said = _score_task(task, predictions, labels, benchmark, allow_missing)
+            if said:
+                notes[task] = said
             if scores:
                 tasks[task] = summarize_task(task, scores)
             if absent:
@@ -240,14 +279,15 @@ def score(
     if not tasks:
         known = ", ".join(TARGETS[benchmark])
         raise DataFileError(f"{predictions} and {labels} have no task in common; {benchmark} has {known}")
-    return {**aggregate(tasks, benchmark), "missing_languages": missing}
+    return {**aggregate(tasks, benchmark), "missing_languages": missing, "notes": notes}
 
 
 def _score_task(
     task: str, predictions: Path, labels: Path, benchmark: str, allow_missing: bool
-) -> tuple[dict[str, metrics.Scores], list[str]]:
+) -> tuple[dict[str, metrics.Scores], list[str], dict[str, dict[str, int]]]:
     suffix = metric_of(task).suffix
     scores: dict[str, metrics.Scores] = {}
+    notes: dict[str, dict[str, int]] = {}
     absent: list[str] = []
     for language in LANGUAGES[benchmark][task]:
         files = [folder / task / f"test-{language}.{suffix}" for folder in (predictions, labels)]
@@ -256,5 +296,8 @@ def _score_task(
             if not allow_missing:
                 raise DataFileError(f"{' and '.join(gone)}: missing; allow_missing scores the other languages")
             continue
-        scores[language] = score_file(task, language, *files)
-    return scores, absent
+        counts: Counter[str] = Counter()
+        scores[language] = score_file(task, language, files[0], files[1], counts)
+        if said := dict(+counts):
+            notes[language] = said
+    return scores, absent, notes

@@ -7,7 +7,6 @@ batches, the heads and the scores.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from xfast import files
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.stilts import checkpoints, dev, mixture, sharding
+from xfast.stilts.arguments import trainer_arguments
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
@@ -34,12 +34,6 @@ from xfast.stilts.model import MultiTaskModel, build, head_name, usable_position
 from xfast.stilts.prediction import padding_of
 from xfast.stilts.task import MLM
 from xfast.stilts.tokenizer import load_tokenizer
-
-FREE = {"logging_steps", "disable_tqdm", "dataloader_pin_memory", "ddp_find_unused_parameters", "save_total_limit"}
-"""Arguments of the Trainer that a run gives a value, but may be given another."""
-
-COMPUTED = {"max_steps", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "logging_dir"}
-"""Arguments that follow from the data."""
 
 
 class _Examples(Dataset):
@@ -216,6 +210,7 @@ def train(
     """
     folder = Path(config.output)
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun's; nothing distributed has begun yet
+    _check_folder(folder)
     if first and not resume:
         _clear(folder)
     if resume:
@@ -237,10 +232,19 @@ def train(
         config.save(folder / "run.yaml")
     trainer.accelerator.wait_for_everyone()
     if announce is not None and first:
-        announce(estimate(config, model, sets, trainer.schedule.steps, str(trainer.args.device)))
+        args = trainer.args
+        announce(estimate(config, model, sets, trainer.schedule.steps, str(args.device), args.world_size))
     with _packed(config, model), checkpoints.reported(folder), sharding.quiet():
-        trainer.train(resume_from_checkpoint=checkpoints.last_complete(folder))
+        trainer.train(resume_from_checkpoint=checkpoints.last_complete(folder) if resume else None)
         return _finish(config, trainer, model, tokenizer, sets)
+
+
+def _check_folder(folder: Path) -> None:
+    """Before data is read for minutes; a refused run leaves no folder."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written" if there.is_dir() else "is no folder"
+        raise InvalidOptionError(f"output: {folder}: {there} {what}")
 
 
 def check_lengths(config: RunConfig, model: MultiTaskModel, tokenizer: Any) -> None:
@@ -259,7 +263,7 @@ def _trainer(
 ) -> StiltsTrainer:
     padding = padding_of(model, tokenizer)
     masking = Masking(tokenizer.mask_token_id, len(tokenizer), frozenset(tokenizer.all_special_ids), seed=config.seed)
-    arguments = _arguments(config)
+    arguments = trainer_arguments(config)
     schedule = _schedule(config, sets, arguments)
     evaluator = dev.Evaluator(config, tokenizer, sets, padding, masking)
     if not evaluator:
@@ -283,63 +287,6 @@ def _trainer(
         )
     sharding.with_autocast(trainer, model)
     return trainer
-
-
-def _arguments(config: RunConfig) -> transformers.TrainingArguments:
-    given: dict[str, Any] = {
-        "output_dir": config.output,
-        "num_train_epochs": 1,  # the schedule is one pass over all steps
-        "per_device_train_batch_size": config.device_batch_size,
-        "learning_rate": config.recipe.learning_rate,
-        "weight_decay": config.weight_decay,
-        "adam_epsilon": config.adam_epsilon,
-        "max_grad_norm": config.max_grad_norm,
-        "lr_scheduler_type": "linear",
-        "seed": config.seed,
-        "bf16": config.precision == "bf16",
-        "fp16": config.precision == "fp16",
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "eval_steps": config.eval_steps,
-        "save_steps": config.eval_steps,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "score",
-        "greater_is_better": True,
-        "logging_steps": max(1, min(50, config.eval_steps)),
-        "report_to": [],
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "ddp_find_unused_parameters": True,  # a step uses one task's head
-    }
-    if config.gradient_checkpointing:
-        given.update(_checkpointing())
-    if unknown := set(config.trainer) - set(transformers.TrainingArguments.__dataclass_fields__):
-        raise InvalidOptionError(f"trainer: TrainingArguments has no {', '.join(sorted(unknown))}")
-    if taken := set(config.trainer) & ((given.keys() - FREE) | COMPUTED):
-        raise InvalidOptionError(f"trainer: {', '.join(sorted(taken))} follows from the run's own options")
-    sharding.check_wish(config.trainer)
-    try:
-        # a copy: transformers writes its defaults into the mappings that it is given
-        arguments = transformers.TrainingArguments(**{**given, **copy.deepcopy(config.trainer)})
-    except ImportError as error:  # accelerate, which training needs and evaluation does not
-        raise BackendUnavailableError(f'training needs more packages: pip install "xfast[stilts]" ({error})') from None
-    except ValueError as error:  # bf16 where there is none, for instance
-        raise InvalidOptionError(f"precision or trainer: {error}") from None
-    sharding.check(config, arguments)
-    if arguments.n_gpu > 1:  # one process drives one GPU: replicas of a head would refer to the first GPU's encoder
-        arguments._n_gpu = 1
-    return arguments
-
-
-def _checkpointing() -> dict[str, Any]:
-    """Transformers 5.23 renamed the option."""
-    name = "activation_checkpointing"
-    if name not in transformers.TrainingArguments.__dataclass_fields__:
-        name = "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _schedule(config: RunConfig, sets: dict[str, TrainingSet], arguments: transformers.TrainingArguments) -> Schedule:
@@ -387,11 +334,12 @@ def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
 
 
 def _clear(folder: Path) -> None:
-    """Whatever an earlier run left that this one could take for its own."""
-    for name in ("result.json", "run.yaml"):
-        (folder / name).unlink(missing_ok=True)
+    """Whatever an earlier run left that this one could take for its own; last of all what says whose it was."""
+    (folder / "result.json").unlink(missing_ok=True)
     for path in (*folder.glob("checkpoint-*"), folder / "encoder", folder / "tasks"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(path)
+    (folder / "run.yaml").unlink(missing_ok=True)
 
 
 def _same_run(folder: Path, config: RunConfig) -> None:
@@ -399,8 +347,10 @@ def _same_run(folder: Path, config: RunConfig) -> None:
     from xfast.stilts.config import from_dict, load
 
     stored = folder / "run.yaml"
-    if not stored.is_file() or not ((folder / "result.json").is_file() or checkpoints.last_complete(folder)):
+    if not ((folder / "result.json").is_file() or checkpoints.last_complete(folder)):
         return
+    if not stored.is_file():
+        raise InvalidOptionError(f"output: {folder} holds a run without its run.yaml; start anew (--anew)")
     before = from_dict(load(stored), str(stored)).as_dict()
     now = config.as_dict()
     if changed := [name for name in now if name != "output" and now[name] != before[name]]:
