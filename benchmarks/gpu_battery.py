@@ -4,7 +4,7 @@
 
 ``-P``: in a checkout, ``xfast`` must mean the installed package. On a machine without a package registry:
 ``pip install --no-build-isolation --no-deps .`` in a copy of this repository (needs cmake, ninja and pybind11).
-Sections that no longer fit the time are named as skipped.
+Every section runs in a process of its own. Sections that no longer fit the time are named as skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 
 import xfast
+from xfast import files
 from xfast.benchmarks import gpu_kernels, gpu_models
 from xfast.benchmarks.gpu_time import Clock
 
@@ -48,6 +49,9 @@ TESTS = (
     "tensorrt_backend",
 )
 TEST_SECONDS = 240
+GRACE = 20
+"""Seconds that a section may take beyond its time: it looks at the clock between its rows."""
+TESTS_FOLDER = "XFAST_BATTERY_TESTS"
 app = typer.Typer(add_completion=False)
 
 
@@ -56,7 +60,7 @@ def correctness(tests: Path) -> dict[str, Any]:
     files = [str(tests / f"test_{name}.py") for name in TESTS]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     # -W default: a warning of that machine's older or newer packages is no failure of a kernel
-    command = [sys.executable, "-P", "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    command = [*_python(), "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     try:
@@ -86,15 +90,31 @@ def _text(output: str | bytes | None) -> str:
 class Report:
     """The document and its file, written after every row: the machine may be taken back at any moment."""
 
-    def __init__(self, path: Path, document: dict[str, Any], console: Console) -> None:
-        self.document = document
+    def __init__(self, path: Path, console: Console, document: dict[str, Any] | None = None) -> None:
         self._path, self._console = path, console
+        self.document: dict[str, Any] = {} if document is None else document
+        if document is None:
+            self.reload()
+
+    def reload(self) -> None:
+        """Take over what another process has added to the file."""
+        self.document = json.loads(self._path.read_text(encoding="utf-8"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a section ended badly, a test failed or an engine did not run."""
+        rows = [row for rows in self.document.values() if isinstance(rows, list) for row in rows]
+        return "errors" in self.document or any(isinstance(row, dict) and row.get("failed") for row in rows)
 
     def add(self, name: str, row: Any) -> None:
         """One more row of a section."""
         self.document.setdefault(name, []).append(row)
         self._console.print(name, row)
-        self._path.write_text(json.dumps(self.document, indent=1))
+        self.write()
+
+    def write(self) -> None:
+        """The whole file, or the one before: a process may be killed at any moment."""
+        files.write_text(self._path, json.dumps(self.document, indent=1))
 
     def section(self, name: str, clock: Clock, rows: Callable[[Clock], Iterable[Any]]) -> None:
         """Runs one section; what fails is recorded and the rest goes on: the lease is short."""
@@ -107,41 +127,91 @@ class Report:
             self.add("skipped", f"{name}: cut short, no time left")
 
 
-@app.command()
+SECTIONS: dict[str, Callable[[Clock], Iterable[Any]]] = {
+    "correctness": lambda _: [correctness(Path(os.environ.get(TESTS_FOLDER, "tests")).resolve())],
+    "ceilings": lambda _: [gpu_kernels.ceilings()],
+    "models": gpu_models.models,
+    "tensorrt": gpu_models.tensorrt,
+    "attention": gpu_kernels.attention_rows,
+    "rows": gpu_kernels.row_kernels,
+    "gemm": gpu_kernels.gemm_rows,
+    "weight-only": gpu_kernels.weight_only_rows,
+    "compiled": gpu_models.compiled,
+}
+"""Most telling first: what comes last may find no time left."""
+
+
+def run_section(report: Report, path: Path, name: str, clock: Clock, command: Sequence[str]) -> None:
+    """Run a section in a process of its own: a kernel that reads where it must not ruins that process's GPU context.
+
+    Args:
+        report: of this process; has the section's rows afterwards.
+        path: the report's file, which the process adds rows to.
+        name: of the section.
+        clock: a process that runs ``GRACE`` seconds beyond it is killed.
+        command: what to run; gets the section's name, the file and the seconds that are left.
+    """
+    if clock.left <= 0:
+        report.add("skipped", f"{name}: no time left")
+        return
+    full = [*command, name, str(path), "--seconds", f"{clock.left:.0f}"]
+    try:
+        done = subprocess.run(full, stderr=subprocess.PIPE, text=True, timeout=clock.left + GRACE, check=False)
+        code, errors = done.returncode, done.stderr
+    except subprocess.TimeoutExpired as error:
+        code, errors = None, _text(error.stderr)
+    report.reload()
+    if code != 0:
+        ended = f"killed after {GRACE} s beyond its time" if code is None else f"the process ended with {code}"
+        report.add("errors", {name: f"{ended}\n{errors[-4000:]}"})
+
+
+def _python() -> list[str]:
+    """This Python, without the current folder on its path where it has been started so."""
+    return [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else [])]
+
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for gpu-DEVICE-DATE.json.")] = Path("benchmarks/results"),
     seconds: Annotated[float, typer.Option(help="Time for everything.")] = 560,
     tests: Annotated[Path, typer.Option(help="Folder with the test suite.")] = Path("tests"),
     only: Annotated[str, typer.Option(help="Comma-separated sections; empty for all.")] = "",
 ) -> None:
     """Checks every GPU kernel and model on this GPU, then measures them."""
+    if context.invoked_subcommand is not None:
+        return
     console = Console(width=200)
+    wanted = list(filter(None, only.split(","))) or list(SECTIONS)
+    if unknown := set(wanted) - set(SECTIONS):
+        console.print(f"only: no section {', '.join(sorted(unknown))}; accepted: {', '.join(SECTIONS)}")
+        raise typer.Exit(2)
     if not torch.cuda.is_available():
         console.print("no CUDA device: this battery needs one; kernels are tested without by `make test`")
         raise typer.Exit(1)
     clock = Clock(seconds)
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpu-{device}-{datetime.datetime.now().strftime('%Y-%m-%d-%H%M')}.json"
-    report = Report(path, _header(), console)
-    sections: dict[str, Callable[[Clock], Iterable[Any]]] = {
-        "correctness": lambda _: [correctness(tests.resolve())],
-        "ceilings": lambda _: [gpu_kernels.ceilings()],
-        "models": gpu_models.models,
-        "tensorrt": gpu_models.tensorrt,
-        "attention": gpu_kernels.attention_rows,
-        "rows": gpu_kernels.row_kernels,
-        "gemm": gpu_kernels.gemm_rows,
-        "weight-only": gpu_kernels.weight_only_rows,
-        "compiled": gpu_models.compiled,
-    }
-    wanted = set(filter(None, only.split(",")))
-    for name, rows in sections.items():
-        if not wanted or name in wanted:
-            report.section(name, clock, rows)
+    path = out.resolve() / f"gpu-{device}-{datetime.datetime.now().strftime('%Y-%m-%d-%H%M')}.json"
+    report = Report(path, console, _header())
+    report.write()
+    os.environ[TESTS_FOLDER] = str(tests.resolve())
+    for name in SECTIONS:
+        if name in wanted:
+            run_section(report, path, name, clock, [*_python(), "-m", "xfast.benchmarks.gpu_battery", "section"])
     console.print(f"written: {path}")
-    wrong = [row for row in report.document.get("correctness", []) if row["failed"]]
-    raise typer.Exit(1 if wrong or report.document.get("errors") else 0)
+    raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command(hidden=True)
+def section(
+    name: Annotated[str, typer.Argument(help="Of the section.")],
+    path: Annotated[Path, typer.Argument(help="The report to add to.")],
+    seconds: Annotated[float, typer.Option(help="Time that is left.")],
+) -> None:
+    """Runs one section in this process."""
+    Report(path, Console(width=200)).section(name, Clock(seconds), SECTIONS[name])
 
 
 def _header() -> dict[str, Any]:

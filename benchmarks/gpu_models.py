@@ -28,7 +28,9 @@ def models(clock: Clock) -> Iterator[Row]:
     for size in ("large", "base"):
         stock: Any = random_model(size).to("cuda", torch.bfloat16)
         batches = {name: _batch(*shape) for name, shape in WORKLOADS.items()}
-        engines = _engines(stock)
+        engines, absent = _engines(stock)
+        if absent:
+            yield {"model": size, "not available": absent}
         for name, batch in batches.items():
             if clock.left > 0:
                 yield {"model": size, "workload": name, **_throughput(stock, engines, batch)}
@@ -82,19 +84,19 @@ def tensorrt(clock: Clock) -> Iterator[Row]:
         torch.cuda.empty_cache()
 
 
-def _engines(stock: Any) -> dict[str, Any]:
-    """Name -> model. Every one has its own copy of the weights, so that all live side by side."""
-    engines = {}
+def _engines(stock: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Name -> model, each with its own copy of the weights, so that all live side by side; and why others are not."""
+    engines, absent = {}, {}
     for precision in ("bf16", "fp16", "fp8", "int8", "int4"):
         model = copy.deepcopy(stock)
         try:
             engines[f"xfast {precision}"] = xfast.accelerate(model, backend="triton", precision=precision)
-        except xfast.BackendUnavailableError as error:
-            print(f"xfast {precision}: {error}", flush=True)
+        except xfast.XfastError as error:
+            absent[f"xfast {precision}"] = str(error)
     only_attention = copy.deepcopy(stock)
     only_attention.set_attn_implementation("xfast")
     engines["stock + xfast attention"] = only_attention
-    return engines
+    return engines, absent
 
 
 def _batch(sequences: int, mean: float, longest: int) -> Batch:
@@ -113,9 +115,11 @@ def _runner(model: Any, batch: Batch) -> Callable[[], torch.Tensor]:
     return run
 
 
-def _that_run(engines: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Callable[[], torch.Tensor]]:
-    """Those that do: one broken engine must not cost the others their figures."""
-    good = {}
+def _that_run(
+    engines: dict[str, Callable[[], torch.Tensor]],
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, str]]:
+    """Those that do, and what the others raised: one broken engine must not cost the others their figures."""
+    good, failed = {}, {}
     for name, function in engines.items():
         try:
             for _ in range(4):  # graphs are captured when a shape comes again
@@ -123,13 +127,14 @@ def _that_run(engines: dict[str, Callable[[], torch.Tensor]]) -> dict[str, Calla
             torch.cuda.synchronize()
             good[name] = function
         except Exception as error:  # noqa: PERF203
-            print(f"{name}: {type(error).__name__}: {error}", flush=True)
-    return good
+            failed[name] = f"{type(error).__name__}: {error}"[:1000]
+    return good, failed
 
 
 def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
     tokens = int(batch["attention_mask"].sum())
-    run = _that_run({"stock sdpa bf16": _runner(stock, batch), **{n: _runner(m, batch) for n, m in engines.items()}})
+    named = {"stock sdpa bf16": stock, **engines}
+    run, failed = _that_run({name: _runner(model, batch) for name, model in named.items()})
     mask = batch["attention_mask"].bool()
     want = run["stock sdpa bf16"]()[mask].float()
     errors = {name: float((f()[mask].float() - want).norm() / want.norm()) for name, f in run.items()}
@@ -146,16 +151,18 @@ def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
         "tokens_s": {name: 1e3 * tokens / ms for name, ms in times.items()},
         "relative_difference_from_stock": errors,
         "activations_gib": peaks,
+        "failed": failed,
     }
 
 
 def _latency(stock: Any, engines: dict[str, Any]) -> Row:
     ids = torch.randint(5, 250000, (1, 32), device="cuda")
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    run = _that_run({n: _runner(m, batch) for n, m in {"stock sdpa bf16": stock, **engines}.items()})
+    run, failed = _that_run({n: _runner(m, batch) for n, m in {"stock sdpa bf16": stock, **engines}.items()})
     times = {name: wall(function) for name, function in run.items()}
     graphs = {n: str(xfast.explain(m)) for n, m in engines.items() if n.startswith("xfast")}
     return {
         "explain": graphs,
         "ms": {name: {"p50": t[len(t) // 2], "p95": t[int(0.95 * len(t))]} for name, t in times.items()},
+        "failed": failed,
     }

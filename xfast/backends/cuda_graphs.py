@@ -5,8 +5,8 @@ A batch of T tokens runs in the smallest bucket that holds it: its arrays are co
 replayed, the result's first rows are copied out. Larger batches keep the device busy without: they run ungraphed, on
 exactly T rows. What a bucket is made of, each backend knows: ``triton_graphs.py``, ``tensorrt_graphs.py``.
 
-Graphs are captured when a bucket is met again, share one memory pool, and the least recently used one goes when there
-are too many. Replays of one engine take turns (a lock on the host, an event between streams), since they share memory.
+Graphs are captured when a bucket is met again, share one memory pool, and one that is not used any more goes when there
+are many. Replays of one engine take turns (a lock on the host, an event between streams), since they share memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ import torch
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Token counts, in steps of at most 1.5 from 64 on: the rows that a bucket adds to a batch cost products."""
 
-MAX_GRAPHS = 32
+MAX_GRAPHS = 64
+"""Each holds its inputs and its output; what lies between is shared."""
+
+QUIET_CALLS = 4 * MAX_GRAPHS
+"""A graph makes room for another when so many calls have passed it by. With more shapes than graphs in steady use, new
+ones run without: capturing them in turn would stop the device all the time."""
+
 MEETINGS_BEFORE_CAPTURE = 2
 """A shape that comes up once is not worth a capture, which stops the device and takes as long as many launches."""
 
@@ -39,6 +45,7 @@ class _Graph:
     function: Callable[[], torch.Tensor]
     replay: Replay
     output: torch.Tensor
+    used: int = 0
 
 
 def bucket_for(tokens: int) -> int | None:
@@ -89,6 +96,7 @@ class Graphs:
         self.refused: dict[Hashable, str] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._met: Counter[Hashable] = Counter()
+        self._calls = 0
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
@@ -142,13 +150,15 @@ class Graphs:
         self, key: Hashable, prepare: Callable[[], tuple[Any, Callable[[], torch.Tensor]]], capture: Capture
     ) -> _Graph | None:
         """The graph for a key, captured if need be; None when it could not be."""
+        self._calls += 1
         if key in self.refused:
             return None
         if key in self._graphs:
             self._graphs.move_to_end(key)
+            self._graphs[key].used = self._calls
             return self._graphs[key]
         self._met[key] += 1
-        if self._met[key] <= MEETINGS_BEFORE_CAPTURE:
+        if self._met[key] <= MEETINGS_BEFORE_CAPTURE or not self._has_room():
             return None
         try:
             with torch.inference_mode(False), torch.no_grad():  # buffers are written to in later calls, in any mode
@@ -157,7 +167,15 @@ class Graphs:
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
             self.refused[key] = " ".join(str(error).split())[:200]
             return None
-        self._graphs[key] = graph = _Graph(buffers, function, replay, output)
-        while len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+        self._graphs[key] = graph = _Graph(buffers, function, replay, output, self._calls)
         return graph
+
+    def _has_room(self) -> bool:
+        """Whether another graph may be kept; one that has not been used for long makes room."""
+        if len(self._graphs) < MAX_GRAPHS:
+            return True
+        key, oldest = next(iter(self._graphs.items()))
+        if self._calls - oldest.used < QUIET_CALLS:
+            return False
+        del self._graphs[key], self._met[key]  # to be captured again it has to come up again as often
+        return True
