@@ -137,6 +137,21 @@ def test_bucc_gold_that_is_kept_apart_is_found(write: Write, tmp_path: Path) -> 
     assert found == {("dev", 2, 1), ("test", 2, 1)}  # an empty line is no sentence, to doctor as to evaluation
 
 
+def test_sentences_without_words_keep_their_place(trained: Path, tmp_path: Path) -> None:
+    """The official reader ends a sentence at every empty line, so predictions must have as many."""
+    lines = ["river\tNOUN", "", "", "stone\tVERB", "green\tADJ", "", "", "", "bread\tNOUN", ""]
+    stilts.write_lines(tmp_path / "full/test-en.tsv", lines)
+    stilts.write_lines(tmp_path / "udpos/test-en.tsv", [line.split("\t")[0] for line in lines])
+    stilts.write_lines(tmp_path / "labels/udpos/test-en.tsv", [line.split("\t")[-1] for line in lines])
+    source, run = Source(tmp_path), {"languages": ("en",)}
+    found = evaluate(Evaluation(str(trained / "udpos"), "udpos", tmp_path / "out", source, **run))
+    assert found["examples"] == {"en": 6} and found["score"] is not None
+    again = score(tmp_path / "out", tmp_path / "labels", allow_missing=True)["tasks"]["udpos"]
+    assert again["score"] == found["score"]
+    full = Source(files={"udpos": {"test": [str(tmp_path / "full/test-en.tsv")]}}).load(get("udpos"), "test")
+    assert [len(example.words) for example in full.items] == [1, 0, 2, 0, 0, 1]
+
+
 # --- what is read -------------------------------------------------------------------------------------
 
 

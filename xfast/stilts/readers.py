@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -258,25 +257,39 @@ def _located(text: str, start: int, context: str, examples: Examples[SpanExample
 # --- tagging --------------------------------------------------------------------------------------
 
 
-def sentences(path: Path) -> Iterator[list[tuple[int, str]]]:
-    """Blocks of non-empty lines with their line numbers. Several empty lines in a row separate as one does."""
+def sentences(path: Path, empty: bool = False) -> Iterator[list[tuple[int, str]]]:
+    """Blocks of non-empty lines with their line numbers.
+
+    Several empty lines in a row separate as one does; or, with ``empty``, there are sentences without words between
+    them, as the official reader of labels and predictions has it. At the file's end there are none.
+    """
     block: list[tuple[int, str]] = []
+    waiting = 0  # empty sentences, until another one follows
     for number, line in lines(path):
         if line.strip():
+            if not block:
+                yield from ([] for _ in range(waiting if empty else 0))
+                waiting = 0
             block.append((number, line))
         elif block:
             yield block
             block = []
+        else:
+            waiting += 1
     if block:
         yield block
 
 
 def read_tagged(path: Path, task: Task, language: str) -> Examples[TaggedExample]:
-    """One ``word<TAB>tag`` a line (the word alone where tags are withheld), an empty line between sentences."""
+    """One ``word<TAB>tag`` a line (the word alone where tags are withheld), an empty line between sentences.
+
+    Sentences without words stay: predictions have to have them, too. Where tags are withheld, theirs are.
+    """
     examples: Examples[TaggedExample] = Examples()
-    for block in sentences(path):
+    width = 2
+    for block in sentences(path, empty=True):
         rows = [line.split("\t") for _, line in block]
-        width = len(rows[0])
+        width = len(rows[0]) if rows else width
         for (number, _), row in zip(block, rows, strict=True):
             if width > 2 or len(row) != width:
                 raise DataFileError(f"{path}:{number}: expected word<TAB>tag throughout a sentence, or words alone")
@@ -382,7 +395,8 @@ def with_gold(examples: Examples[Any], path: Path, task: Task) -> Examples[Any]:
     """The pairs, choices or sentences of an unlabelled file joined with its gold file, which must match one to one."""
     joined = []
     if task.type == TAGGING:
-        for example, block in zip_longest(examples.items, sentences(path)):
+        blocks = sentences(path)
+        for example, block in _beside(examples.items, blocks):
             words, tags = example.words if example else (), tuple(line.strip() for _, line in block or ())
             if len(words) != len(tags):
                 where = f"{path}:{block[0][0]}" if block else f"{path}: after its end"
@@ -401,6 +415,13 @@ def with_gold(examples: Examples[Any], path: Path, task: Task) -> Examples[Any]:
         convert = _position if task.type == CHOICE else label_name
         joined.append(replace(example, label=convert(given, names, f"{path}:{number}")))
     return Examples(joined, examples.skipped)
+
+
+def _beside(examples: Sequence[TaggedExample], blocks: Iterator[list[tuple[int, str]]]) -> Iterator[tuple[Any, Any]]:
+    """Each sentence with its block of gold; None for what is missing. Sentences without words have an empty one."""
+    for example in examples:
+        yield example, next(blocks, None) if example.words else []
+    yield from ((None, block) for block in blocks)
 
 
 Reader = Callable[[Path, Task, str], Examples[Any]]
