@@ -36,7 +36,8 @@ from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_network as networks
 from xfast.backends.tensorrt_graphs import GraphRunner
-from xfast.errors import BackendUnavailableError, InvalidOptionError
+from xfast.backends.tensorrt_inputs import places
+from xfast.errors import BackendUnavailableError, InvalidOptionError, InvalidWeightsError
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
 pytestmark = NO_NUMPY_WARNINGS
@@ -198,15 +199,50 @@ def test_what_an_engine_cannot_do_runs_the_original(simulated: list[tuple[str, i
     assert "hidden states were asked for" in text and "inputs_embeds were given" in text and not simulated
 
 
-def test_a_batch_outside_the_profiles_runs_the_original(
+@pytest.mark.parametrize("head", ["base-no-pooler", "sequence-classification", "token-classification"])
+@pytest.mark.parametrize("limits", [(2, 38), (3, 50), (256, 40)])
+def test_a_batch_larger_than_the_profiles_runs_in_parts(
+    limits: tuple[int, int], head: str, simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MAX_BATCH", limits[0])
+    monkeypatch.setattr(backend, "MAX_TOKENS", limits[1])
+    model = _model(head=head)
+    batch = _moved(ragged("xlm-roberta", (9, 1, 17, 33, 2, 38, 5)))
+    if head != "sequence-classification":  # whose first token has to be there
+        batch["attention_mask"][4] = 0
+    want = model(**batch)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    got = fast(**batch)[0]
+    _same(got, want, batch["attention_mask"])
+    assert fallbacks(fast) == {} and simulated
+
+
+def test_what_fails_while_it_runs_is_left_to_the_original(
     simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "MAX_BATCH", 2)
     model = _model(head="base-no-pooler")
     batch = _moved(ragged("xlm-roberta"))
     want = model(**batch)[0]
     fast = xfast.accelerate(model, backend="tensorrt")
-    assert torch.equal(fast(**batch)[0], want) and "outside the profiles" in str(xfast.explain(fast))
+    fast(**batch)
+    for error in (BackendUnavailableError("no memory for a context"), torch.OutOfMemoryError("CUDA out of memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(GraphRunner, "run", lambda *_, error=error: _raise(error))
+            assert torch.equal(fast(**batch)[0], want)
+        assert f"TensorRT: {error}" in str(xfast.explain(fast))
+    assert len(simulated) == 1
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_weights_without_values_are_refused_at_once(simulated: list[tuple[str, int]]) -> None:
+    model = _model(head="base-no-pooler")
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(InvalidWeightsError, match=r"layer\.1\.output\.dense\.weight holds NaN"):
+        xfast.accelerate(model, backend="tensorrt")
 
 
 def test_a_refused_engine_is_not_built_again(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +257,9 @@ def test_a_refused_engine_is_not_built_again(simulated: list[tuple[str, int]], m
     batch = _moved(ragged("xlm-roberta"))
     want = model(**batch)[0]
     fast = xfast.accelerate(model, backend="tensorrt")
-    for _ in range(3):
+    with pytest.warns(UserWarning, match=r"TensorRT: the engine was refused: .*; the original code runs"):
+        assert torch.equal(fast(**batch)[0], want)
+    for _ in range(2):  # said once: another warning would be an error here
         assert torch.equal(fast(**batch)[0], want)
     assert len(tries) == 1 and "relative error 5.00e-01 (allowed 1.00e-02)" in str(xfast.explain(fast))
 
@@ -273,7 +311,7 @@ def test_places_by_brute_force() -> None:
     for lengths in ((1,), (3, 1, 4), (2, 0, 5), (7, 7)):
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         total, longest = sum(lengths), max(lengths)
-        made = backend.places(offsets, total, longest)
+        made = places(offsets, total, longest)
         token = 0
         for row, count in enumerate(lengths):
             for column in range(longest):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import models
 import pytest
 import torch
 
 from xfast.architecture import EncoderWeights, describe, family_of
+from xfast.backends import tensorrt as backend
+from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends.tensorrt_quantize import TOPS
 
 CPU = torch.device("cpu")
+SHAPES = ((1,), (9, 1, 17, 30, 2), (30,))
 
 
 def _weights(family: str, **changes: object) -> tuple[torch.nn.Module, EncoderWeights]:
@@ -27,7 +31,7 @@ def _weights(family: str, **changes: object) -> tuple[torch.nn.Module, EncoderWe
 )
 def test_the_reference_is_the_model(family: str, layers: int) -> None:
     model, weights = _weights(family)
-    for case in judge.cases(weights.spec, 30, CPU):
+    for case in judge.cases(weights.spec, SHAPES, CPU):
         ours = judge.reference(weights, case, "fp32", layers)
         parts = []
         for ids, types in zip(case.ids.split(case.lengths), case.types.split(case.lengths), strict=True):
@@ -38,7 +42,8 @@ def test_the_reference_is_the_model(family: str, layers: int) -> None:
                 places = {"token_type_ids": types[None].long(), "position_ids": positions}
                 states = model(ids[None].long(), **places, output_hidden_states=True).hidden_states
             parts.append(states[layers][0])
-        assert torch.allclose(ours, torch.cat(parts), atol=4e-6)
+        want = torch.cat(parts)
+        assert torch.allclose(ours, want if case.rows is None else want[case.rows.long()], atol=4e-6)
 
 
 @pytest.mark.parametrize("precision", list(judge.DTYPES))
@@ -50,7 +55,7 @@ def test_rounding_is_accepted(family: str, layers: int, precision: str) -> None:
         weights,
         precision,
         layers,
-        judge.cases(weights.spec, 30, CPU),
+        judge.cases(weights.spec, SHAPES, CPU),
     )
     assert report.accepted and report.error <= report.bound and report.agreement == 1
 
@@ -86,7 +91,7 @@ def test_anything_else_is_refused(family: str, wrong: str, precision: str) -> No
             weights,
             precision,
             layers,
-            judge.cases(weights.spec, 30, CPU),
+            judge.cases(weights.spec, SHAPES, CPU),
         )
     assert not caught.value.report.accepted and caught.value.report.finite == (wrong != "one token is NaN")
 
@@ -100,7 +105,7 @@ def test_an_engine_with_a_layer_too_few_is_refused(family: str) -> None:
             weights,
             "bf16",
             3,
-            judge.cases(weights.spec, 30, CPU),
+            judge.cases(weights.spec, SHAPES, CPU),
         )
 
 
@@ -110,10 +115,10 @@ def test_where_pytorch_overflows_nothing_is_allowed(family: str) -> None:
     """A product beyond fp16: PyTorch's own error there is not finite, which must not excuse an engine's."""
     model, weights = _weights(family)
     model.encoder.layer[1].output.dense.weight.mul_(1e6)
-    samples = judge.cases(weights.spec, 30, CPU)
+    samples = judge.cases(weights.spec, SHAPES, CPU)
     assert not all(torch.isfinite(judge.reference(weights, case, "fp16", 3)).all() for case in samples)
     with pytest.raises(judge.EngineRejectedError, match=r"relative error .* \(allowed 1.00e-03\)"):
-        judge.check(lambda case: torch.ones(len(case.ids), 64), weights, "fp16", 3, samples)
+        judge.check(lambda case: torch.ones(len(_wanted(case)), 64), weights, "fp16", 3, samples)
 
 
 @torch.no_grad()
@@ -121,7 +126,7 @@ def test_a_deep_pre_norm_stream_may_exceed_fp16() -> None:
     model, weights = _weights("xlm-roberta-xl")
     for layer in model.encoder.layer:
         layer.output.dense.bias[3] = 5e4
-    samples = judge.cases(weights.spec, 30, CPU)
+    samples = judge.cases(weights.spec, SHAPES, CPU)
     for layers in (2, 3):
         report = judge.check(
             lambda case, layers=layers: judge.reference(weights, case, "fp16", layers), weights, "fp16", layers, samples
@@ -130,10 +135,47 @@ def test_a_deep_pre_norm_stream_may_exceed_fp16() -> None:
     assert float(judge.reference(weights, samples[0], "fp16", 2).abs().max()) > torch.finfo(torch.float16).max
 
 
-def test_cases_fit_the_model() -> None:
+def _wanted(case: judge.Case) -> torch.Tensor:
+    return case.ids if case.rows is None else case.rows
+
+
+@pytest.mark.parametrize("positions", [40, 514])
+def test_every_profile_is_checked_and_a_choice_of_rows(positions: int) -> None:
+    _, weights = _weights("xlm-roberta", max_position_embeddings=positions)
+    profiles = backend.default_profiles(weights.spec)
+    cases = judge.cases(weights.spec, backend.checked_shapes(profiles), CPU)
+    sizes = [(len(case.ids), len(case.lengths), max(case.lengths)) for case in cases]
+    assert {builder.choose(profiles, *size) for size in sizes} == set(range(len(profiles)))
+    assert max(length for *_, length in sizes) == weights.spec.usable_positions == positions - 2
+    for case in cases:
+        assert int(case.positions.max()) < weights.spec.max_positions and int(case.ids.max()) < weights.spec.vocab_size
+    (chosen,) = [case for case in cases if case.rows is not None]
+    assert 1 < len(_wanted(chosen)) < len(chosen.ids) and sum(chosen.lengths) == len(chosen.ids)
+
+
+def test_an_engine_that_ignores_the_rows_is_refused() -> None:
     _, weights = _weights("xlm-roberta")
-    assert weights.spec.usable_positions == 38
-    for case in judge.cases(weights.spec, 1000, CPU):
-        assert sum(case.lengths) == len(case.ids) and max(case.lengths) <= 38
-        assert int(case.positions.max()) < weights.spec.max_positions
-        assert int(case.ids.max()) < weights.spec.vocab_size
+    samples = judge.cases(weights.spec, SHAPES, CPU)
+    with pytest.raises(judge.EngineRejectedError):
+        judge.check(
+            lambda case: judge.reference(weights, replace(case, rows=None), "fp32", 3)[: len(_wanted(case))],
+            weights, "fp32", 3, samples,
+        )  # fmt: skip
+
+
+def test_settings_of_the_program_do_not_matter() -> None:
+    """Its default dtype and device, and TF32 asked for in torch's newer words."""
+    _, weights = _weights("xlm-roberta")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        matmul.fp32_precision = "tf32"
+        with torch.device("meta"), judge.true_fp32():
+            assert matmul.fp32_precision == "ieee"
+            samples = judge.cases(weights.spec, SHAPES, CPU)
+            report = judge.check(lambda c: judge.reference(weights, c, "fp32", 3), weights, "fp32", 3, samples)
+        assert report.accepted and matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        matmul.fp32_precision = before

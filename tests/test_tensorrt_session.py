@@ -58,16 +58,22 @@ class Context:
         self.profile = profile
         return "profile" not in self.engine.refuse
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
         sizes = dict(zip(INPUTS[name], shape, strict=True))
         for dimension, size in sizes.items():
             least, _, most = PROFILES[self.profile].sizes(dimension)
             assert least <= size <= most, (name, dimension, size)
+        if "shape" in self.engine.refuse:
+            return False
         self.shapes[name], self.memory = shape, None  # other shapes need other memory
+        return True
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if "address" in self.engine.refuse:
+            return False
         self.addresses[name] = address
+        return True
 
     def update_device_memory_size_for_shapes(self) -> int:
         assert self.shapes.keys() == INPUTS.keys()
@@ -146,7 +152,7 @@ def session(runtime: Runtime) -> Session:
 
 
 def inputs_of(lengths: tuple[int, ...], rows: tuple[int, ...] | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-    from xfast.backends.tensorrt import places
+    from xfast.backends.tensorrt_inputs import places
 
     tokens = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
@@ -201,7 +207,13 @@ def test_older_releases_take_memory_without_its_size(stream: Stream, monkeypatch
 
 
 def test_refusals(stream: Stream) -> None:
-    for what, message in (("context", "no memory left"), ("profile", "no memory left"), ("run", "no such kernel")):
+    for what, message in (
+        ("context", "no memory left"),
+        ("profile", "no memory left"),
+        ("run", "no such kernel"),
+        ("shape", r"refuses token_ids of shape \(8,\)"),
+        ("address", "refuses the address of token_ids"),  # else it would keep that of the call before
+    ):
         runtime = Runtime()
         loaded = session(runtime)
         assert runtime.engine is not None

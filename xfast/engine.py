@@ -21,7 +21,13 @@ from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
 from xfast.checkpoint import loading
-from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, UnsupportedModelError
+from xfast.errors import (
+    BackendUnavailableError,
+    DataFileError,
+    InvalidOptionError,
+    UnsupportedModelError,
+    XfastError,
+)
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
 
@@ -69,7 +75,7 @@ def build_engine(
         folder: of the store.
         precision: one of ``tensorrt_network.PRECISIONS``.
         layers: None for all.
-        target: a compute capability such as "SM89" (``tensorrt_rtx`` only); None: the GPU that is there.
+        target: a compute capability such as "SM89" (``tensorrt_rtx`` only); None or "CURRENT": the GPU that is there.
         progress: called by TensorRT's builder.
 
     Returns:
@@ -80,21 +86,20 @@ def build_engine(
     """
     runtime = runtimes.find()
     weights = load_weights(model)
-    if target is None:
+    named = "CURRENT" if target is None else runtime.check_target(target)[0]
+    if named == "CURRENT":  # accelerate finds it by the GPU's name
         if not torch.cuda.is_available():
-            known = ", ".join(runtime.targets()) or "none: this runtime builds on the GPU only"
+            known = ", ".join(runtime.targets()[:-1]) or "none: this runtime builds on the GPU only"
             raise InvalidOptionError(f"target: there is no GPU here, so one must be named; accepted: {known}")
         target = torch.cuda.get_device_name()
-    named = target if target in runtime.targets() else None
-    if named is None and not torch.cuda.is_available():
-        raise InvalidOptionError(f"target: {target!r}; accepted: {', '.join(runtime.targets())}")
+    chosen = named if named in runtime.targets() else None
     profiles = backend.default_profiles(weights.spec)
     started = time.perf_counter()
-    blob = builder.build(weights, precision, layers, profiles, named, progress, runtime=runtime)
+    blob = builder.build(weights, precision, layers, profiles, chosen, progress, runtime=runtime)
     seconds = time.perf_counter() - started
     store = stores.Store(folder)
     count = weights.spec.num_layers if layers is None else layers
-    key = backend.key_of(stores.digest(weights), weights.spec, precision, count, runtime, target)
+    key = backend.key_of(stores.digest(weights), weights.spec, precision, count, runtime, target or named)
     path = store.save(key, blob)
     if path is None:
         raise DataFileError(f"{folder}: the engine could not be written: {'; '.join(map(str, store.notes))}")
@@ -185,10 +190,9 @@ def _entry(store: stores.Store, entry: stores.Entry) -> dict[str, Any]:
     if blob is None:
         return {**row, "state": f"damaged: {'; '.join(map(str, store.notes)) or 'refused'}"}
     try:
-        runtime = runtimes.find(key.runtime)
-    except BackendUnavailableError as error:
+        facts = builder.inspect(runtimes.find(key.runtime), blob)
+    except XfastError as error:  # not installed, or another release's
         return {**row, "state": f"intact; not read: {error}"}
-    facts = builder.inspect(runtime, blob)
     state = "intact, read by this GPU" if facts["engine"] else f"intact; layers not read: {facts['reason']}"
     return {**row, "state": state, "header": facts["header"], "engine": facts["engine"]}
 

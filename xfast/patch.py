@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from xfast import training
 from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
-from xfast.backends.base import Batch, CannotRunError, Engine
+from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedError
 from xfast.errors import BackendUnavailableError, ModelFreedError, UnsupportedModelError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
@@ -198,9 +198,16 @@ class EncoderPatch(Patch):
             return self._train(module, call) if train else self._run(module, call)
         except CannotRunError as refusal:
             reason = str(refusal)
+            if isinstance(refusal, EngineRefusedError):
+                self._warn_once(f"{reason}; the original code runs")
         except PositionOverflowError:
             reason = "a position lies outside the position table"  # the original raises its own error
         return self._fall_back(reason, args, kwargs)
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"xfast: {text}", stacklevel=5)
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
@@ -214,12 +221,8 @@ class EncoderPatch(Patch):
         if self.freed:
             raise WeightsFreedError(f"the original code is needed ({reason}), but {self.freed}")
         self.fallbacks[reason] += 1
-        if reason == _GRADIENTS and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "xfast: gradients are enabled, so the original code runs; use torch.inference_mode() or no_grad()",
-                stacklevel=4,
-            )
+        if reason == _GRADIENTS:
+            self._warn_once("gradients are enabled, so the original code runs; use torch.inference_mode() or no_grad()")
         return self._original_layers(args, kwargs)
 
     def _original_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

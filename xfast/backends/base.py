@@ -16,6 +16,10 @@ class CannotRunError(Exception):
     """Not an error to the user: an engine cannot run this one call, so the original code does. The message says why."""
 
 
+class EngineRefusedError(CannotRunError):
+    """No call will run on the engine that was asked for by name; the user is told once."""
+
+
 class Batch(Protocol):
     """A batch without its padding, T tokens: :class:`xfast.packing.Packed` or its twin on a device."""
 

@@ -1,7 +1,7 @@
 """The TensorRT backend: engines built from the model description, kept on disk, checked before they are trusted.
 
 Asked for by name (``backend="tensorrt"``): building takes seconds to minutes, the Triton backend needs none. The first
-call builds the engine, or finds it in the cache; batches outside its profiles run the original code.
+call builds the engine, or finds it in the cache; batches larger than its profiles run in parts.
 
 Not yet run on a GPU.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,8 +22,10 @@ from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
-from xfast.backends.base import CannotRunError
+from xfast.backends.base import CannotRunError, EngineRefusedError
+from xfast.backends.parameters import ParameterReader
 from xfast.backends.tensorrt_graphs import GraphRunner
+from xfast.backends.tensorrt_inputs import Sequences
 from xfast.errors import BackendUnavailableError, XfastError
 from xfast.recipe import Recipe
 
@@ -30,10 +34,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS, MAX_BATCH = 32768, 256
 """Limits of the default profiles: what a batch may have, padding not counted."""
-
-CHECKED_LENGTH = 128
-"""Tokens of the longest sequence that a new engine is checked on."""
-
 
 MIN_FP8_CAPABILITY = (8, 9)
 
@@ -83,7 +83,16 @@ class TensorRTBackend:
         return False
 
     def compile(self, weights: EncoderWeights, precision: str, recipe: Recipe | None = None) -> TensorRTEngine:
-        """See :class:`xfast.backends.base.Backend`. The engine itself is built by the first call."""
+        """See :class:`xfast.backends.base.Backend`. The engine itself is built by the first call.
+
+        Raises:
+            InvalidWeightsError: a weight has no values, or holds NaN or infinity.
+        """
+        reader = ParameterReader(weights)
+        for layer, role in weights.modules:  # now: an engine is built by the first call, and whoever asked is gone then
+            for name in ("weight", "bias"):
+                if reader.has(layer, role, name):
+                    reader.read(layer, role, name)
         return TensorRTEngine(weights, precision)
 
 
@@ -120,61 +129,102 @@ class TensorRTEngine:
         """See :class:`xfast.backends.base.Engine`.
 
         Raises:
-            CannotRunError: hidden states or embeddings are asked for, the batch is outside all profiles, or the engine
-                was refused: the original code runs.
+            CannotRunError: hidden states or embeddings are asked for, there is no memory, or the engine was refused:
+                the original code runs.
         """
         if hidden_states:
             raise CannotRunError("TensorRT: hidden states were asked for")
         if packed.embeds is not None:
             raise CannotRunError("TensorRT: inputs_embeds were given")
-        tokens, batch, length = packed.total_tokens, packed.batch, packed.max_seqlen
-        if tokens == 0 or (rows is not None and not len(rows)):
+        if packed.total_tokens == 0 or (rows is not None and not len(rows)):
             return torch.zeros(0, self.spec.hidden_size, device=self.device), None
-        profile = builder.choose(self.profiles, tokens, batch, length)
-        if profile is None:
-            raise CannotRunError(f"TensorRT: {tokens} tokens in {batch} sequences are outside the profiles")
-        with torch.no_grad():
-            inputs = network_inputs(packed, rows)
-            return self._runner(self.spec.num_layers if layers is None else layers).run(inputs, profile), None
+        runner = self._runner(self.spec.num_layers if layers is None else layers)
+        try:
+            with torch.no_grad():
+                return self._run(runner, Sequences.of(packed), rows), None
+        except (XfastError, torch.OutOfMemoryError) as error:  # the original may need less
+            raise CannotRunError(f"TensorRT: {' '.join(str(error).split())[:200]}") from error
+
+    def _run(self, runner: Runner, sequences: Sequences, rows: torch.Tensor | None) -> torch.Tensor:
+        """In one go, or where that is more than any profile takes in parts of whole sequences."""
+        profile = builder.choose(self.profiles, sequences.tokens, sequences.batch, sequences.longest)
+        if profile is not None:
+            return runner.run(sequences.inputs(rows), profile)
+        most = self.profiles[-1]
+        if sequences.longest > most.length[2]:
+            raise CannotRunError(f"TensorRT: a sequence is longer than {most.length[2]} tokens")
+        found = []
+        for part, wanted in sequences.parts(rows, most.tokens[2], most.batch[2]):
+            if part.tokens and (wanted is None or len(wanted)):
+                profile = builder.choose(self.profiles, part.tokens, part.batch, part.longest)
+                assert profile is not None
+                found.append(runner.run(part.inputs(wanted), profile))
+        return torch.cat(found)
 
     def _runner(self, layers: int) -> Runner:
         with self._lock:
             if layers in self._refused:
-                raise CannotRunError(self._refused[layers])
+                raise EngineRefusedError(self._refused[layers])
             if layers not in self._runners:
                 try:
                     self._runners[layers] = self._made(layers)
-                except XfastError as error:  # remembered: a failed build is not repeated at every call
-                    self._refused[layers] = f"TensorRT: {error}"
-                    raise CannotRunError(self._refused[layers]) from error
+                except Exception as error:  # remembered: a failed build is not repeated at every call
+                    kind = "" if isinstance(error, XfastError) else f"{type(error).__name__}: "
+                    self._refused[layers] = f"TensorRT: {kind}{error}"
+                    raise EngineRefusedError(self._refused[layers]) from error
             return self._runners[layers]
 
     def _made(self, layers: int) -> Runner:
         """From the cache or built, and checked in either case: a file cannot prove that it computes the right thing."""
         runtime = runtimes.find()
-        store, key, blob = self._stored(runtime, layers)
-        found = blob is not None
-        if blob is None:
-            target = "CURRENT" if "CURRENT" in runtime.targets() else None
-            with torch.cuda.device(self.device):
-                blob = builder.build(self._weights, self.precision, layers, self.profiles, target, runtime=runtime)
+        store = stores.Store() if self._store is None else self._store
+        keys = self._keys(runtime, layers)
+        for key in keys:
+            runner = self._from_store(runtime, store, key)
+            if runner is not None:
+                return runner
+        target = "CURRENT" if "CURRENT" in runtime.targets() else None
+        with torch.cuda.device(self.device):
+            blob = builder.build(self._weights, self.precision, layers, self.profiles, target, runtime=runtime)
         runner = self._load(runtime, blob, layers)
-        report = self._check(runner, layers)
-        if not found:
-            store.save(key, blob)
-        self._notes.append(f"engine of {layers} layers: {'from the cache' if found else 'built'}, {report}")
+        try:
+            report = self._check(runner, layers)
+        except judge.EngineRejectedError:
+            raise
+        except Exception:
+            store.save(keys[0], blob)  # no fault of the engine's: the next process checks it, and need not build it
+            raise
+        self._notes.append(f"engine of {layers} layers: built, {report}")
+        if store.save(keys[0], blob) is None:
+            self._notes.append(f"it is not in the cache, so every process builds it: {store.notes[-1]}")
+            warnings.warn(f"TensorRT: {self._notes[-1]}", RuntimeWarning, stacklevel=2)
         return runner
 
-    def _stored(self, runtime: runtimes.Runtime, layers: int) -> tuple[stores.Store, stores.Key, bytes | None]:
-        """(store, key of an engine built on this very GPU, an engine: that, or one built for its capability)."""
-        store = stores.Store() if self._store is None else self._store
+    def _from_store(self, runtime: runtimes.Runtime, store: stores.Store, key: stores.Key) -> Runner | None:
+        """A stored engine; None where there is none that loads and computes what it should: then it is built anew."""
+        before = store.reasons["absent"]
+        blob = store.load(key)
+        if blob is None:
+            if store.reasons["absent"] == before:
+                self._notes.append(f"a stored engine was not used: {store.notes[-1]}")
+            return None
+        try:
+            runner = self._load(runtime, blob, key.layers)
+            report = self._check(runner, key.layers)
+        except XfastError as error:
+            self._notes.append(f"the stored engine for {key.target} was not used: {error}")
+            return None
+        self._notes.append(f"engine of {key.layers} layers: from the cache, {report}")
+        return runner
+
+    def _keys(self, runtime: runtimes.Runtime, layers: int) -> list[stores.Key]:
+        """Keys of an engine that was built on this very GPU, and of one for its compute capability."""
         digest = stores.digest(self._weights)
         major, minor = torch.cuda.get_device_capability(self.device)
-        keys = [
+        return [
             key_of(digest, self.spec, self.precision, layers, runtime, target)
             for target in (torch.cuda.get_device_name(self.device), f"SM{major}{minor}")
         ]
-        return store, keys[0], next(filter(None, map(store.load, keys)), None)
 
     def verify(self, layers: int) -> judge.Report:
         """The store's engine for this GPU beside PyTorch. Builds none.
@@ -184,7 +234,8 @@ class TensorRTEngine:
             EngineRejectedError: it differs by more than its precision explains.
         """
         runtime = runtimes.find()
-        store, _, blob = self._stored(runtime, layers)
+        store = stores.Store() if self._store is None else self._store
+        blob = next(filter(None, map(store.load, self._keys(runtime, layers))), None)
         if blob is None:
             raise BackendUnavailableError(f"{store.folder} has no engine of this model for this GPU: {store.notes}")
         return self._check(self._load(runtime, blob, layers), layers)
@@ -199,19 +250,11 @@ class TensorRTEngine:
 
     def _check(self, runner: Runner, layers: int) -> judge.Report:
         def run(case: judge.Case) -> torch.Tensor:
-            inputs = case_inputs(case)
-            profile = builder.choose(self.profiles, len(case.ids), len(case.lengths), max(case.lengths))
-            assert profile is not None  # the cases are within every model's limits
-            return runner.run(inputs, profile)
+            return self._run(runner, sequences_of(case), case.rows)
 
-        cases = judge.cases(self.spec, CHECKED_LENGTH, self.device)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # the engine computes no TF32: what it is held to must not either
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                return judge.check(run, self._weights, self.precision, layers, cases)
-        finally:
-            torch.set_float32_matmul_precision(before)
+        cases = judge.cases(self.spec, checked_shapes(self.profiles), self.device)
+        with torch.autocast(self.device.type, enabled=False), judge.true_fp32():
+            return judge.check(run, self._weights, self.precision, layers, cases)
 
     def own_word_table(self) -> bool:
         """See :class:`xfast.backends.base.Engine`: the engine has its own copy, but a rebuild needs the original."""
@@ -236,60 +279,24 @@ def default_profiles(spec: EncoderSpec) -> tuple[builder.Profile, ...]:
     return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest)
 
 
+def checked_shapes(profiles: Sequence[builder.Profile]) -> list[tuple[int, ...]]:
+    """Lengths of sequences for each profile, whose kernels are its own: what a new engine is checked on."""
+    shapes: list[tuple[int, ...]] = [(1,)]
+    for profile in profiles:
+        longest = profile.length[2]
+        shapes.append((longest,) if profile.batch[2] == 1 else (min(9, longest), longest, 1, -(-longest // 2), 2))
+    return shapes
+
+
+def sequences_of(case: judge.Case) -> Sequences:
+    """A sample batch as the network takes it."""
+    offsets = torch.tensor([0, *case.lengths], device=case.ids.device).cumsum(0, dtype=torch.int32)
+    return Sequences(case.ids, case.positions, case.types, offsets, max(case.lengths))
+
+
 def key_of(
     digest: str, spec: EncoderSpec, precision: str, layers: int, runtime: runtimes.Runtime, target: str
 ) -> stores.Key:
     """The store's key of an engine with the default profiles."""
     profiles = default_profiles(spec)
     return stores.Key(digest, spec, precision, layers, profiles, runtime.name, runtime.version_text, target)
-
-
-def network_inputs(packed: DevicePacked, rows: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The network's inputs for a batch, made on its device without waiting for it."""
-    tokens = packed.total_tokens
-    offsets = packed.rows.cu_seqlens
-    return {
-        "token_ids": packed.rows.ids[:tokens].contiguous(),
-        "position_ids": packed.rows.position_ids[:tokens].contiguous(),
-        "type_ids": packed.rows.type_ids[:tokens].contiguous(),
-        **places(offsets, tokens, packed.max_seqlen),
-        "rows": _all_rows(tokens, offsets.device) if rows is None else rows.to(torch.int32).contiguous(),
-    }
-
-
-def case_inputs(case: judge.Case) -> dict[str, torch.Tensor]:
-    """The same for a sample batch, with all rows."""
-    device = case.ids.device
-    offsets = torch.tensor([0, *case.lengths], device=device).cumsum(0, dtype=torch.int32)
-    return {
-        "token_ids": case.ids,
-        "position_ids": case.positions,
-        "type_ids": case.types,
-        **places(offsets, len(case.ids), max(case.lengths)),
-        "rows": _all_rows(len(case.ids), device),
-    }
-
-
-def _all_rows(tokens: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(tokens, dtype=torch.int32, device=device)
-
-
-def places(offsets: torch.Tensor, tokens: int, longest: int) -> dict[str, torch.Tensor]:
-    """Where attention's padded batch takes each place from, and where each token finds its result again.
-
-    Args:
-        offsets: int32 [B + 1], ``cu_seqlens``.
-        tokens: T.
-        longest: L, tokens of the longest sequence.
-    """
-    begin, end = offsets[:-1, None], offsets[1:, None]
-    columns = torch.arange(longest, dtype=torch.int32, device=offsets.device)[None]
-    rows = begin + columns
-    packed = torch.arange(tokens, dtype=torch.int32, device=offsets.device)
-    sequence = torch.searchsorted(offsets[1:].contiguous(), packed, right=True, out_int32=True)
-    return {
-        "padded_rows": torch.where(rows < end, rows, 0).contiguous(),
-        # an empty sequence counts as one token, which nobody reads
-        "lengths": (offsets[1:] - offsets[:-1]).clamp(min=1).contiguous(),
-        "packed_columns": (sequence * longest + packed - offsets[sequence]).to(torch.int32).contiguous(),
-    }

@@ -208,7 +208,7 @@ def build_from(
             network.name = "xfast"  # by default a counter of this process, which would change the engine's bytes
             arrays = populate(trt, network)
             config = _configure(runtime, builder, network, profiles, target, workspace_bytes)
-            monitor = _monitor(trt, progress)
+            monitor = _monitor(trt, progress, runtime.logger)
             config.progress_monitor = monitor
             serialised = builder.build_serialized_network(network, config)
         except XfastError:
@@ -281,7 +281,10 @@ def _failure(runtime: Runtime, target: Sequence[str] | None, log: Log, text: str
     return EngineBuildError("; ".join([f"{runtime.name} {runtime.version_text}, {where}: {text}", *hint]), messages)
 
 
-def _monitor(trt: Any, progress: Progress | None) -> Any:
+def _monitor(trt: Any, progress: Progress | None, sink: Any) -> Any:
+    """``sink``: the logger, whose ``raised`` is set when Ctrl-C comes while it runs."""
+    sink.raised = None
+
     class Monitor(trt.IProgressMonitor):
         """Hands progress on. Nothing may be raised through TensorRT: it is kept and the build cancelled."""
 
@@ -305,6 +308,8 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
             total = self._totals.get(phase_name, step + 1)
             if step + 1 < total:  # the last one is reported by phase_finish
                 self._report(phase_name, step + 1)
+            if sink.raised is not None:
+                self.raised, self.cancelled = sink.raised, True
             return not self.cancelled
 
         def _report(self, phase: str, step: int) -> None:
@@ -312,7 +317,7 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
                 return
             try:
                 self.cancelled = progress(phase, step, self._totals.get(phase, step)) is False
-            except BaseException as error:  # KeyboardInterrupt arrives here, in the only Python code that runs
+            except BaseException as error:  # KeyboardInterrupt arrives here or in the logger
                 self.raised, self.cancelled = error, True
 
     return Monitor()

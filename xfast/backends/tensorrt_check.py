@@ -5,9 +5,10 @@ The reference reads the model's own modules by role. It is slow and simple on pu
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -48,12 +49,14 @@ class Case:
     Attributes:
         ids, positions, types: int32 [T].
         lengths: tokens of each sequence, T together.
+        rows: int32, ascending rows that are wanted; None: all.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     types: torch.Tensor
     lengths: tuple[int, ...]
+    rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,26 +85,44 @@ class Report:
         return f"relative error {self.error:.2e} (allowed {self.bound:.2e}), labels agree in {self.agreement:.1%}"
 
 
-def cases(spec: EncoderSpec, longest: int, device: torch.device, seed: int = 0) -> list[Case]:
-    """Seeded batches: one token, ragged, one long sequence (at most ``longest`` tokens)."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = min(longest, spec.usable_positions)
-    shapes = ((1,), tuple(min(n, longest) for n in (9, 1, 17, 33, 2)), (longest,))
-    return [_case(spec, lengths, generator, device) for lengths in shapes]
+def cases(spec: EncoderSpec, shapes: Sequence[tuple[int, ...]], device: torch.device, seed: int = 0) -> list[Case]:
+    """Seeded batches with sequences of these lengths; and the last one again, of which every third row is wanted."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    made = [_case(spec, lengths, generator, device) for lengths in shapes]
+    rows = torch.arange(0, sum(shapes[-1]), 3, dtype=torch.int32, device=device)
+    return [*made, replace(made[-1], rows=rows)]
 
 
 def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Case:
     total = sum(lengths)
     first = spec.first_position
-    positions = torch.cat([torch.arange(first, first + length) for length in lengths])
-    ids = torch.randint(0, spec.vocab_size, (total,), generator=generator)
-    types = torch.randint(0, spec.type_vocab_size, (total,), generator=generator)
+    positions = torch.cat([torch.arange(first, first + length, device="cpu") for length in lengths])
+    ids = torch.randint(0, spec.vocab_size, (total,), generator=generator, device="cpu")
+    types = torch.randint(0, spec.type_vocab_size, (total,), generator=generator, device="cpu")
     ids, positions, types = (values.to(device, torch.int32) for values in (ids, positions, types))
     return Case(ids, positions, types, lengths)
 
 
+@contextlib.contextmanager
+def true_fp32() -> Iterator[None]:
+    """No TF32 in fp32 products: an engine computes none, so what it is held to must not either.
+
+    torch refuses to be asked in its older words where a program has used the newer ones, so the newer come first.
+    """
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
 def reference(weights: EncoderWeights, case: Case, precision: str, layers: int) -> torch.Tensor:
     """fp32 [T, hidden_size] after the encoder's first ``layers`` layers, computed by plain PyTorch in ``precision``.
+
+    Of a case with ``rows`` those rows of it.
 
     A pre-norm encoder's residual stream is float32, as in the network: in float16 it may overflow.
     """
@@ -140,7 +161,7 @@ def reference(weights: EncoderWeights, case: Case, precision: str, layers: int) 
         x = x + linear(layer, "ffn_out", functional.gelu(linear(layer, "ffn_in", operand)))
         x = x if pre else norm(layer, "ffn_norm", x)
     x = norm(-1, "final_norm", x) if spec.final_norm and layers == spec.num_layers else x
-    return x.float()
+    return (x if case.rows is None else x[case.rows.long()]).float()
 
 
 def _operand(x: torch.Tensor, precision: str) -> torch.Tensor:
@@ -164,7 +185,7 @@ def check(
     """Compare an engine with PyTorch on sample batches.
 
     Args:
-        run: the engine: a case to [T, hidden_size].
+        run: the engine: a case to [T, hidden_size], or its rows.
         weights: of the model.
         precision: of the engine.
         layers: that it runs.
@@ -174,8 +195,8 @@ def check(
         EngineRejectedError: it differs by more than its precision explains.
     """
     spec = weights.spec
-    generator = torch.Generator().manual_seed(1)
-    head = torch.randn(spec.hidden_size, LABELS, generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    head = torch.randn(spec.hidden_size, LABELS, generator=generator, dtype=torch.float32, device="cpu")
     worst, finite, same, clear = (0.0, FLOOR[precision]), True, 0, 0
     with torch.no_grad():
         for case in samples:

@@ -305,7 +305,8 @@ class _Encoder:
             scale = self.spec.head_dim**-0.5 if role == "query" else 1.0
             weight = read.read(layer, role, "weight").float() * scale
             weights.append(read.rounded(weight, self.operands, layer, role, "weight"))
-            bias = torch.zeros(hidden) if not read.has(layer, role, "bias") else read.read(layer, role, "bias")
+            there = read.has(layer, role, "bias")
+            bias = read.read(layer, role, "bias") if there else torch.zeros(hidden, device="cpu")
             biases.append(read.rounded(bias.float() * scale, self.operands, layer, role, "bias"))
         return torch.cat(weights), torch.cat(biases)
 
@@ -400,7 +401,7 @@ class _Encoder:
     def _sizes(self) -> Any:
         """[B, L, hidden_size] as int64 [3]."""
         graph = self.graph
-        hidden = graph.constant(torch.tensor([self.spec.hidden_size]), "hidden_size")
+        hidden = graph.constant(torch.tensor([self.spec.hidden_size], device="cpu"), "hidden_size")
         layer = graph.network.add_concatenation([self._once("shape", self._shape), hidden])
         graph.named(layer, "padded_sizes").axis = 0
         return layer.get_output(0)
@@ -410,8 +411,8 @@ class _Encoder:
         graph, trt = self.graph, self.graph.trt
         length = graph.network.add_slice(self._once("shape", self._shape), (1,), (1,), (1,))
         length = graph.named(length, "padded_length").get_output(0)
-        first = graph.constant(torch.tensor(0, dtype=torch.int32), "first_column")
-        step = graph.constant(torch.tensor([1], dtype=torch.int32), "column_step")
+        first = graph.constant(torch.tensor(0, dtype=torch.int32, device="cpu"), "first_column")
+        step = graph.constant(torch.tensor([1], dtype=torch.int32, device="cpu"), "column_step")
         layer = graph.named(graph.network.add_fill((1,), trt.FillOperation.LINSPACE, trt.int32), "columns")
         for index, value in enumerate((length, first, step)):
             layer.set_input(index, value)
@@ -420,4 +421,4 @@ class _Encoder:
         return graph.elementwise(columns, lengths, "LESS", "key_exists")
 
     def _masked(self) -> Any:
-        return self.graph.constant(torch.full((1, 1, 1, 1), _MASKED), "masked_score")
+        return self.graph.constant(torch.full((1, 1, 1, 1), _MASKED, device="cpu"), "masked_score")

@@ -47,7 +47,7 @@ def linear(graph: Any, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, 
     values, scales = quantize_weight(weight, precision)
     # TensorRT takes the type of the scale for that of the values it is applied to
     one, rounded_one = (
-        graph.constant(torch.ones((), dtype=d), f"{name}.one.{d}") for d in (torch.float32, graph.dtype)
+        graph.constant(torch.ones((), dtype=d, device="cpu"), f"{name}.one.{d}") for d in (torch.float32, graph.dtype)
     )
     weights = graph.dequantize(
         graph.constant(values, f"{name}.weight"), graph.constant(scales, f"{name}.weight.scale"), f"{name}.weight.real"
@@ -68,4 +68,4 @@ def linear(graph: Any, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, 
 
 
 def _constant(graph: Any, value: float, name: str) -> Any:
-    return graph.constant(torch.full((1, 1), value), name)
+    return graph.constant(torch.full((1, 1), value, device="cpu"), name)

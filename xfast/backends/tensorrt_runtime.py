@@ -240,10 +240,14 @@ def _make_sink(module: ModuleType) -> Any:
             module.ILogger.__init__(self)
             self._logs: tuple[Log, ...] = ()  # replaced, never changed: other threads may be reading it
             self._lock = threading.Lock()
+            self.raised: BaseException | None = None
 
         def log(self, severity: Any, message: str) -> None:
-            for log in self._logs:
-                log.add(severity.name, message)
+            try:
+                for log in self._logs:
+                    log.add(severity.name, message)
+            except BaseException as error:  # Ctrl-C, while Python code runs; nothing may be raised through TensorRT
+                self.raised = error
 
         def add(self, log: Log) -> None:
             with self._lock:

@@ -18,6 +18,9 @@ from xfast.backends.tensorrt_network import INPUTS, OUTPUT
 from xfast.backends.tensorrt_runtime import Log, Runtime
 from xfast.errors import BackendUnavailableError
 
+ALIGNMENT = 256
+"""Bytes: of every address that is given to TensorRT (``NvInferRuntime.h``)."""
+
 
 class Session:
     """Runs one engine on one device. Thread-safe: calls take turns, on the host and on the device.
@@ -56,6 +59,7 @@ class Session:
             profile: its index.
         """
         stream = torch.cuda.current_stream(self.device)
+        inputs = {name: _aligned(tensor) for name, tensor in inputs.items()}
         output = self._output(inputs)
         with self._lock, torch.cuda.device(self.device), self._messages.collecting() as log:
             if self._done is not None:  # a context holds the state of one call
@@ -102,9 +106,10 @@ class Session:
     def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         """Tells a context shapes and addresses; returns its scratch memory."""
         for name in INPUTS:
-            context.set_input_shape(name, tuple(inputs[name].shape))
-            context.set_tensor_address(name, inputs[name].data_ptr())
-        context.set_tensor_address(OUTPUT, output.data_ptr())
+            shape = tuple(inputs[name].shape)
+            _accepted(context.set_input_shape(name, shape), f"{name} of shape {shape}")
+            _accepted(context.set_tensor_address(name, inputs[name].data_ptr()), f"the address of {name}")
+        _accepted(context.set_tensor_address(OUTPUT, output.data_ptr()), "the address of the output")
         size = max(1, context.update_device_memory_size_for_shapes())
         scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
         if hasattr(context, "set_device_memory"):
@@ -128,6 +133,17 @@ class Session:
         if context is None or not context.set_optimization_profile_async(profile, stream.cuda_stream):
             raise BackendUnavailableError("TensorRT has no memory left for another execution context")
         return context
+
+
+def _accepted(answer: bool | None, what: str) -> None:
+    """A context that refuses a shape or an address keeps those of the call before."""
+    if answer is False:
+        raise BackendUnavailableError(f"TensorRT refuses {what}")
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """At an address that TensorRT takes."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _enqueue(context: Any, stream: torch.cuda.Stream, log: Log) -> None:

@@ -183,8 +183,8 @@ def unpad(
     room = batch * length
     ints = {"dtype": torch.int32, "device": device}
     lengths, errors = torch.empty(batch, **ints), torch.empty(batch, 5, **ints)
-    # Rows of a multiple of 16 bytes: pointers that are now aligned and now not would each be compiled anew.
-    filled = torch.empty(7, triton.cdiv(room, 4) * 4, **ints)
+    # rows of 256 bytes: TensorRT wants them, and kernels are compiled anew for pointers that are aligned otherwise
+    filled = torch.empty(7, triton.cdiv(room, 64) * 64, **ints)
     rows = PackedRows(
         ids=filled[0],
         position_ids=filled[1],

@@ -1,0 +1,203 @@
+"""Which engines are used, stored and rebuilt: a stored one that does not load or computes something else never is."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from gpu import NO_NUMPY_WARNINGS
+from typer.testing import CliRunner
+
+from xfast import engine as command
+from xfast.architecture import describe, find_encoders
+from xfast.backends import tensorrt as backend
+from xfast.backends import tensorrt_build as builder
+from xfast.backends import tensorrt_check as judge
+from xfast.backends import tensorrt_runtime as runtimes
+from xfast.backends import tensorrt_store as stores
+from xfast.backends.base import CannotRunError
+from xfast.errors import BackendUnavailableError, InvalidOptionError
+
+trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
+pytestmark = NO_NUMPY_WARNINGS
+GOOD, WRONG, STALE = b"good engine", b"wrong engine", b"stale engine"
+
+
+class Machine:
+    """A GPU and a TensorRT that "build" the word good; an engine is what its bytes say."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.builds, self.folder, self.failure = 0, folder, None
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+        patch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+        patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+        patch.setattr(builder, "build", self._build)
+        patch.setattr(backend.TensorRTEngine, "_load", self._load)
+        patch.setattr(backend.TensorRTEngine, "_check", self._check)
+
+    def _build(self, *_: Any, **__: Any) -> bytes:
+        self.builds += 1
+        return GOOD
+
+    def _load(self, _: Any, blob: bytes, layers: int) -> Any:
+        if blob == STALE:
+            raise BackendUnavailableError("tensorrt_rtx does not load the engine: built for another driver")
+        return blob
+
+    def _check(self, runner: Any, layers: int) -> judge.Report:
+        if self.failure is not None:
+            raise self.failure
+        report = judge.Report(0.5 if runner == WRONG else 0.001, 0.01, 1.0, True)
+        if not report.accepted:
+            raise judge.EngineRejectedError(report)
+        return report
+
+    def engine(self) -> backend.TensorRTEngine:
+        model = models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1)
+        return backend.TensorRTEngine(describe(*find_encoders(model)[0][1:]), "bf16", stores.Store(self.folder))
+
+    def keys(self) -> list[stores.Key]:
+        return self.engine()._keys(runtimes.find(), 1)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    return Machine(monkeypatch, tmp_path / "engines")
+
+
+@pytest.mark.parametrize("blob", [WRONG, STALE])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_stored_engine_that_is_not_to_be_trusted_is_built_anew(blob: bytes, which: int, machine: Machine) -> None:
+    """Of this GPU by name, or of its compute capability."""
+    stores.Store(machine.folder).save(machine.keys()[which], blob)
+    for builds in (1, 1):  # the second process finds what the first one built
+        made = machine.engine()
+        assert made._runner(1) == GOOD and machine.builds == builds
+    assert stores.Store(machine.folder).load(machine.keys()[0]) == GOOD
+    first = "\n".join(machine.engine().describe())
+    assert "no engine yet" in first
+
+
+def test_the_engine_for_the_capability_is_tried_after_a_bad_one_for_the_gpu(machine: Machine) -> None:
+    store = stores.Store(machine.folder)
+    store.save(machine.keys()[0], STALE)
+    store.save(machine.keys()[1], GOOD)
+    made = machine.engine()
+    assert made._runner(1) == GOOD and machine.builds == 0
+    text = "\n".join(made._notes)
+    assert (
+        "the stored engine for Some GPU was not used: tensorrt_rtx does not load" in text and "from the cache" in text
+    )
+
+
+def test_a_damaged_file_is_said(machine: Machine) -> None:
+    store = stores.Store(machine.folder)
+    path = store.save(machine.keys()[0], GOOD)
+    assert path is not None
+    path.write_bytes(path.read_bytes()[:-3])
+    made = machine.engine()
+    assert made._runner(1) == GOOD and machine.builds == 1
+    assert any("a stored engine was not used" in note and path.name in note for note in made._notes)
+
+
+def test_a_full_disk_is_said_and_costs_nothing_else(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        made = machine.engine()
+        with pytest.warns(RuntimeWarning, match="not in the cache, so every process builds it: .*No space left"):
+            assert made._runner(1) == GOOD
+    assert any("No space left" in note for note in made._notes)
+
+
+def test_a_failure_that_is_not_the_engines_does_not_lose_it(machine: Machine) -> None:
+    machine.failure = torch.OutOfMemoryError("CUDA out of memory")
+    made = machine.engine()
+    for _ in range(3):  # remembered: a build takes minutes
+        with pytest.raises(CannotRunError, match="TensorRT: OutOfMemoryError: CUDA out of memory"):
+            made._runner(1)
+    assert machine.builds == 1
+    machine.failure = None
+    assert machine.engine()._runner(1) == GOOD and machine.builds == 1  # found, and checked there
+
+
+def test_a_wrong_engine_that_was_just_built_is_refused_and_not_stored(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "build", lambda *_, **__: WRONG)
+    with pytest.raises(CannotRunError, match=r"TensorRT: the engine was refused: relative error 5\.00e-01"):
+        machine.engine()._runner(1)
+    assert stores.Store(machine.folder).load(machine.keys()[0]) is None
+
+
+@pytest.mark.parametrize("target", ["SM90", "sm89", "A100", "SM86,SM89"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_target_is_one_that_is_known(target: str, gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    with pytest.raises(InvalidOptionError, match=f"target: {target} is not accepted"):
+        command.build_engine(str(tmp_path / "m"), tmp_path / "e", target=target)
+
+
+@pytest.mark.parametrize("target", [None, "CURRENT"])
+def test_the_gpu_that_is_there_is_found_by_its_name(
+    target: str | None, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(builder, "build", lambda *given, **__: (asked.append(given[4]), GOOD)[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    made = command.build_engine(str(tmp_path / "m"), machine.folder, target=target)
+    assert asked == ["CURRENT"] and made["target"] == "Some GPU"
+
+
+def test_engines_of_another_release_are_listed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.Store(machine.folder).save(machine.keys()[0], GOOD)
+
+    def refuse(*_: Any) -> None:
+        raise InvalidOptionError("the engine was built by 1.7.0.5, this is 1.7.1.116")
+
+    monkeypatch.setattr(builder, "inspect", refuse)
+    done = CliRunner().invoke(command.app, ["inspect", str(machine.folder), "--json"])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["state"] == "intact; not read: the engine was built by 1.7.0.5, this is 1.7.1.116"
+
+
+def test_an_interrupt_in_the_logger_ends_the_build() -> None:
+    sink = runtimes.find().logger
+
+    class Interrupted(runtimes.Log):
+        def add(self, severity: str, text: str) -> None:
+            raise KeyboardInterrupt
+
+    log = Interrupted()
+    monitor = builder._monitor(trt, None, sink)
+    sink.add(log)
+    try:
+        sink.log(trt.ILogger.Severity.ERROR, "anything")  # nothing is raised through TensorRT
+    finally:
+        sink.remove(log)
+    assert monitor.step_complete("phase", 0) is False and isinstance(monitor.raised, KeyboardInterrupt)
+    assert builder._monitor(trt, None, sink).step_complete("phase", 0) is True
+
+
+def test_constants_are_on_the_cpu_whatever_the_default_device() -> None:
+    """TensorRT is given their addresses: a pointer into a GPU's memory would end the process."""
+    model = models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1)
+    weights = describe(*find_encoders(model)[0][1:])
+    from tensorrt_built import Built
+
+    with torch.device("meta"), warnings.catch_warnings():
+        for precision in ("fp32", "bf16", "int8"):
+            Built(weights, precision)
