@@ -12,6 +12,7 @@ from gpu import DEVICE
 from models import PAD, arguments, at_tokens, build, fallbacks, labels, left_padded, norm_error, ragged
 
 import xfast
+from xfast import watch
 from xfast.attention_interface import attention_forward
 
 
@@ -90,9 +91,89 @@ def test_what_it_refuses() -> None:
         attention_forward(module, q, q, q, torch.ones(2, 1, 5, 5))
     with pytest.raises(xfast.UnsupportedModelError, match="self-attention"):
         attention_forward(module, q[:, :, :1], q, q, None)
+    for given, name in (({"position_bias": q}, "position_bias"), ({"sliding_window": 4}, "sliding_window")):
+        with pytest.raises(xfast.UnsupportedModelError, match=f"Module gives {name}, which"):
+            attention_forward(module, q, q, q, None, **given)
+    attention_forward(
+        module, q, q, q, None, position_ids=q, is_causal=False, position_bias=None, output_attentions=True
+    )
+    with pytest.raises(xfast.UnsupportedModelError, match="is causal"):
+        attention_forward(module, q, q, q, None, is_causal=True)
     module.is_causal = True  # type: ignore[assignment]
     with pytest.raises(xfast.UnsupportedModelError, match="is causal"):
         attention_forward(module, q, q, q, None)
+
+
+def test_models_whose_attention_is_another_are_refused() -> None:
+    """A relative bias, causal attention asked for by an argument, and a mask that restricts who sees whom."""
+    from transformers.masking_utils import create_bidirectional_mask
+
+    small = {"vocab_size": 50, "num_layers": 1, "num_heads": 2, "d_model": 32, "d_kv": 16, "d_ff": 32}
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**small)).eval().to(DEVICE)
+    small = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "eos_token_id": 2}
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(intermediate_size=32, **small)).to(DEVICE)
+    batch = moved(ragged(vocab=50))
+    for model in (t5, clip):
+        try:
+            model.set_attn_implementation("xfast")
+        except ValueError:  # releases in which its attention cannot be chosen
+            continue
+        with torch.no_grad(), pytest.raises(xfast.UnsupportedModelError, match="xfast"):
+            model(**batch)
+    model = model_of()
+    model.set_attn_implementation("xfast")
+    states = torch.zeros(2, 5, 32, device=DEVICE)
+    mask = torch.ones(2, 5, dtype=torch.long, device=DEVICE)
+    kept = create_bidirectional_mask(model.config, states, mask)
+    assert kept is not None and kept.shape == (2, 5)
+    with pytest.raises(xfast.UnsupportedModelError, match="every token sees every other"):
+        create_bidirectional_mask(model.config, states, mask, and_mask_function=lambda b, h, q, k: q >= k)
+
+
+def test_no_value_is_read_from_the_device_in_a_forward() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_local_scalar_dense" in str(function):
+                Reads.count += 1
+            return function(*args, **(kwargs or {}))
+
+    model = model_of()
+    model.set_attn_implementation("xfast")
+    batch = moved(ragged())
+    with torch.no_grad(), Reads():
+        model(**batch)
+    assert Reads.count == 0
+
+
+def test_a_batch_of_one_and_heads_that_lie_together() -> None:
+    for batch in (1, 2):
+        fused = torch.randn(batch, 7, 2, 3 * 16, device=DEVICE)
+        for q, k, v in (
+            (t.transpose(1, 2) for t in fused.chunk(3, -1)),
+            (t.transpose(1, 2).contiguous() for t in fused.chunk(3, -1)),
+        ):
+            got, _ = attention_forward(torch.nn.Module(), q, k, v, None)
+            want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            assert norm_error(got, want) <= 1e-5
+
+
+def test_types_that_autocast_left_apart() -> None:
+    q = torch.randn(2, 2, 5, 16, device=DEVICE)
+    with torch.autocast(q.device.type, torch.bfloat16):
+        got, _ = attention_forward(torch.nn.Module(), q, q, q.bfloat16(), None)
+    want = torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+    assert got.dtype == torch.bfloat16 and norm_error(got.float(), want) <= 2e-2
+
+
+def test_dropping_everything_leaves_nothing() -> None:
+    q = torch.randn(2, 2, 5, 16, device=DEVICE, requires_grad=True)
+    got, _ = attention_forward(torch.nn.Module(), q, q, q, None, dropout=1.0)
+    got.sum().backward()
+    assert not got.detach().any() and q.grad is not None and not q.grad.any()
 
 
 # --- accelerate(training=True) ---------------------------------------------------------------------------------------
@@ -133,6 +214,83 @@ def test_training_steps_then_inference_see_the_new_weights() -> None:
         each.eval()
     with torch.no_grad():
         assert norm_error(model(**batch).logits, stock(**batch).logits) <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["model", "bf16"])
+def test_fused_optimizers_are_noticed(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They move no version counter, and values on a GPU are not sampled: their step itself is what tells."""
+    monkeypatch.setattr(watch, "_sampled", lambda tensor: False)
+    model, stock = (model_of(head="sequence-classification").train() for _ in range(2))
+    xfast.accelerate(model, backend="triton", precision=precision, training=True)
+    batch = moved(ragged())
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.01, fused=True) for each in (model, stock)]
+    for _ in range(3):
+        for each, optimizer in zip((model, stock), optimizers, strict=True):
+            each.train()
+            loss = each(**batch, **moved(labels("sequence-classification", batch))).loss
+            each.eval()
+            with torch.no_grad():  # packs between forward and step: the step must be noticed all the same
+                each(**batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert norm_error(model(**batch).logits, stock(**batch).logits) <= (1e-4 if precision == "model" else 0.05)
+    engine = model.base_model.__dict__["forward"].plan.engine
+    other = torch.optim.AdamW(model_of().parameters(), lr=0.01, fused=True)
+    other.step()  # somebody else's model: nothing is packed anew
+    with torch.no_grad():
+        model(**batch)
+    assert model.base_model.__dict__["forward"].plan.engine is engine
+
+
+@pytest.mark.parametrize("change", ["forward", "wrapped"])
+def test_layers_that_are_wrapped_later_train_as_they_are(change: str) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.inner(*args, **kwargs)
+
+    model = model_of().train()
+    xfast.accelerate(model, backend="triton", training=True)
+    batch = moved(ragged())
+    model(**batch)
+    assert fallbacks(model) == {}
+    layer = model.encoder.layer[1]
+    if change == "wrapped":
+        model.encoder.layer[1] = wrapper = Wrapper(layer)
+    else:
+        calls = []
+        forward = layer.forward
+        layer.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    model(**batch)
+    assert (wrapper.calls if change == "wrapped" else len(calls)) == 1
+    assert set(fallbacks(model)) == {"layers were wrapped or replaced since xfast.accelerate"}
+
+
+def test_attention_drops_as_its_module_says() -> None:
+    batch = moved(ragged())
+    model = model_of(attention_probs_dropout_prob=0.5).train()
+    xfast.accelerate(model, backend="triton", training=True)
+    for on in (False, True):
+        for module in model.modules():
+            module.train(on != isinstance(module, torch.nn.Dropout))
+        runs = [model(**batch)[0] for _ in range(2)]
+        assert torch.equal(*runs) != on
+    assert fallbacks(model) == {}
+
+
+def test_an_input_on_another_device_is_left_to_the_original() -> None:
+    model = model_of().train()
+    xfast.accelerate(model, backend="triton", training=True)
+    batch = {**moved(ragged()), "attention_mask": ragged()["attention_mask"].to("meta")}
+    with pytest.raises((RuntimeError, NotImplementedError)):  # torch's own
+        model(**batch)
+    assert set(fallbacks(model)) == {f"an input is on meta, the model on {DEVICE}"}
 
 
 def test_dropout_is_repeated_by_the_seed_and_is_off_in_eval() -> None:

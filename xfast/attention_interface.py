@@ -21,7 +21,13 @@ from xfast.backends.triton import MIN_CAPABILITY
 from xfast.errors import InvalidInputError, UnsupportedModelError
 
 NAME = "xfast"
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")  # arguments that would change the result
+_HARMLESS = frozenset(
+    (
+        *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+        *("num_items_in_batch", "deterministic", "output_router_logits", "return_loss", "labels"),
+    )
+)
+"""Arguments that do not change what attention computes; any other that is given is refused."""
 _recent = threading.local()  # .packing: the last mask (weakly), its version and its packing; all layers share a mask
 
 
@@ -40,13 +46,16 @@ def attention_forward(
     Padded rows of the result are zeros.
 
     Raises:
-        UnsupportedModelError: causal attention, or queries and keys of different lengths.
+        UnsupportedModelError: causal attention, queries and keys of different lengths, or an argument that may change
+            the result (biases, windows, ...).
         InvalidInputError: a mask that is not [batch, length].
     """
-    if unknown := [name for name in _UNSUPPORTED if others.get(name) is not None]:
-        raise UnsupportedModelError(f"attn_implementation='xfast' does not know {unknown[0]}={others[unknown[0]]!r}")
-    if getattr(module, "is_causal", False):
+    if others.get("is_causal") or getattr(module, "is_causal", False):
         raise UnsupportedModelError(f"{type(module).__name__} is causal; attn_implementation='xfast' is for encoders")
+    given = (name for name, value in others.items() if name not in _HARMLESS)
+    if unknown := [name for name in given if others[name] is not None and others[name] is not False]:
+        name = type(module).__name__
+        raise UnsupportedModelError(f"{name} gives {unknown[0]}, which attn_implementation='xfast' does not know")
     if query.shape != key.shape:
         raise UnsupportedModelError(
             "attn_implementation='xfast' is self-attention with as many key heads as query heads; "
@@ -59,6 +68,9 @@ def attention_forward(
             "attn_implementation='xfast' takes 2-D masks only"
         )
     scale = head_dim**-0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have left them in different types
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
     if not _kernel_runs(query):
         return _torch_attention(query, key, value, attention_mask, dropout, scale), None
     return _varlen(query, key, value, attention_mask, dropout, scale), None
@@ -100,6 +112,8 @@ def _varlen(
 
     batch, heads, length, head_dim = q.shape
     rows = [t.transpose(1, 2).reshape(batch * length, heads, head_dim) for t in (q, k, v)]
+    # heads and columns must lie together, which a batch of one may not show
+    rows = [t if t.stride()[1:] == (head_dim, 1) else t.contiguous() for t in rows]
     if rows[1].stride() != rows[2].stride():
         rows[1:] = [t.contiguous() for t in rows[1:]]
     seed = dropout_seed(dropout)
@@ -143,10 +157,27 @@ def _packing(mask: torch.Tensor) -> _Packing:
     return packing
 
 
+def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | None:
+    """transformers' mask function: the [batch, length] mask as it is, or None.
+
+    It never asks whether anything is masked, which would wait for the device.
+
+    Raises:
+        UnsupportedModelError: some tokens may not see others: causal, windowed or otherwise restricted attention.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if others.get("mask_function") is not bidirectional_mask_function:
+        raise UnsupportedModelError(
+            "attn_implementation='xfast' is for encoders in which every token sees every other; this one restricts that"
+        )
+    mask: torch.Tensor | None = others.get("attention_mask")
+    return None if mask is None else mask[:, -kv_length:]
+
+
 def register() -> None:
     """Makes the name known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, attention_mask_of)

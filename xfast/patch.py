@@ -249,9 +249,7 @@ class EncoderPatch(Patch):
             raise CannotRunError("no backend runs this model")
         if (reason := self.plan.inner.refusal()) is not None:
             raise CannotRunError(reason)
-        tensors = (t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None)
-        if elsewhere := [t.device for t in tensors if t.device != engine.device]:
-            raise CannotRunError(f"an input is on {elsewhere[0]}, the model on {engine.device}")
+        _refuse_elsewhere(call, engine.device)
         return engine
 
     def _packed(self, module: nn.Module) -> Engine | None:
@@ -338,8 +336,9 @@ class EncoderPatch(Patch):
             raise CannotRunError(reason)
         plan = self._plan_of_a_copy()
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
-        if (reason := training.refusal(module, given.device) or plan.inner.refusal(training=True)) is not None:
+        if (reason := training.refusal(module, given.device) or plan.inner.refusal(module)) is not None:
             raise CannotRunError(reason)
+        _refuse_elsewhere(call, given.device)
         packed = training.pack(plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         pooler, context = getattr(module, "pooler", None), current_context(self)
         _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
@@ -398,6 +397,12 @@ def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Each in memory of its own: whoever keeps one layer's states must not keep all of them."""
     for state in states:
         yield state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
+
+
+def _refuse_elsewhere(call: dict[str, Any], device: torch.device) -> None:
+    for name in _ENCODER_ARGUMENTS:
+        if (given := call.get(name)) is not None and given.device != device:
+            raise CannotRunError(f"an input is on {given.device}, the model on {device}")
 
 
 def _refuse_batch(packed: Batch, reads_first: bool) -> None:

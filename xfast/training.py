@@ -87,7 +87,7 @@ def _layer(layer: Any, x: torch.Tensor, spec: EncoderSpec, cu_seqlens: torch.Ten
     pre_norm = spec.norm == "pre"
     normed = layer.attention.self_attn_layer_norm(x) if pre_norm else x
     q, k, v = (getattr(attention, name)(normed).view(shape) for name in ("query", "key", "value"))
-    dropout = attention.dropout.p if attention.dropout.training else 0.0
+    dropout = attention.dropout.p if attention.training else 0.0  # as the original asks
     context = VarlenAttention.apply(
         q, k, v, cu_seqlens, cu_seqlens, longest, spec.head_dim**-0.5, dropout, dropout_seed(dropout)
     )

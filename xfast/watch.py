@@ -1,13 +1,16 @@
 """Notices weights that changed after packing, cheaply enough to ask before every call.
 
-Four signs: a submodule was replaced (LoRA, pruned layers); a parameter object or its memory was replaced (``.to()``,
+Five signs: a submodule was replaced (LoRA, pruned layers); a parameter object or its memory was replaced (``.to()``,
 ``module.weight = ...``); its version counter moved (``load_state_dict``, an optimizer step); sampled values differ
-(``p.data += delta``, as LoRA merges do, moves no counter). A sparse edit through ``.data`` that misses every sample is
-the one change that goes unseen.
+(``p.data += delta``, as LoRA merges do, moves no counter); and off the CPU, where sampling would wait for the device,
+an optimizer stepped over their memory (fused optimizers move no counter). On the CPU a sparse edit through ``.data``
+that misses every sample is the one change that goes unseen.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
@@ -15,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from xfast import _C
-from xfast.architecture import EncoderWeights, is_plain_tensor
+from xfast.architecture import EncoderWeights, is_plain_tensor, layers_of
 
 
 class WeightWatch:
@@ -45,14 +49,47 @@ class WeightWatch:
             states,
             plain,
             [t for t in plain if not t.is_inference()],  # the others have no version
-            [_bytes(t) for t in plain if t.device.type == "cpu" and t.numel()],
+            [_bytes(t) for t in plain if _sampled(t) and t.numel()],
             [*_objects(modules, dicts, states), *_tensor_objects(plain)],
             scalars,
         )
+        self._stepped = False
+        self._storages = frozenset(t.untyped_storage().data_ptr() for t in plain if not _sampled(t) and not t.is_meta)
+        if self._storages:
+            _watch_optimizers(self)
 
     def changed(self) -> bool:
         """True when any submodule or parameter differs from the snapshot."""
-        return self._watch.changed()
+        return self._stepped or self._watch.changed()
+
+    def stepped(self, storages: set[int]) -> None:
+        """An optimizer has changed tensors in these storages."""
+        self._stepped = self._stepped or not self._storages.isdisjoint(storages)
+
+
+def _sampled(tensor: torch.Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+_watching: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
+_hooked = threading.Lock()
+
+
+def _watch_optimizers(watch: WeightWatch) -> None:
+    """Tell this watch of every optimizer's step."""
+    if _hooked.acquire(blocking=False):  # once in a process, and never let go
+        register_optimizer_step_post_hook(_after_step)
+    _watching.add(watch)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    watches = list(_watching)
+    if watches:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        storages = {p.untyped_storage().data_ptr() for p in parameters if is_plain_tensor(p) and not p.is_meta}
+        for watch in watches:
+            watch.stepped(storages)
 
 
 def _objects(
@@ -89,16 +126,38 @@ class InnerWatch:
         inner = [module for module in encoder.modules() if module is not encoder]
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._dropouts = [module.__dict__ for module in inner if isinstance(module, nn.Dropout)]
+        self._bypassed = _bypassed(encoder)
 
-    def refusal(self, training: bool = False) -> str | None:
-        """Why the original code must run, or None. In ``training`` the modules run themselves, dropout included."""
+    def refusal(self, training: nn.Module | None = None) -> str | None:
+        """Why the original code must run, or None.
+
+        Args:
+            training: the encoder, where it trains on packed tokens: then its parts run themselves, dropout included,
+                but not the modules that hold them.
+        """
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "a forward hook is registered for every module"
         if any(self._hooks) and any(not _is_recorder(hook) for hooks in self._hooks for hook in hooks.values()):
             return "a forward hook is registered inside the encoder"
-        if not training and any(map(_training, self._dropouts)):
+        if training is None and any(map(_training, self._dropouts)):
             return "a module inside the encoder is in training mode"
+        if training is not None and self._wrapped(training):
+            return "layers were wrapped or replaced since xfast.accelerate"
         return None
+
+    def _wrapped(self, encoder: nn.Module) -> bool:
+        now = _bypassed(encoder)
+        same = len(now) == len(self._bypassed) and all(a is b for a, b in zip(now, self._bypassed, strict=True))
+        return not now or not same or any("forward" in module.__dict__ for module in now)
+
+
+def _bypassed(encoder: Any) -> list[nn.Module]:
+    """Modules whose parts are called in their place when the encoder trains on packed tokens; none: it lacks some."""
+    try:
+        parts = [(layer, layer.attention, layer.attention.self) for layer in layers_of(encoder)]
+        return [encoder.encoder, *(module for part in parts for module in part)]
+    except AttributeError:
+        return []
 
 
 _training = itemgetter("training")

@@ -8,6 +8,7 @@ batch that fits its bucket (``backends/cuda_graphs.py``).
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,18 @@ def _unavailable(device: torch.device, precision: str) -> str | None:
     if capability < needed:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability / 10}; {precision} needs {needed / 10} or later"
+    return _driver_missing() if device.type == "cuda" else None
+
+
+@functools.cache
+def _driver_missing() -> str | None:
+    """Why Triton cannot launch kernels, or None. It compiles its own launcher: that takes a C compiler."""
+    try:
+        import triton
+
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as error:
+        return f"triton cannot launch kernels: {type(error).__name__}: {error}"
     return None
 
 

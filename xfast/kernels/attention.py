@@ -154,7 +154,7 @@ def forward_kernel(
         # No key at all: the row is zero, as in FlashAttention.
         inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
         if DROPOUT:
-            inverse = inverse / (1.0 - dropout)
+            inverse = inverse / tl.maximum(1.0 - dropout, 1e-30)  # all dropped: 0, not NaN
         place = rows[:, None].to(tl.int64) * stride_out + offset
         dtype = out.dtype.element_ty
         tl.store(out + place + columns[None, :], cast(acc * inverse[:, None], dtype), mask=valid[:, None])

@@ -90,8 +90,8 @@ def keys_kernel(
         kept = p
         if DROPOUT:
             mask = keep(seed, rows, head, keys, dropout)
-            kept = tl.where(mask, p / (1.0 - dropout), 0.0)
-            dp = tl.where(mask, dp / (1.0 - dropout), 0.0)
+            kept = tl.where(mask, p / tl.maximum(1.0 - dropout, 1e-30), 0.0)
+            dp = tl.where(mask, dp / tl.maximum(1.0 - dropout, 1e-30), 0.0)
         ds = cast(p * (dp - d[:, None]), q.dtype.element_ty)
         kept = cast(kept, q.dtype.element_ty)
         dv_main = dot(tl.trans(kept), g_main, dv_main)
@@ -133,7 +133,7 @@ def queries_kernel(
         p = tl.where(inside[None, :], tl.exp2(s - level[:, None]), 0.0)
         dp = products(g_main, g_rest, v_main, v_rest, BLOCK_N, D_REST, ACC)
         if DROPOUT:
-            dp = tl.where(keep(seed, rows, head, keys, dropout), dp / (1.0 - dropout), 0.0)
+            dp = tl.where(keep(seed, rows, head, keys, dropout), dp / tl.maximum(1.0 - dropout, 1e-30), 0.0)
         ds = cast(p * (dp - d[:, None]), q.dtype.element_ty)
         dq_main = dot(ds, k_main, dq_main)
         if D_REST > 0:
