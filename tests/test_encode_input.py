@@ -136,7 +136,7 @@ def test_files_without_rows(tmp_path: Path, base: Path, write: Any) -> None:
     blank = write("blank.jsonl", "\n \n\n")
     refused(DataFileError, tmp_path, base, blank, f"{blank}: holds no row")
     only = write("only.jsonl", "")
-    refused(DataFileError, tmp_path, base, only, "every file is empty", on_error="skip")
+    refused(DataFileError, tmp_path, base, only, "no file has a row that can be used", on_error="skip")
 
 
 def test_a_parquet_file_of_no_rows_makes_a_shard_of_none(tmp_path: Path, base: Path) -> None:

@@ -174,9 +174,9 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
         ArtifactWriteError: disk full, read-only, or the folder holds something else.
     """
     root = _module_of(model)
-    check_saveable(root)
     patches = [patch for patch in _patches(root) if isinstance(patch, EncoderPatch)]
     engines = [patch.plan.current_engine(patch.module) for patch in patches]
+    check_saveable(root, next((engine.precision for engine in engines if engine is not None), "fp32"))
     if len(engines) != 1 or not isinstance(engines[0], NativeEngine):
         raise InvalidOptionError(
             "model: expected one with an encoder that xfast.accelerate made fast on the CPU; see xfast.explain"

@@ -318,7 +318,8 @@ class Staging:
         journal = self._staging / _JOURNAL
         if not journal.is_file():
             return
-        with contextlib.suppress(DataFileError):  # a journal that cannot be read: start anew
+        # a journal that cannot be read: start anew
+        with contextlib.suppress(DataFileError, KeyError, TypeError, AttributeError):
             content = strict_json(journal.read_bytes(), journal)
             if content["identity"] == self._identity:
                 for name, record in _records(content["files"], journal).items():

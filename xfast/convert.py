@@ -55,10 +55,7 @@ def convert(
     Raises:
         XfastError: no such checkpoint, damaged, not supported, or the folder cannot be written.
     """
-    if precision not in PRECISIONS:
-        accepted = ", ".join(PRECISIONS)
-        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
-    recipe = Recipe(group_size)
+    recipe = _recipe(precision, group_size)
     checkpoint = Checkpoint(model) if isinstance(model, str) else model
     if checkpoint.folder is not None and folder.resolve() == checkpoint.folder.resolve():
         raise InvalidOptionError(f"dir: {folder} is the checkpoint itself; expected another folder")
@@ -92,12 +89,25 @@ def convert(
         raise
 
 
+def _recipe(precision: str, group_size: int) -> Recipe:
+    if precision not in PRECISIONS:
+        accepted = ", ".join(PRECISIONS)
+        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
+    if group_size != DEFAULT_GROUP_SIZE and precision != "int4":
+        raise InvalidOptionError(f"group-size: {group_size} is only accepted with int4, not with {precision}")
+    return Recipe(group_size)
+
+
 class _Source:
     """A model without memory for its weights, and where each of them is in the checkpoint."""
 
     def __init__(self, checkpoint: Tensors, architecture: str | None) -> None:
         self._checkpoint = checkpoint
         self.root: Any = _skeleton(checkpoint, architecture)
+        self._ties: list[list[str]] = []
+        if self._differing():  # what transformers leaves apart, whatever the config says; the rest stays tied
+            self._ties = list(self._groups().values())
+            self.root = _skeleton(checkpoint, architecture, tie_word_embeddings=False)
         encoders = find_encoders(self.root)
         if len(encoders) != 1:
             raise UnsupportedModelError(
@@ -109,16 +119,40 @@ class _Source:
         self.weights = describe(self._encoder, self._family)
         self._inside = {name for name, _ in self._encoder.named_parameters(self._path, remove_duplicate=False)}
 
-    def _place(self) -> None:
-        """Finds every tensor in the checkpoint and gives it its type there, still without memory."""
+    def _differing(self) -> bool:
+        """Whether tensors that the config ties lie in the checkpoint under several names, with other values."""
+        for names in self._groups().values():
+            stored = dict.fromkeys(filter(None, map(self._stored_name, names)))
+            first, *others = [*stored, ""]
+            if any(other and not self._equal(first, other) for other in others):
+                return True
+        return False
+
+    def _equal(self, first: str, second: str) -> bool:
+        entries = [self._checkpoint.entry(name) for name in (first, second)]
+        if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
+            return False
+        rows = entries[0].shape[0] if entries[0].shape else 0
+        if not rows:
+            return torch.equal(self._checkpoint.read(first), self._checkpoint.read(second))
+        return all(
+            torch.equal(self._checkpoint.read(first, row, _ROWS), self._checkpoint.read(second, row, _ROWS))
+            for row in range(0, rows, _ROWS)
+        )
+
+    def _groups(self) -> dict[int, list[str]]:
+        """The names of each tensor."""
         groups: dict[int, list[str]] = {}
-        shapes = {}
         for name, tensor in packed_model.tensors_of(self.root):
             groups.setdefault(id(tensor), []).append(name)
-            shapes[name] = tuple(tensor.shape)
+        return groups
+
+    def _place(self) -> None:
+        """Finds every tensor in the checkpoint and gives it its type there, still without memory."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in packed_model.tensors_of(self.root)}
         self._names: dict[str, str] = {}
         missing = []
-        for names in groups.values():  # one tensor under all its names
+        for names in self._groups().values():  # one tensor under all its names
             found = next((stored for name in names if (stored := self._stored_name(name)) is not None), None)
             if found is None:
                 missing.append(names[0])
@@ -130,12 +164,22 @@ class _Source:
                 )
             self._put(names, torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta"), entry.dtype)
             self._names |= dict.fromkeys(names, found)
+        missing = [name for name in missing if not self._tie(name)]
         if missing:
             raise DataFileError(
                 f"model: the checkpoint lacks {len(missing)} tensors of {type(self.root).__name__}: "
                 f"{', '.join(sorted(missing)[:4])}; name the class it was saved as with --architecture, or load it "
                 "with transformers and use xfast.save"
             )
+
+    def _tie(self, name: str) -> bool:
+        """Gives a name that the checkpoint lacks the tensor that it is tied to, if that is there."""
+        tied = next((names for names in self._ties if name in names), [])
+        other = next((other for other in tied if other in self._names), None)
+        if other is not None:
+            packed_model.put(self.root, name, dict(packed_model.tensors_of(self.root))[other])
+            self._names[name] = self._names[other]
+        return other is not None
 
     def _put(self, names: list[str], tensor: torch.Tensor, dtype: str) -> None:
         if packed_model.is_parameter(self.root, names[0]):
@@ -194,7 +238,7 @@ def _require_finite(name: str, tensor: torch.Tensor) -> None:
         raise InvalidWeightsError(f"{name} holds NaN or infinity")
 
 
-def _skeleton(checkpoint: Tensors, architecture: str | None) -> nn.Module:
+def _skeleton(checkpoint: Tensors, architecture: str | None, **changes: Any) -> nn.Module:
     named = checkpoint.config.get("architectures")
     name = architecture or (named[0] if isinstance(named, list) and named else None)
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -204,7 +248,7 @@ def _skeleton(checkpoint: Tensors, architecture: str | None) -> nn.Module:
             "such as XLMRobertaModel (default: the one that config.json names)"
         )
     try:
-        config = packed_model.config_of(cls, checkpoint.config)
+        config = packed_model.config_of(cls, {**checkpoint.config, **changes})
         bare = any(cls.__name__ in family.encoder_classes for family in FAMILIES)
         pooled = any("pooler." in tensor for tensor in checkpoint.names())
         return packed_model.skeleton(cls, config, {"add_pooling_layer": pooled} if bare else {})

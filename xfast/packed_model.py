@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from xfast import _C, artifact, tokenizer_files
-from xfast.architecture import LINEAR_ROLES, EncoderWeights, describe, find_encoders
+from xfast.architecture import LINEAR_ROLES, EncoderWeights, describe, find_encoders, output_dtype
 from xfast.artifact import Manifest, Reader, Shapes, Staging
 from xfast.backends.base import Engine, PackedBackend, choose
 from xfast.backends.native import NativeBackend, NativeEngine
@@ -163,7 +163,7 @@ def put(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
     places[leaf] = tensor
 
 
-def check_saveable(root: Any) -> None:
+def check_saveable(root: Any, precision: str) -> None:
     """Refuses what loading could not build again.
 
     Raises:
@@ -186,6 +186,14 @@ def check_saveable(root: Any) -> None:
         raise UnsupportedModelError(
             f"{cls.__name__} differs from what its config describes, so that loading could not build it again: "
             + ", ".join(changed[:5])
+        )
+    ours, theirs = (contents_of(model, precision) for model in (root, fresh))
+    if ours.weights.spec != theirs.weights.spec:
+        raise UnsupportedModelError(f"{cls.__name__}: its config was changed after it was built: {theirs.weights.spec}")
+    if ours.packed_words != theirs.packed_words:
+        raise UnsupportedModelError(
+            f"{cls.__name__}: its word embeddings are {'not ' * ours.packed_words}tied to its decoder, other than its "
+            f"config says; set model.config.tie_word_embeddings = {not ours.packed_words}"
         )
 
 
@@ -378,6 +386,11 @@ def put_under(head: Any, loaded: Loaded) -> nn.Module:
     if differing := [name for name, value in asdict(want).items() if value != getattr(got, name)]:
         given = ", ".join(f"{name} {getattr(got, name)} for {getattr(want, name)}" for name in differing)
         raise InvalidOptionError(f"head: {type(head).__name__} is for another encoder than the artifact's: {given}")
+    dtype, outside = output_dtype(loaded.encoder), parameters_outside(head, own)
+    if other := {one.dtype for one in head.parameters() if id(one) in outside and one.dtype != dtype}:
+        raise InvalidOptionError(
+            f"head: {type(head).__name__} is in {other.pop()}; give head.to({dtype}), the artifact's"
+        )
     lent = getattr(own, "pooler", None) if getattr(loaded.encoder, "pooler", None) is None else None
     used = parameters_outside(head, own) | {id(one) for one in (lent.parameters() if lent is not None else ())}
     parameters = head.named_parameters(remove_duplicate=False)

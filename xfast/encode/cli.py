@@ -28,7 +28,7 @@ PairColumn = Annotated[str | None, typer.Option(help="Second column, read with t
 Keep = Annotated[
     str | None, typer.Option(help="Comma-separated columns to copy; '' for none. Default: all but the encoded ones.")
 ]
-Pooling = Annotated[str, typer.Option(help="mean, cls or none (a vector for every token).")]
+Pooling = Annotated[str, typer.Option(help="mean, cls, none (a vector for every token) or auto.")]
 Normalize = Annotated[
     bool, typer.Option("--normalize", help="Embeddings of length 1; a reranker's score between 0 and 1.")
 ]

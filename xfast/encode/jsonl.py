@@ -36,15 +36,29 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
     shards: list[Shard] = []
     schemas: list[tuple[str, pa.Schema]] = []
     seen: dict[str, None] = {}
+    large: dict[str, tuple[int, int]] = {}
+    good = 0
     for lines, offset, size in _groups(path, settings.shard_rows):
         found = _parsed(lines, path, settings)
         seen.update(found.names)
+        good += len(found.rows)
+        large.update(_beyond_floats(found))
         schemas.append((f"{path}:{lines[0][0]}", _table(found.rows, list(seen), path, settings).schema))
         shards.append(Shard(len(shards), path, "jsonl", lines[0][0], len(lines), offset, size))
+    if settings.on_error == "skip" and not good:
+        if seen:  # rows without the column are no bad rows: it is not there
+            require_columns(path, list(seen), settings)
+        return [], pa.schema([])
     if not shards:
         raise DataFileError(f"{path}: holds no row")
     require_columns(path, list(seen), settings)
-    return shards, unify(schemas)
+    schema = unify(schemas)
+    for name, (value, line) in large.items():
+        if name in schema.names and pa.types.is_floating(schema.field(name).type):
+            raise DataFileError(
+                f"{path}:{line}: column {name!r} has {value} here and fractions elsewhere; no float holds both"
+            )
+    return shards, schema
 
 
 def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
@@ -118,6 +132,16 @@ def _parsed(lines: list[Line], path: str, settings: Settings) -> _Parsed:
     return found
 
 
+def _beyond_floats(found: _Parsed) -> dict[str, tuple[int, int]]:
+    """By column, a whole number that float64 cannot hold, and its line."""
+    return {
+        name: (value, number)
+        for row, number in zip(found.rows, found.numbers, strict=True)
+        for name, value in row.items()
+        if type(value) is int and abs(value) > 2**53 and int(float(value)) != value
+    }
+
+
 def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
     """One row, empty where there is none, and what is wrong with it."""
     try:
@@ -128,12 +152,22 @@ def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
         return {}, f"not JSON: {error}"
     if not isinstance(row, dict):
         return {}, f"a JSON object is expected, got {type(row).__name__}"
+    if b"\\u" in line and not _is_unicode(row):
+        return {}, "it holds half of a surrogate pair"
     for name in text_columns(settings):
         if name not in row:
             return row, f"no column {name!r}; columns there: {', '.join(row) or 'none'}"
         if (reason := wrong(row[name], name)) is not None:
             return row, reason
     return row, None
+
+
+def _is_unicode(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _table(rows: list[dict[str, Any]], there: list[str], path: str, settings: Settings) -> pa.Table:
@@ -146,6 +180,9 @@ def _table(rows: list[dict[str, Any]], there: list[str], path: str, settings: Se
 
 def _array(name: str, values: list[Any], path: str) -> pa.Array:
     try:
-        return pa.array(values)
+        try:
+            return pa.array(values)
+        except OverflowError:  # hashes of 64 bits
+            return pa.array(values, pa.uint64())
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise DataFileError(f"{path}: column {name!r} has values that do not go together: {error}") from None

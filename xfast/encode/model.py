@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import transformers
 
 import xfast
 from xfast import artifact
-from xfast.architecture import describe, find_encoders, supported_families
+from xfast.architecture import FAMILIES, check_class, describe, find_encoders, supported_families
 from xfast.encode import outputs
 from xfast.encode.rows import text_columns
 from xfast.encode.settings import BATCH_TOKENS, Execution, Settings
 from xfast.encode.tokens import Batch, Tokenizer
-from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError, XfastError
 from xfast.stilts.progress import quiet_transformers
 
 _EMBEDDED = ("Model", "ForMaskedLM")
@@ -34,11 +35,18 @@ class Head:
         kind: "vector", "tokens", "classes", "relevance" or "tags".
         columns: that the output gets.
         labels: names, in the order of the model's outputs.
+        pooling, normalize, max_length: of vectors: as the job has it, or the model says.
+        revision, tokenizer_revision: commits on the Hub; None: a folder.
     """
 
     kind: str
     columns: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    pooling: str = "mean"
+    normalize: bool = False
+    max_length: int | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
 
 
 def head_of(settings: Settings) -> tuple[Head, str]:
@@ -54,7 +62,11 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     """
     manifest = _packed(settings)
     try:
-        config = transformers.AutoConfig.from_pretrained(settings.model)
+        transformers.AutoConfig.from_pretrained(settings.model)  # whose words for what is not there are known
+        revision = revision_of(settings.model, "config.json")
+        config = transformers.AutoConfig.from_pretrained(settings.model, **_at(revision))
+    except XfastError:
+        raise
     except Exception as error:  # transformers' checks of single fields raise their own kinds
         if not isinstance(error, OSError) or Path(settings.model).is_dir():
             raise DataFileError(f"model: {settings.model}: {error}") from None
@@ -62,12 +74,20 @@ def head_of(settings: Settings) -> tuple[Head, str]:
             f"model: {settings.model}: no such folder, and no model that the Hub or its cache has; expected a folder "
             f"with a config.json, a packed artifact or a Hub id (transformers says: {error})"
         ) from None
-    identity = _identity(settings.model, getattr(config, "_commit_hash", None))
+    identity, tokens = _identity(settings.model, revision), revision
     if settings.tokenizer is not None:
-        identity += " " + _identity(settings.tokenizer, None)
+        tokens = revision_of(settings.tokenizer, "tokenizer_config.json", "tokenizer.json")
+        identity += " " + _identity(settings.tokenizer, tokens)
     if manifest is None:
-        return _head((getattr(config, "architectures", None) or ["no architecture"])[0], config, settings), identity
-    return _head(manifest.model_class.rpartition(":")[2], config, settings), identity
+        name = (getattr(config, "architectures", None) or ["no architecture"])[0]
+    else:
+        name = _packed_class(manifest, settings)
+    head = _head(name, config, settings)
+    if head.kind == "vector":
+        own = sentences_of(settings.model, revision)
+        chosen = own.pooling if settings.pooling == "auto" else settings.pooling
+        head = replace(head, pooling=chosen, normalize=settings.normalize or own.normalize, max_length=own.max_length)
+    return replace(head, revision=revision, tokenizer_revision=tokens), identity
 
 
 class Encoder:
@@ -94,12 +114,14 @@ class Encoder:
             spec = describe(module, family).spec
             # RoBERTa counts positions from the padding's number + 1
             reserved = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
+            room = spec.max_positions - reserved
             self.pad_id = spec.pad_token_id
             self.hidden_size = spec.hidden_size
             self.tokenizer = Tokenizer(
                 settings.tokenizer or settings.model,
-                max_length=settings.max_length,
-                capacity=spec.max_positions - reserved,
+                revision=head.tokenizer_revision,
+                max_length=settings.max_length or (head.max_length and min(head.max_length, room)),
+                capacity=room,
                 vocab_size=spec.vocab_size,
                 pairs=len(text_columns(settings)) == 2,
                 spans=head.kind == "tags",
@@ -116,7 +138,7 @@ class Encoder:
         """For a shard of ``rows`` rows."""
         settings, head = self.settings, self.head
         if head.kind == "vector":
-            return outputs.Pooled(rows, self.hidden_size, settings.pooling, settings.normalize, settings.dtype)
+            return outputs.Pooled(rows, self.hidden_size, head.pooling, head.normalize, settings.dtype)
         if head.kind == "tokens":
             return outputs.PerToken(rows, self.hidden_size, settings.dtype)
         if head.kind == "classes":
@@ -148,6 +170,14 @@ def _packed(settings: Settings) -> artifact.Manifest | None:
     return manifest
 
 
+def _packed_class(manifest: artifact.Manifest, settings: Settings) -> str:
+    """The artifact's class, which is a bare encoder or one with a head: else its states are not the encoder's."""
+    name = manifest.model_class.rpartition(":")[2]
+    if "For" not in name and not any(name in family.encoder_classes for family in FAMILIES):
+        raise UnsupportedModelError(f"model: {settings.model} is a packed {name}, whose outputs are not its encoder's")
+    return name
+
+
 def _head(name: str, config: Any, settings: Settings) -> Head:
     predicts = name.endswith((_CLASSES, _TAGS))
     if settings.content == "predictions" and not predicts:
@@ -170,6 +200,10 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
             f"{config.num_labels - 1}, got {names}"
         )
     labels = tuple(str(names[i]) for i in range(config.num_labels))
+    if settings.pooling != "auto" or settings.dtype != "float32":
+        raise InvalidOptionError(f"pooling, dtype: not accepted with {name}, which makes no embeddings")
+    if settings.normalize and (name.endswith(_TAGS) or config.num_labels > 1):
+        raise InvalidOptionError("normalize: not accepted with a head that gives labels")
     if name.endswith(_TAGS):
         if settings.pair_column is not None:
             raise InvalidOptionError("pair-column: not accepted with a head that labels tokens")
@@ -178,8 +212,8 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
         raise UnsupportedModelError(f"model: {settings.model} gives several labels at once, which is not supported")
     if config.num_labels == 1:
         return Head("relevance", outputs.Relevance.names, labels)
-    if settings.normalize:
-        raise InvalidOptionError("normalize: not accepted with a head that gives labels")
+    if config.problem_type == "regression":
+        raise UnsupportedModelError(f"model: {settings.model} gives several numbers, which is not supported")
     return Head("classes", outputs.Classes.names, labels)
 
 
@@ -204,14 +238,83 @@ def _load(settings: Settings, head: Head) -> Any:
     else:
         cls, more = transformers.AutoModelForSequenceClassification, {}
     try:
-        loaded, found = cls.from_pretrained(settings.model, output_loading_info=True, **more)
+        loaded, found = cls.from_pretrained(settings.model, output_loading_info=True, **more, **_at(head.revision))
     except TypeError:  # add_pooling_layer, which only the families have
         raise UnsupportedModelError(f"model: {settings.model}: supported: {supported_families()}") from None
     except Exception as error:  # readers of bad files raise whatever they like
         raise DataFileError(f"model: {settings.model}: {error}") from error
+    if encoders := find_encoders(loaded):  # the published XXL calls itself an XLM-R: its weights show that it is none
+        check_class(encoders[0][1])
     if missing := sorted(found["missing_keys"]):
         raise InvalidWeightsError(f"model: {settings.model} lacks {len(missing)} weights, {missing[0]} among them")
     return loaded
+
+
+def revision_of(name: str, *files: str) -> str | None:
+    """The commit of a Hub id that this job reads, every part of it; None for a folder.
+
+    Raises:
+        DataFileError: it cannot be told, so that a job that is continued might mix two models.
+        OSError: no such model.
+    """
+    if Path(name).is_dir():
+        return None
+    for file in files:
+        found = _hub_file(name, file)
+        if found is not None and found.parent.parent.name == "snapshots":
+            return found.parent.name
+    raise DataFileError(f"model: {name}: the revision on the Hub cannot be told; name the folder of a snapshot instead")
+
+
+def _hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    found = transformers.utils.cached_file(name, file, **_at(revision), _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _at(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """How a sentence-transformers model makes vectors; the defaults are any other model's."""
+
+    pooling: str = "mean"
+    normalize: bool = False
+    max_length: int | None = None
+
+
+def sentences_of(name: str, revision: str | None) -> Sentences:
+    """What the files of a sentence-transformers model say.
+
+    Raises:
+        UnsupportedModelError: it has parts that are not computed here.
+        DataFileError: its files are not what sentence-transformers writes.
+    """
+
+    def read(file: str) -> Any:
+        path = Path(name) / file if Path(name).is_dir() else _hub_file(name, file, revision)
+        return None if path is None or not path.is_file() else json.loads(path.read_bytes())
+
+    try:
+        modules = read("modules.json")
+        if modules is None:
+            return Sentences()
+        kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+        config = read(f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else {"pooling_mode": "mean"}
+        longest = (read("sentence_bert_config.json") or {}).get("max_seq_length")
+        modes = {mode for mode in _MODES if config.get("pooling_mode") == mode or config.get(_MODES[mode]) is True}
+        others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataFileError(f"model: {name}: modules.json or its pooling: {type(error).__name__}: {error}") from None
+    if other := ", ".join(sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})):
+        raise UnsupportedModelError(f"model: {name} has a module {other}; accepted: Transformer, Pooling, Normalize")
+    if len(modes) != 1 or set(others) - set(_MODES.values()):
+        raise UnsupportedModelError(f"model: {name} pools by {config}; accepted: cls or mean alone")
+    return Sentences(modes.pop(), "Normalize" in kinds, longest if isinstance(longest, int) else None)
+
+
+_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
 
 
 def _identity(name: str, revision: str | None) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from xfast.encode.tokens import Batch
+from xfast.errors import InvalidOptionError
 
 EMBEDDING, LABEL, SCORE = "embedding", "label", "score"
 LABELS, SCORES, STARTS, ENDS = "labels", "scores", "starts", "ends"
@@ -46,7 +47,7 @@ class Pooled:
             vectors = (output.float() * weights.unsqueeze(2)).sum(1)
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=1)
-        self.values[batch.rows] = vectors.cpu().numpy()
+        self.values[batch.rows] = _cast(vectors.cpu().numpy(), self.values.dtype)
 
     def columns(self) -> dict[str, pa.Array]:
         """``embedding``."""
@@ -64,7 +65,7 @@ class PerToken:
 
     def add(self, batch: Batch, output: torch.Tensor) -> None:
         """[B, L, hidden]."""
-        vectors = output.float().cpu().numpy().astype(self.dtype)
+        vectors = _cast(output.float().cpu().numpy(), np.dtype(self.dtype))
         for row, length, padded in zip(batch.rows, batch.lengths, vectors, strict=True):
             self.values[row] = padded[:length].copy()
 
@@ -72,6 +73,17 @@ class PerToken:
         """``embedding``."""
         flat = np.concatenate([np.zeros((0, self.hidden), self.dtype), *self.values])
         return {EMBEDDING: pa.LargeListArray.from_arrays(_offsets(self.values), _vectors(flat))}
+
+
+def _cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """In the wanted type.
+
+    Raises:
+        InvalidOptionError: float16 cannot hold them.
+    """
+    if dtype == np.float16 and float(np.abs(values).max(initial=0.0)) > float(np.finfo(np.float16).max):
+        raise InvalidOptionError("dtype: float16 holds values up to 65504, an embedding has larger ones; use float32")
+    return values.astype(dtype, copy=False)
 
 
 class Classes:

@@ -13,6 +13,9 @@ from xfast.encode.rows import Rows, Shard, conform, kept_columns, refuse_or_skip
 from xfast.encode.settings import Settings
 from xfast.errors import DataFileError
 
+# pyarrow cannot choose rows of these
+_VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+
 
 def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
     """The shards of a file, numbered from 0, and the types of the columns to copy. A file of 0 rows is one shard.
@@ -33,7 +36,8 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         Shard(number, path, "parquet", first, min(settings.shard_rows, rows - first))
         for number, first in enumerate(starts)
     ]
-    return shards, pa.schema([schema.field(name) for name in kept_columns(schema.names, settings)])
+    kept = [schema.field(name) for name in kept_columns(schema.names, settings)]
+    return shards, pa.schema([field.with_type(_VIEWS.get(field.type, field.type)) for field in kept])
 
 
 def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:

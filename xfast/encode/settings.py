@@ -13,7 +13,7 @@ from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.options import BACKENDS, PRECISIONS
 
 CONTENTS = ("auto", "embeddings", "predictions")
-POOLINGS = ("mean", "cls", "none")
+POOLINGS = ("auto", "mean", "cls", "none")
 DTYPES = ("float32", "float16")
 ON_ERROR = ("fail", "skip")
 ENGINES = ("local", "ray")
@@ -32,8 +32,10 @@ class Settings:
         content: "embeddings", "predictions" or "auto" (by the architecture that the checkpoint names).
         text_column, pair_column: columns of strings; with a pair column both are one input, as rerankers read them.
         keep: columns copied to the output; None: all but text and pair.
-        pooling: "mean" over all tokens, "cls" (the first) or "none" (a vector for every token); embeddings only.
-        normalize: embeddings of length 1; for a head with one score, its sigmoid.
+        pooling: "mean" over all tokens, "cls" (the first) or "none" (a vector for every token); "auto": what a
+            sentence-transformers model says, else "mean". Embeddings only.
+        normalize: embeddings of length 1, as a sentence-transformers model may ask for by itself; for a head with one
+            score, its sigmoid.
         max_length: tokens, special ones included; longer inputs are truncated. None: as many as the model takes.
         prefix: put before every text (not before the pair).
         dtype: of the embeddings.
@@ -52,7 +54,7 @@ class Settings:
     text_column: str = "text"
     pair_column: str | None = None
     keep: tuple[str, ...] | None = None
-    pooling: str = "mean"
+    pooling: str = "auto"
     normalize: bool = False
     max_length: int | None = None
     prefix: str = ""

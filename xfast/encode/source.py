@@ -60,10 +60,13 @@ def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], p
             left_out.append((file.path, "the file is empty"))
             continue
         found, schema = _READERS[file.kind].plan(file.path, settings)
+        if not found:
+            left_out.append((file.path, "no row of it can be used"))
+            continue
         shards += [dataclasses.replace(shard, number=len(shards) + i) for i, shard in enumerate(found)]
         schemas.append((file.path, schema))
     if not shards:
-        raise DataFileError("input: every file is empty")
+        raise DataFileError("input: no file has a row that can be used")
     return shards, unify(schemas), left_out
 
 

@@ -76,6 +76,7 @@ class Tokenizer:
 
     Args:
         name: folder or Hub id.
+        revision: of a Hub id.
         max_length: that was asked for, or None.
         capacity: tokens that the model takes.
         vocab_size: rows of the model's embedding table.
@@ -89,10 +90,18 @@ class Tokenizer:
     """
 
     def __init__(
-        self, name: str, *, max_length: int | None, capacity: int, vocab_size: int, pairs: bool, spans: bool
+        self,
+        name: str,
+        *,
+        max_length: int | None,
+        capacity: int,
+        vocab_size: int,
+        pairs: bool,
+        spans: bool,
+        revision: str | None = None,
     ) -> None:
         self.name, self.vocab_size, self.spans = name, vocab_size, spans
-        loaded = _load(name)
+        loaded = _load(name, revision)
         limit = min(capacity, loaded.model_max_length) if max_length is None else max_length
         least = loaded.num_special_tokens_to_add(pair=pairs) + 1
         if not least <= limit <= capacity:
@@ -167,9 +176,10 @@ def batches(window: Window, budget: int, pad_id: int) -> Iterator[Batch]:
         first, start = last, end
 
 
-def _load(name: str) -> Any:
+def _load(name: str, revision: str | None) -> Any:
+    more = {} if revision is None else {"revision": revision}
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(name)
+        loaded = transformers.AutoTokenizer.from_pretrained(name, **more)
     except Exception as error:  # readers of bad files raise whatever they like
         raise DataFileError(f"tokenizer: {name}: {error}") from error
     if len(loaded) <= len(loaded.all_special_ids):  # transformers 5 makes one up where the files are missing
