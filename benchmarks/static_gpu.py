@@ -132,8 +132,10 @@ def _mma(body: Counter[str]) -> int:
 
 
 def _other_form(label: str) -> bool:
-    """Whether a case is of another dtype, head size or model than XLM-R large in bf16 and fp8."""
+    """Whether a case is of another dtype, head size or model than XLM-R large in bf16 and fp8, or XXL's attention."""
     words = {*label.split(), *label.split()[0].split("-")}
+    if label.split()[0] in ("attention", "attention-shared", "attention-training"):
+        words -= {"d128"}
     other = {"fp16", "fp32", "d16", "d32", "d128", "base", "xl", "int4g32", "int4g128"}
     same = label.startswith(("weight-only-bias", "weight-only-residual"))  # the loop of GELU's form
     return same or (bool(words & other) and "packing" not in label)
@@ -150,7 +152,8 @@ def main(
     ] = None,
     match: Annotated[str, typer.Option(help="Only cases whose label contains this.")] = "",
     model_forms: Annotated[
-        bool, typer.Option("--model-forms", help="Only the forms that XLM-R large runs in (bf16, fp8, head_dim 64).")
+        bool,
+        typer.Option("--model-forms", help="Only the forms that XLM-R large runs in (bf16, fp8), and XXL's attention."),
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
 ) -> None:

@@ -165,9 +165,10 @@ def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | 
     Raises:
         UnsupportedModelError: some tokens may not see others: causal, windowed or otherwise restricted attention.
     """
-    from transformers.masking_utils import bidirectional_mask_function
+    from transformers import masking_utils
 
-    if others.get("mask_function") is not bidirectional_mask_function:
+    everyone = getattr(masking_utils, "bidirectional_mask_function", None)  # transformers 4 has causal ones alone
+    if everyone is None or others.get("mask_function") is not everyone:
         raise UnsupportedModelError(
             "attn_implementation='xfast' is for encoders in which every token sees every other; this one restricts that"
         )

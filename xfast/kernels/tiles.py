@@ -42,6 +42,10 @@ def attention_tile(head_dim: int, itemsize: int, capability: int, max_queries: i
         return Tile(rows, 16, head_dim, 8 if head_dim >= 64 else 4, 1)
     if max_queries <= 16:
         return Tile(16, 64, head_dim, 4, 2)
+    if head_dim > 80 and (capability < 90 or capability >= 120):  # on four warps it would spill hundreds of bytes
+        return Tile(128, 32, head_dim, 8, 2) if training else Tile(64, 32 if capability >= 120 else 64, head_dim, 8, 2)
+    if head_dim > 80 and capability >= 100 and max_queries <= 64:
+        return Tile(64, 64, head_dim, 8, 2)
     if max_queries <= 64:
         return Tile(64, 64, head_dim, 4, 2 if small or head_dim > 64 else 3)
     if head_dim > 64 and training:
