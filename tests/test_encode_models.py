@@ -98,8 +98,15 @@ def test_sentence_transformers_are_run_as_they_are(mode: str, unit: bool, base: 
     model.save(str(tmp_path / "model"))
     encode.run(source, tmp_path / "out", tmp_path / "model")
     np.testing.assert_allclose(encode.embeddings(tmp_path / "out"), model.encode(texts), atol=1e-5)
+    packed = tmp_path / "packed"  # says the same of itself
+    convert(str(tmp_path / "model"), packed, "fp32", "XLMRobertaModel")
+    encode.run(source, tmp_path / "again", packed)
+    np.testing.assert_allclose(encode.embeddings(tmp_path / "again"), model.encode(texts), atol=1e-5)
+    before = head_of(Settings(model=str(tmp_path / "model")))[1]
     other = "cls" if mode == "mean" else "mean"
-    encode.run(source, tmp_path / "other", tmp_path / "model", pooling=other)  # what is asked for counts
+    (tmp_path / "model/1_Pooling/config.json").write_text(json.dumps({"pooling_mode": other}))
+    assert head_of(Settings(model=str(tmp_path / "model")))[1] != before  # another job
+    encode.run(source, tmp_path / "other", packed, pooling=other)  # what is asked for counts
     assert np.abs(encode.embeddings(tmp_path / "other") - model.encode(texts)).max() > 1e-3
 
 
@@ -197,6 +204,25 @@ def test_rows_that_are_left_out_cost_no_job(base: Path, tmp_path: Path) -> None:
     encode.parquet(tmp_path / "v.parquet", table)
     encode.run(tmp_path / "v.parquet", tmp_path / "views", base, on_error="skip")
     assert encode.read(tmp_path / "views").column("view").to_pylist() == ["x", "z"]
+
+
+def test_hashes_of_64_bits_may_be_small_in_a_shard(base: Path, tmp_path: Path) -> None:
+    values = [1, 2, 2**64 - 1, 3, 4]
+    path = encode.jsonl(tmp_path / "a.jsonl", [{"text": "a", "hash": value} for value in values])
+    encode.run(path, tmp_path / "out", base, shard_rows=2)
+    assert encode.read(tmp_path / "out").column("hash").to_pylist() == values
+    path = encode.jsonl(tmp_path / "b.jsonl", [{"text": "a", "hash": value} for value in (-1, 2, 2**64 - 1)])
+    with pytest.raises(DataFileError, match="'hash' has numbers below 0 and above"):
+        encode.run(path, tmp_path / "negative", base, shard_rows=2)
+    path = encode.jsonl(tmp_path / "c.jsonl", [{"text": "a", "hash": 10**400}])
+    with pytest.raises(DataFileError, match="'hash'"):
+        encode.run(path, tmp_path / "large", base)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(base: Path, hub: Path, tmp_path: Path, source: Path) -> None:
+    for name in ("./nowhere", "nosuch/tokenizer"):
+        with pytest.raises(DataFileError, match=f"tokenizer: {name}: no such folder"):
+            encode.run(source, tmp_path / "out", base, tokenizer=name)
 
 
 def test_numbers_that_no_float_holds_are_found_before_anything_is_computed(base: Path, tmp_path: Path) -> None:

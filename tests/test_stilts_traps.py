@@ -394,6 +394,18 @@ def test_a_cell_killed_before_its_row_is_written_is_not_trained_again(
     assert any(line.endswith(": 1 of 15 languages; official figures are over all.") for line in said)
 
 
+def test_a_part_of_a_target_is_marked_and_writes_no_predictions(base: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = stilts.sentences(rng, 9)
+    for side in ("sw", "en"):
+        stilts.write_lines(tmp_path / f"data/tatoeba/sw-en.{side}", texts)
+    stilts.write_lines(tmp_path / "data/labels/tatoeba/test-sw.tsv", map(str, range(9)))
+    (row,) = grid.run(_grid(base, tmp_path, targets=("tatoeba",), languages=("sw",), limit=5))
+    assert row["status"] == "done", row
+    assert row["partial"] == "1 of 36 languages, at most 5 examples a language"
+    assert not list((tmp_path / "grid").rglob("predictions"))
+
+
 def test_a_row_cut_off_by_a_crash_is_gone_with_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
     row = {"intermediate": "none", "target": "xnli", "seed": 0, "split": "dev", "status": "done", "score": 1.0}

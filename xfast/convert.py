@@ -105,7 +105,8 @@ class _Source:
         self._checkpoint = checkpoint
         self.root: Any = _skeleton(checkpoint, architecture)
         self._ties: list[list[str]] = []
-        if self._differing():  # what transformers leaves apart, whatever the config says; the rest stays tied
+        # what transformers leaves apart since release 5, whatever the config says; the rest stays tied
+        if int(transformers.__version__.split(".")[0]) >= 5 and self._differing():
             self._ties = list(self._groups().values())
             self.root = _skeleton(checkpoint, architecture, tie_word_embeddings=False)
         encoders = find_encoders(self.root)

@@ -153,7 +153,7 @@ class EncoderPatch(Patch):
         self.unusable: str | None = None  # why a copy has no engine
         self.traces_original = False  # set by a head for the time of a call that torch.compile traces
         self._freed_plan = freed_plan
-        self._warned = False
+        self._warned: set[str] = set()
         self.handle = next(_handles)
         ENCODERS[self.handle] = self
 
@@ -205,8 +205,8 @@ class EncoderPatch(Patch):
         return self._fall_back(reason, args, kwargs)
 
     def _warn_once(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(f"xfast: {text}", stacklevel=5)
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a checkpoint, copied into an artifact unread."""
+"""The tokenizer's files of a checkpoint, and those of sentence-transformers, copied into an artifact unread."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ NAMES = (
 )
 
 
+SENTENCES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+"""What sentence-transformers says of pooling and lengths."""
+
+
+def flat(name: str) -> str:
+    """The name of such a file in an artifact, which has no folders."""
+    return name.replace("/", "_")
+
+
 def find(source: str, name: str) -> Path | None:
     """A file of a checkpoint that is a folder, or a Hub id whose files are in the cache; None when it is not there."""
     if not source:
@@ -46,7 +55,10 @@ def find(source: str, name: str) -> Path | None:
 
 
 def write(staging: Staging, source: str, tokenizer: Any = None) -> None:
-    """Puts a tokenizer's files, or copies of those found in ``source``, into an artifact."""
+    """Puts a tokenizer's files, or copies of those found in ``source``, into an artifact; and ``SENTENCES``."""
+    for name in SENTENCES:
+        if (path := find(source, name)) is not None:
+            _copy(staging, [path], flat(name))
     if tokenizer is None:
         found = [path for name in NAMES if (path := find(source, name)) is not None]
         _copy(staging, found)
@@ -56,8 +68,8 @@ def write(staging: Staging, source: str, tokenizer: Any = None) -> None:
         _copy(staging, sorted(path for path in Path(folder).iterdir() if path.name in NAMES))
 
 
-def _copy(staging: Staging, paths: list[Path]) -> None:
+def _copy(staging: Staging, paths: list[Path], name: str | None = None) -> None:
     for path in paths:
         with reading(path):
             content = path.read_bytes()
-        staging.content(path.name, content)
+        staging.content(name or path.name, content)

@@ -73,18 +73,20 @@ def _sampled(tensor: torch.Tensor) -> bool:
 
 
 _watching: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
-_hooked = threading.Lock()
+_hooked, _lock = threading.Lock(), threading.Lock()
 
 
 def _watch_optimizers(watch: WeightWatch) -> None:
     """Tell this watch of every optimizer's step."""
     if _hooked.acquire(blocking=False):  # once in a process, and never let go
         register_optimizer_step_post_hook(_after_step)
-    _watching.add(watch)
+    with _lock:
+        _watching.add(watch)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    watches = list(_watching)
+    with _lock:
+        watches = list(_watching)
     if watches:
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         storages = {p.untyped_storage().data_ptr() for p in parameters if is_plain_tensor(p) and not p.is_meta}

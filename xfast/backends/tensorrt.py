@@ -168,6 +168,8 @@ class TensorRTEngine:
             if layers not in self._runners:
                 try:
                     self._runners[layers] = self._made(layers)
+                except torch.OutOfMemoryError as error:  # passes, so it is tried again
+                    raise CannotRunError(f"TensorRT: {' '.join(str(error).split())[:200]}") from error
                 except Exception as error:  # remembered: a failed build is not repeated at every call
                     kind = "" if isinstance(error, XfastError) else f"{type(error).__name__}: "
                     self._refused[layers] = f"TensorRT: {kind}{error}"

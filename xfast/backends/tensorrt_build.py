@@ -215,8 +215,8 @@ def build_from(
             raise
         except Exception as error:  # pybind11's: a factory that returned nullptr, a method that this version lacks
             raise _failure(runtime, target, own, f"{type(error).__name__}: {error}") from error
-        if monitor.raised is not None:
-            raise monitor.raised
+        if (raised := monitor.raised or runtime.logger.raised) is not None:
+            raise raised
         if monitor.cancelled:
             raise BuildCancelledError("the build was cancelled by its progress callback")
         if serialised is None:

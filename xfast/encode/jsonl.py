@@ -37,12 +37,14 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
     schemas: list[tuple[str, pa.Schema]] = []
     seen: dict[str, None] = {}
     large: dict[str, tuple[int, int]] = {}
+    negative: set[str] = set()
     good = 0
     for lines, offset, size in _groups(path, settings.shard_rows):
         found = _parsed(lines, path, settings)
         seen.update(found.names)
         good += len(found.rows)
         large.update(_beyond_floats(found))
+        negative.update({name for row in found.rows for name, value in row.items() if type(value) is int and value < 0})
         schemas.append((f"{path}:{lines[0][0]}", _table(found.rows, list(seen), path, settings).schema))
         shards.append(Shard(len(shards), path, "jsonl", lines[0][0], len(lines), offset, size))
     if settings.on_error == "skip" and not good:
@@ -53,6 +55,10 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         raise DataFileError(f"{path}: holds no row")
     require_columns(path, list(seen), settings)
     schema = unify(schemas)
+    if mixed := [field.name for field in schema if field.type == pa.uint64() and field.name in negative]:
+        raise DataFileError(
+            f"{path}: column {mixed[0]!r} has numbers below 0 and above 2^63; no integer type holds both"
+        )
     for name, (value, line) in large.items():
         if name in schema.names and pa.types.is_floating(schema.field(name).type):
             raise DataFileError(
@@ -138,7 +144,7 @@ def _beyond_floats(found: _Parsed) -> dict[str, tuple[int, int]]:
         name: (value, number)
         for row, number in zip(found.rows, found.numbers, strict=True)
         for name, value in row.items()
-        if type(value) is int and abs(value) > 2**53 and int(float(value)) != value
+        if type(value) is int and abs(value) > 2**53 and (value.bit_length() > 64 or int(float(value)) != value)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 import xfast
-from xfast import artifact
+from xfast import artifact, tokenizer_files
 from xfast.architecture import FAMILIES, check_class, describe, find_encoders, supported_families
 from xfast.encode import outputs
 from xfast.encode.rows import text_columns
@@ -76,7 +77,7 @@ def head_of(settings: Settings) -> tuple[Head, str]:
         ) from None
     identity, tokens = _identity(settings.model, revision), revision
     if settings.tokenizer is not None:
-        tokens = revision_of(settings.tokenizer, "tokenizer_config.json", "tokenizer.json")
+        tokens = _tokenizer_revision(settings.tokenizer)
         identity += " " + _identity(settings.tokenizer, tokens)
     if manifest is None:
         name = (getattr(config, "architectures", None) or ["no architecture"])[0]
@@ -87,6 +88,8 @@ def head_of(settings: Settings) -> tuple[Head, str]:
         own = sentences_of(settings.model, revision)
         chosen = own.pooling if settings.pooling == "auto" else settings.pooling
         head = replace(head, pooling=chosen, normalize=settings.normalize or own.normalize, max_length=own.max_length)
+        if own != Sentences():
+            identity += f" {own.pooling} {own.normalize} {own.max_length}"
     return replace(head, revision=revision, tokenizer_revision=tokens), identity
 
 
@@ -259,11 +262,20 @@ def revision_of(name: str, *files: str) -> str | None:
     """
     if Path(name).is_dir():
         return None
-    for file in files:
-        found = _hub_file(name, file)
+    asked, cached = map(_hub_file, [name], files[:1]), (tokenizer_files.find(name, file) for file in files[1:])
+    for found in itertools.chain(asked, cached):  # one question to the Hub
         if found is not None and found.parent.parent.name == "snapshots":
             return found.parent.name
     raise DataFileError(f"model: {name}: the revision on the Hub cannot be told; name the folder of a snapshot instead")
+
+
+def _tokenizer_revision(name: str) -> str | None:
+    try:
+        return revision_of(name, "tokenizer_config.json", *tokenizer_files.NAMES, "config.json")
+    except (OSError, ValueError) as error:  # XfastErrors are ValueErrors, too: all are of the tokenizer here
+        raise DataFileError(
+            f"tokenizer: {name}: no such folder, and none that the Hub or its cache has: {error}"
+        ) from None
 
 
 def _hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -293,7 +305,11 @@ def sentences_of(name: str, revision: str | None) -> Sentences:
     """
 
     def read(file: str) -> Any:
-        path = Path(name) / file if Path(name).is_dir() else _hub_file(name, file, revision)
+        folder = Path(name)
+        if folder.is_dir():
+            path = next((p for p in (folder / file, folder / tokenizer_files.flat(file)) if p.is_file()), None)
+        else:
+            path = _hub_file(name, file, revision)
         return None if path is None or not path.is_file() else json.loads(path.read_bytes())
 
     try:

@@ -14,7 +14,9 @@ from xfast.encode.settings import Settings
 from xfast.errors import DataFileError
 
 # pyarrow cannot choose rows of these
-_VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+_VIEWS = (
+    {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()} if hasattr(pa, "string_view") else {}
+)
 
 
 def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:

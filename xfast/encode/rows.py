@@ -137,6 +137,10 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
             result = pa.unify_schemas([result, schema.remove_metadata()], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataFileError(f"{path}: {error}; what comes before has another type there") from None
+    unsigned = {field.name for _, schema in schemas for field in schema if field.type == pa.uint64()}
+    result = pa.schema(  # Arrow takes int64 for both, which the larger half of uint64 does not fit
+        [f.with_type(pa.uint64()) if f.name in unsigned and f.type == pa.int64() else f for f in result]
+    )
     for column in result:
         if _is_empty(column.type):
             raise DataFileError(

@@ -86,6 +86,8 @@ class GridConfig:
                 raise InvalidOptionError(f"{name}: none given")
             if twice := [str(value) for value in dict.fromkeys(values) if values.count(value) > 1]:
                 raise InvalidOptionError(f"{name}: {', '.join(twice)} given more than once")
+        if wrong := [str(split) for split in self.splits if split not in ("dev", "test")]:
+            raise InvalidOptionError(f"splits: {', '.join(wrong)}; accepted: dev, test")
         for name in self.intermediates:
             if name not in (BASELINE, ALL) and get(name, "intermediates").role != INTERMEDIATE:
                 known = ", ".join((BASELINE, *INTERMEDIATE_TASKS, ALL))
@@ -253,7 +255,7 @@ def _run(
         try:
             found: Any = evaluate(evaluation(config, model, cell.target, split, _folder(config, cell)))
             text = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
-            files.write_text(_folder(config, cell) / f"evaluation-{split}.json", text)
+            files.save("output", _folder(config, cell) / f"evaluation-{split}.json", text.encode())
         except Exception as error:
             found = error
         finally:
@@ -282,13 +284,14 @@ def _row(
         error = f"no gold in any language for {cell.target} {split}"
         return {**row, "status": "failed", "error": error, "score": None, "languages": {}}
     kept = {name: found[name] for name in ("score", "languages", "notes", "missing", "withheld", "limit")}
-    return {**row, "status": "done", "error": None, **kept, "partial": _partial(found)}
+    every = Evaluation("", cell.target, benchmark=config.benchmark).wanted
+    return {**row, "status": "done", "error": None, **kept, "partial": _partial(found, every)}
 
 
-def _partial(found: Mapping[str, Any]) -> str | None:
-    """What a score does not cover: "3 of 15 languages, at most 5 examples a language"."""
-    scored, others = len(found["languages"]), len(found["missing"]) + len(found["withheld"])
-    parts = [f"{scored} of {scored + others} languages"] if others else []
+def _partial(found: Mapping[str, Any], every: Sequence[str]) -> str | None:
+    """What a score does not cover of the benchmark's languages: "3 of 15 languages, at most 5 examples a language"."""
+    scored = [language for language in every if language in found["languages"]]
+    parts = [f"{len(scored)} of {len(every)} languages"] if len(scored) < len(every) else []
     parts += [f"at most {found['limit']} examples a language"] if found["limit"] else []
     return ", ".join(parts) or None
 
