@@ -63,9 +63,10 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     """
     manifest = _packed(settings)
     try:
-        transformers.AutoConfig.from_pretrained(settings.model)  # whose words for what is not there are known
+        config = transformers.AutoConfig.from_pretrained(settings.model)  # whose words for what is not there are known
         revision = revision_of(settings.model, "config.json")
-        config = transformers.AutoConfig.from_pretrained(settings.model, **_at(revision))
+        if revision is not None:
+            config = transformers.AutoConfig.from_pretrained(settings.model, revision=revision)
     except XfastError:
         raise
     except Exception as error:  # transformers' checks of single fields raise their own kinds

@@ -98,7 +98,7 @@ def _check_names(config: RunConfig, given: dict[str, Any]) -> None:
 
 
 def _check_values(arguments: transformers.TrainingArguments) -> None:
-    """transformers takes what YAML made of ``9.8e-1``, a text, and fails with it much later."""
+    """What transformers takes and fails with later: too few processes, and what YAML made of ``9.8e-1``, a text."""
     started = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
     if arguments.world_size < started:  # each would write what the others write
         raise InvalidOptionError(f"trainer: of {started} processes {arguments.world_size} would train together")

@@ -146,24 +146,9 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Evaluate zero-shot in every language, on the accelerated encoder."""
-    from xfast.stilts.evaluation import Evaluation
-
-    run = Evaluation(
-        model,
-        task,
-        output,
-        _source(data),
-        split,
-        benchmark,
-        _chosen(languages),
-        precision,
-        backend,
-        layer=layer,
-        pooling=pooling,
-        limit=limit,
-        max_length=max_length,
-    )
-    result = _evaluated(run, _console(stderr=True))
+    options = {"split": split, "benchmark": benchmark, "precision": precision, "backend": backend}
+    more = {"layer": layer, "pooling": pooling, "limit": limit, "max_length": max_length}
+    result = _evaluated(model, task, output, data, languages, _console(stderr=True), **options, **more)
     if as_json:
         _print_json(result)
         return
@@ -184,40 +169,28 @@ def predict(
     max_length: MaxLength = None,
 ) -> None:
     """Write predictions in XTREME's submission layout; no score is shown."""
-    from xfast.stilts.evaluation import Evaluation
-
     console = _console(stderr=True)
-    run = Evaluation(
-        model,
-        task,
-        output,
-        _source(data),
-        split,
-        benchmark,
-        _chosen(languages),
-        precision,
-        backend,
-        max_length=max_length,
-    )
-    result = _evaluated(run, console)
+    options = {"split": split, "benchmark": benchmark, "precision": precision, "backend": backend}
+    result = _evaluated(model, task, output, data, languages, console, **options, max_length=max_length)
     written = sum(result["examples"].values())
     _console().print(f"{output / task}: {written} predictions in {len(result['examples'])} languages", highlight=False)
     _show_missing(result, console)
 
 
-def _source(data: Path | None) -> Any:
+def _evaluated(
+    model: str,
+    task: str,
+    output: Path | None,
+    data: Path | None,
+    languages: str | None,
+    console: Console,
+    **options: Any,
+) -> dict[str, Any]:
+    from xfast.stilts import evaluation, progress
     from xfast.stilts.data import Source
 
-    return Source(data)
-
-
-def _chosen(languages: str | None) -> tuple[str, ...] | None:
-    return tuple(_listed(languages) or ()) or None
-
-
-def _evaluated(run: Any, console: Console) -> dict[str, Any]:
-    from xfast.stilts import evaluation, progress
-
+    chosen = tuple(_listed(languages) or ()) or None
+    run = evaluation.Evaluation(model, task, output, Source(data), languages=chosen, **options)
     with progress.quiet_transformers(), progress.bar(console) as bar:
         return evaluation.evaluate(run, progress.EvaluationBar(bar))
 
