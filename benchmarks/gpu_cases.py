@@ -232,9 +232,11 @@ def _packing() -> Iterator[Case]:
         sizes = {**flags, "PAD_ID": 1, "BLOCK": 512}
         form = "ids" if given[0] else "embeds"
         yield Case(f"packing-count {form}", packing.count_kernel, "*i64", sizes, one, long)
-        yield Case(f"packing-fill {form}", packing.fill_kernel, "*i64", {**sizes, "BLOCK_B": 256}, one, long)
+        yield Case(
+            f"packing-fill {form}", packing.fill_kernel, "*i64", {**sizes, "BLOCK_S": packing.SEQUENCES}, one, long
+        )
     for dtype, (pointer, _) in TYPES.items():
         yield Case(f"packing-pad {dtype}", packing.pad_kernel, pointer, {"BLOCK": 1024}, one, {"stride": "i32"})
-    narrow = tiles.Tile(64, 0, 0, 1, 3)
-    yield Case("packing-tiles", packing.tiles_kernel, "*i32", {"BLOCK_M": 64, "BLOCK_S": 256}, narrow)
+    narrow = tiles.Tile(64, 0, 0, 2, 3)
+    yield Case("packing-tiles", packing.tiles_kernel, "*i32", {"BLOCK_M": 64, "BLOCK_S": packing.SEQUENCES}, narrow)
     yield Case("packing-shared-tiles", packing.shared_tiles_kernel, "*i32", {"BLOCK_M": 64}, narrow)

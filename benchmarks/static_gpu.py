@@ -78,7 +78,7 @@ def compile_case(case: Case, capability: int) -> Any:
 def analyse(case: Case, capability: int) -> Compiled:
     """Compiles a case and reads registers, spills and instructions off the result."""
     compiled = compile_case(case, capability)
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills = resources(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
     by_registers = _REGISTERS_PER_SM // max(registers * 32 * case.tile.warps, 1)
     by_shared = shared_memory_limit(capability) // shared if shared else 32
@@ -93,7 +93,7 @@ def analyse(case: Case, capability: int) -> Compiled:
     )  # fmt: skip
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) a thread. No kernel has arrays or calls, so what is on the stack was spilled."""
     used = re.search(r"REG:(\d+) STACK:(\d+)", _tool(cubin, "cuobjdump", "--dump-resource-usage"))
     assert used is not None

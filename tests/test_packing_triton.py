@@ -13,6 +13,7 @@ from test_packing import PAD, SPEC
 
 from xfast import device_packing
 from xfast.errors import InvalidInputError, TokenIdError
+from xfast.kernels import packing
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import Tile
 
@@ -104,6 +105,27 @@ def test_empty_batches(shape: tuple[int, int]) -> None:
     assert packed.pad(randn(0, 6), torch.float16).shape == (*shape, 6)
 
 
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SEQUENCES", 8)
+
+
+@pytest.mark.parametrize("batch", [7, 8, 9, 21])
+def test_more_sequences_than_a_step_takes(small_steps: None, batch: int) -> None:
+    lengths = tuple(int(n) for n in torch.randint(0, 8, (batch,)))
+    assert check("padding", *batch_of((*lengths[:-1], 7), 7)).max_seqlen == 7
+    assert check("padding", *batch_of((7, *lengths[1:]), 7)).max_seqlen == 7
+
+
+def test_bad_values_and_masked_rows_in_later_steps(small_steps: None) -> None:
+    ids, mask = batch_of((4,) * 20, 4)
+    mask[[3, 9, 19], 0] = 0
+    assert check("padding", ids, mask).first_masked == 3
+    ids[[17, 11], 2] = 50
+    with pytest.raises(TokenIdError, match=r"input_ids\[11, 2\] is 50"):  # the first of them
+        device_packing.unpad(SPEC, ids, mask)
+
+
 def test_bad_values_are_named_with_their_place() -> None:
     ids, mask = batch_of((5, 5), 5)
     bad = ids.clone()
@@ -131,9 +153,11 @@ def test_bad_shapes_are_refused_before_a_kernel_runs() -> None:
             device_packing.unpad(SPEC, *arguments)
 
 
+@pytest.mark.parametrize(
+    "lengths", [(70, 0, 3, 130, 64, 1), (5, 40, 3, 0, 17, 17, 90, 64, 1, 33, 17, 2, 0, 70, 8, 66, 5)]
+)
 @pytest.mark.parametrize("block", [16, 64])
-def test_tiles_cover_every_query_once_longest_first(block: int) -> None:
-    lengths = (70, 0, 3, 130, 64, 1)
+def test_tiles_cover_every_query_once_longest_first(small_steps: None, block: int, lengths: tuple[int, ...]) -> None:
     cu = cu_seqlens(lengths)
     tiles = attention_tiles(cu, cu, sum(lengths), Tile(block, 32, 64, 4, 1))
     table = tiles.table[: int(tiles.count)].cpu()

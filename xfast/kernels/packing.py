@@ -2,7 +2,7 @@
 
 Conventions as in :mod:`xfast.packing`: sequence ``i`` owns packed rows ``cu_seqlens[i] .. cu_seqlens[i + 1]``. B batch,
 L length, T tokens that are not masked. A program owns one row of the batch; offsets are sums over the rows before it,
-computed anew by every program: B is small, and it saves a scan with launches of its own.
+computed anew by every program, in steps of :data:`SEQUENCES`: it saves a scan with launches of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _SIZES = [
 ]
 FINE = 2**31 - 1
 """Value of an error column when there is no error."""
+SEQUENCES = 512
+"""Sequences that a program reads at once: one number, so that no batch needs kernels or registers of its own."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def fill_kernel(
     batch, length, capacity, vocab, table_positions, type_count, id_stride, position_stride, type_stride,
     PAD_ID: tl.constexpr,
     HAS_IDS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_TYPES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Packs one row; the first program also sums up over all rows."""
     row = tl.program_id(0)
@@ -131,9 +133,10 @@ def fill_kernel(
     token = tl.where((token >= 0) & (token < vocab), token, 0)
     kind = tl.where((kind >= 0) & (kind < type_count), kind, 0)
     position = tl.where((position >= 0) & (position < table_positions), position, 0)
-    sequences = tl.arange(0, BLOCK_B)
-    counts = tl.load(lengths + sequences, mask=sequences < batch, other=0)
-    begin = tl.sum(tl.where(sequences < row, counts, 0), 0)
+    begin = 0
+    for first in range(0, row, BLOCK_S):
+        others = first + tl.arange(0, BLOCK_S)
+        begin += tl.sum(tl.load(lengths + others, mask=others < row, other=0), 0)
     end = begin + tl.load(lengths + row)
     packed = begin + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(out_ids + packed, token.to(tl.int32), mask=kept)
@@ -146,14 +149,23 @@ def fill_kernel(
     tl.store(cu_seqlens + row, begin)
     if row == batch - 1:
         tl.store(cu_seqlens + batch, end)
+        tl.store(info, end)
     if row == 0:
-        there = sequences < batch
-        tl.store(info, tl.sum(counts, 0))
-        tl.store(info + 1, tl.max(counts, 0))
-        tl.store(info + 2, tl.sum(tl.load(errors + sequences * 5, mask=there, other=0), 0))
+        longest, first_masked = 0, 0
+        for first in range(0, batch, BLOCK_S):
+            others = first + tl.arange(0, BLOCK_S)
+            there = others < batch
+            longest = tl.maximum(longest, tl.max(tl.load(lengths + others, mask=there, other=0), 0))
+            first_masked += tl.sum(tl.load(errors + others * 5, mask=there, other=0), 0)
+        tl.store(info + 1, longest)
+        tl.store(info + 2, first_masked)
         for kind_of_error in tl.static_range(1, 5):
-            found = tl.load(errors + sequences * 5 + kind_of_error, mask=there, other=2147483647)
-            tl.store(info + 2 + kind_of_error, tl.min(found, 0))
+            bad = 2147483647
+            for first in range(0, batch, BLOCK_S):
+                others = first + tl.arange(0, BLOCK_S)
+                places = errors + others * 5 + kind_of_error
+                bad = tl.minimum(bad, tl.min(tl.load(places, mask=others < batch, other=2147483647), 0))
+            tl.store(info + 2 + kind_of_error, bad)
 
 
 def unpad(
@@ -213,7 +225,7 @@ def unpad(
         fill_kernel[(batch,)](
             *given, lengths, errors, rows.ids, rows.position_ids, rows.type_ids, rows.source, rows.slot,
             rows.cu_seqlens, rows.row_keys, rows.info, batch, length, filled.shape[1], *limits, **flags,
-            BLOCK_B=max(64, next_power_of_2(batch)),
+            BLOCK_S=SEQUENCES,
         )  # fmt: skip
     return rows
 
@@ -247,16 +259,19 @@ def pad(packed: torch.Tensor, slot: torch.Tensor, dtype: torch.dtype | None = No
 def tiles_kernel(cu_q, cu_k, table, count, sequences, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
     """Tiles of one sequence, at the place after those of all sequences with more keys."""
     sequence = tl.program_id(0)
-    others = tl.arange(0, BLOCK_S)
-    there = others < sequences
     k_begin, k_end = tl.load(cu_k + sequence), tl.load(cu_k + sequence + 1)
     q_begin, q_end = tl.load(cu_q + sequence), tl.load(cu_q + sequence + 1)
-    keys = tl.load(cu_k + others + 1, mask=there, other=0) - tl.load(cu_k + others, mask=there, other=0)
-    queries = tl.load(cu_q + others + 1, mask=there, other=0) - tl.load(cu_q + others, mask=there, other=0)
-    tiles = (queries + BLOCK_M - 1) // BLOCK_M
     mine = k_end - k_begin
-    before = (keys > mine) | ((keys == mine) & (others < sequence))
-    at = tl.sum(tl.where(before, tiles, 0), 0)
+    at, total = 0, 0
+    for step in range(0, sequences, BLOCK_S):
+        others = step + tl.arange(0, BLOCK_S)
+        there = others < sequences
+        keys = tl.load(cu_k + others + 1, mask=there, other=0) - tl.load(cu_k + others, mask=there, other=0)
+        queries = tl.load(cu_q + others + 1, mask=there, other=0) - tl.load(cu_q + others, mask=there, other=0)
+        tiles = (queries + BLOCK_M - 1) // BLOCK_M
+        before = (keys > mine) | ((keys == mine) & (others < sequence))
+        at += tl.sum(tl.where(before, tiles, 0), 0)
+        total += tl.sum(tiles, 0)
     for first in range(q_begin, q_end, BLOCK_M):
         entry = table + at * 4
         tl.store(entry, first)
@@ -265,7 +280,7 @@ def tiles_kernel(cu_q, cu_k, table, count, sequences, BLOCK_M: tl.constexpr, BLO
         tl.store(entry + 3, k_end)
         at += 1
     if sequence == 0:
-        tl.store(count, tl.sum(tiles, 0))
+        tl.store(count, total)
 
 
 @triton.jit(do_not_specialize=["sequences", "capacity"])
@@ -307,11 +322,9 @@ def attention_tiles(
     ints = {"dtype": torch.int32, "device": cu_q.device}
     table, count = torch.empty(max(room, 1), 4, **ints), torch.zeros(1, **ints)
     if sequences and queries and row_keys is None:
-        block = max(64, next_power_of_2(sequences))
         tiles_kernel[(sequences,)](
-            cu_q, cu_k, table, count, sequences, BLOCK_M=tile.block_m, BLOCK_S=block,
-            num_warps=min(16, max(1, block // 256)),
-        )  # fmt: skip
+            cu_q, cu_k, table, count, sequences, BLOCK_M=tile.block_m, BLOCK_S=SEQUENCES, num_warps=2
+        )
     elif sequences and queries:
         assert row_keys is not None
         shared_tiles_kernel[(room,)](
