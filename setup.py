@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 NO_COMPILER = (
     "xfast builds a C++17 extension and found no compiler: {what}. Install gcc >= 11 or clang >= 14 "
-    "(Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
+    "(Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++), "
     "or name one with the environment variable CXX."
 )
 
@@ -41,11 +41,16 @@ def tool(name: str, folder: str) -> str:
     return found
 
 
+def check_platform() -> None:
+    if sys.platform != "linux":
+        raise PlatformError(f"xfast builds on Linux (x86-64 and aarch64), not on {sys.platform}: use a container or WSL")
+
+
 def check_compiler() -> None:
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen and shutil.which(chosen[0]) is None:
         raise PlatformError(NO_COMPILER.format(what=f"CXX={chosen[0]} does not exist"))
-    elsewhere = os.name == "nt" or "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", "")
+    elsewhere = "CMAKE_CXX_COMPILER" in os.environ.get("CMAKE_ARGS", "")
     if not chosen and not elsewhere and not any(map(shutil.which, COMPILERS)):
         raise PlatformError(NO_COMPILER.format(what=f"none of {', '.join(COMPILERS)} is on PATH"))
 
@@ -59,6 +64,7 @@ class CMakeExtension(Extension):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        check_platform()
         check_compiler()
         cmake_exe = tool("cmake", cmake.CMAKE_BIN_DIR)
         build = Path(self.build_temp).resolve() / ext.name

@@ -4,10 +4,11 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
-// e^x for x <= 0 (any x < 88 works); below -87 the result stays at the smallest normal numbers.
+// e^x for x <= 0 (any x < 88 works); below -87 the result stays at the smallest normal numbers. NaN stays NaN: it is
+// the second operand of max.
 // x = n ln2 + r with |r| <= ln2 / 2; degree-6 minimax polynomial in r (error 2e-9), then times 2^n.
 inline V16 exp_nonpositive(V16 x) {
-  x = max(x, set1(-87.0f));
+  x = max(set1(-87.0f), x);
   const I16 n = round_to_int(mul(x, set1(1.4426950408889634f)));
   const V16 nf = to_float(n);
   V16 r = fma(nf, set1(-0.693359375f), x);       // ln2 in two parts: the first product is exact

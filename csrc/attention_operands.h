@@ -120,8 +120,8 @@ struct AttentionInt16 {
   // x [head_dim] -> 64-byte chunks `stride` bytes apart, the last one filled up with zeros; returns the scale.
   static float round_row(const float* x, int64_t head_dim, uint8_t* dst, int64_t stride) {
     V16 largest = set1(0.0f);  // not row_absmax, which cannot know that heads are whole
-    for (int64_t d = 0; d < head_dim; d += 16) largest = max(abs(load_part<Whole>(x + d, head_dim - d)), largest);
-    const float absmax = reduce_max(largest), size = absmax > 1e-30f ? absmax : 1e-30f;
+    for (int64_t d = 0; d < head_dim; d += 16) largest = max_magnitude(load_part<Whole>(x + d, head_dim - d), largest);
+    const float absmax = reduce_max_magnitude(largest), size = absmax < 1e-30f ? 1e-30f : absmax;  // NaN stays
     const V16 inverse = set1(kRowLimit / size);
     for (int64_t d = 0; d < head_dim; d += kChunk, dst += stride)
       store_i16(dst, round_within(mul(load_part<Whole>(x + d, head_dim - d), inverse), kRowLimit),
@@ -152,13 +152,17 @@ struct AttentionInt16 {
   // lies whatever lay there: its probabilities are zero, and these are integers.
   static void pack_values(const AttentionScratch& s, const float* v, int64_t ld, int64_t n, int64_t head_dim) {
     float* dst = s.values;
+    // A key that is NaN makes every output NaN: its scores are, which rounded probabilities cannot be.
+    V16 scales = set1(0.0f);
+    for (int64_t key = 0; key < n; key += 16) scales = max_magnitude(load(s.key_scale + key), scales);
+    const float key_scale = reduce_max_magnitude(scales), least = key_scale == key_scale ? 1e-30f : key_scale;
     for (int64_t d = 0; d < head_dim; d += kPanel, dst += kKeyBlock / 2 * kPanel) {
       const int64_t valid = head_dim - d;
-      V16 largest[2] = {set1(1e-30f), set1(1e-30f)}, inverse[2];
+      V16 largest[2] = {set1(least), set1(least)}, inverse[2];
       for (int64_t key = 0; key < n; ++key) {
         if (d == 0 && key + kRowsAhead < n) prefetch_row(v + (key + kRowsAhead) * ld, head_dim);
         for (int i = 0; i < 2; ++i)
-          largest[i] = max(abs(load_part<Whole>(v + key * ld + d + 16 * i, valid - 16 * i)), largest[i]);
+          largest[i] = max_magnitude(load_part<Whole>(v + key * ld + d + 16 * i, valid - 16 * i), largest[i]);
       }
       for (int i = 0; i < 2; ++i) {
         inverse[i] = div(set1(kValueLimit), largest[i]);

@@ -38,7 +38,8 @@ V16 input_values(const float* x, const float* column_scale, int64_t c, int64_t c
   return values;
 }
 
-// The largest |x| of a row, NaN apart. Four maxima: one would wait for itself.
+// The largest |x| of a row; NaN if one is, so that the row's scale, and with it its products, are NaN too. Four maxima:
+// one would wait for itself.
 template <bool Scaled>
 float row_absmax(const float* x, const float* column_scale, int64_t cols) {
   V16 largest[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
@@ -46,13 +47,15 @@ float row_absmax(const float* x, const float* column_scale, int64_t cols) {
   for (; c + 64 <= cols; c += 64)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      largest[i] = max(abs(input_values<Scaled, true>(x, column_scale, c + 16 * i, cols)), largest[i]);
-  for (; c < cols; c += 16) largest[0] = max(abs(input_values<Scaled, false>(x, column_scale, c, cols)), largest[0]);
-  return reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+      largest[i] = max_magnitude(input_values<Scaled, true>(x, column_scale, c + 16 * i, cols), largest[i]);
+  for (; c < cols; c += 16)
+    largest[0] = max_magnitude(input_values<Scaled, false>(x, column_scale, c, cols), largest[0]);
+  return reduce_max_magnitude(
+      max_magnitude(max_magnitude(largest[0], largest[1]), max_magnitude(largest[2], largest[3])));
 }
 
-// To the nearest integer, ties to even. The clamp only matters for NaN and infinities, which it makes harmless
-// integers.
+// To the nearest integer, ties to even. The clamp only matters for NaN and infinities, which it makes integers of the
+// range: that the result is none is in the scale.
 inline I16 round_within(V16 x, float limit) { return round_to_int(min(max(x, set1(-limit)), set1(limit))); }
 
 // 64 values from column c on -> a chunk of an operand.

@@ -45,6 +45,13 @@ inline V16 abs(V16 a) {
   const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
   return {_mm256_and_ps(a.lo, mask), _mm256_and_ps(a.hi, mask)};
 }
+inline __m256 max_bits(__m256 a, __m256 b) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+inline V16 max_magnitude(V16 a, V16 largest) {
+  a = abs(a);
+  return {max_bits(a.lo, largest.lo), max_bits(a.hi, largest.hi)};
+}
 inline V16 select_negative(V16 cond, V16 a, V16 b) {
   const __m256 zero = _mm256_setzero_ps();
   return {_mm256_blendv_ps(b.lo, a.lo, _mm256_cmp_ps(cond.lo, zero, _CMP_LT_OQ)),
@@ -65,6 +72,12 @@ inline float reduce_max(V16 a) {
   const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
+inline float reduce_max_magnitude(V16 a) {
+  const __m256i s8 = _mm256_castps_si256(max_bits(a.lo, a.hi));
+  const __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  const __m128i s2 = _mm_max_epi32(s4, _mm_shuffle_epi32(s4, 0x4E));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(s2, _mm_shuffle_epi32(s2, 0xB1))));
 }
 inline I16 round_to_int(V16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 inline V16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }

@@ -27,6 +27,9 @@ inline V16 fma(V16 a, V16 b, V16 c) { return _mm512_fmadd_ps(a, b, c); }
 inline V16 max(V16 a, V16 b) { return _mm512_max_ps(a, b); }
 inline V16 min(V16 a, V16 b) { return _mm512_min_ps(a, b); }
 inline V16 abs(V16 a) { return _mm512_abs_ps(a); }
+inline V16 max_magnitude(V16 a, V16 largest) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(abs(a)), _mm512_castps_si512(largest)));
+}
 inline V16 select_negative(V16 cond, V16 a, V16 b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(cond, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
 }
@@ -42,6 +45,9 @@ inline float reduce_max(V16 a) {
   const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+}
+inline float reduce_max_magnitude(V16 a) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
 }
 inline I16 round_to_int(V16 a) { return _mm512_cvtps_epi32(a); }
 inline V16 to_float(I16 a) { return _mm512_cvtepi32_ps(a); }

@@ -70,6 +70,19 @@ inline V16 abs(V16 a) {
   XFAST_LANES a.v[i] = std::fabs(a.v[i]);
   return a;
 }
+// The larger of |a| and `largest`, which has no sign. Compared as integers, whose order is that of the numbers, with
+// NaN beyond infinity: unlike max, this keeps a NaN.
+inline V16 max_magnitude(V16 a, V16 largest) {
+  XFAST_LANES {
+    int32_t x, y;
+    std::memcpy(&x, &a.v[i], 4);
+    std::memcpy(&y, &largest.v[i], 4);
+    x &= 0x7FFFFFFF;
+    if (x < y) x = y;
+    std::memcpy(&a.v[i], &x, 4);
+  }
+  return a;
+}
 // cond < 0 ? a : b
 inline V16 select_negative(V16 cond, V16 a, V16 b) {
   XFAST_LANES a.v[i] = cond.v[i] < 0.0f ? a.v[i] : b.v[i];
@@ -89,6 +102,15 @@ inline float reduce_add(V16 a) {
 inline float reduce_max(V16 a) {
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+  return a.v[0];
+}
+// The largest of 16 that have no sign, or NaN.
+inline float reduce_max_magnitude(V16 a) {
+  V16 half = a;
+  for (int n = 8; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) half.v[i] = a.v[i + n];
+    a = max_magnitude(a, half);
+  }
   return a.v[0];
 }
 // Round to nearest even, |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.

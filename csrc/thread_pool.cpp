@@ -42,6 +42,17 @@ class DefaultFloatMode {
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+ public:
+  DefaultFloatMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    set(0);
+  }
+  ~DefaultFloatMode() { set(before_); }
+
+ private:
+  static void set(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+  uint64_t before_;
 #endif
 };
 
@@ -53,6 +64,7 @@ class Pool {
   // Makes sure of `wanted` workers; fewer when the system refuses more threads. Returns how many there are to use.
   int start_workers(int wanted) {
     try {
+      workers_.reserve(wanted);  // a thread that has begun is never lost
       while (static_cast<int>(workers_.size()) < wanted) {
         auto worker = std::make_unique<Worker>();
         Worker* raw = worker.get();
@@ -61,7 +73,7 @@ class Pool {
         std::thread([this, raw, id] { work(*raw, id); }).detach();
         workers_.push_back(std::move(worker));
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no more threads, or no memory for them
     }
     return std::min(static_cast<int>(workers_.size()), wanted);
   }

@@ -65,4 +65,7 @@ inline void run_parallel(int threads, const std::function<void(const Member&)>& 
 
 constexpr int kMaxThreads = 256;
 
+// How many members Team(threads) has at most: memory that a body works in is made before, since a body must not throw.
+inline int64_t most_members(int threads) { return threads < 1 ? 1 : threads < kMaxThreads ? threads : kMaxThreads; }
+
 }  // namespace xfast

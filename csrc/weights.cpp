@@ -120,12 +120,13 @@ bool all_finite(const TableView& table, int64_t count, int threads) {
 }
 
 void quantize_rows(const TableView& table, int64_t rows, int64_t cols, int8_t* quantized, float* scales, int threads) {
+  std::vector<float> scratch(most_members(threads) * cols);
   run_parallel(threads, [&](const Member& member) {
-    std::vector<float> values(cols);
+    float* values = scratch.data() + member.id * cols;
     const Range mine = share(member, 0, rows);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
-      read_values(table, row * cols, cols, values.data());
-      const Scale scale(values.data(), cols);
+      read_values(table, row * cols, cols, values);
+      const Scale scale(values, cols);
       int8_t* out = quantized + row * cols;
       for (int64_t k = 0; k < cols; ++k) out[k] = scale.quantize(values[k]);
       scales[row] = scale.scale;
@@ -218,13 +219,14 @@ bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bia
     std::memcpy(bias_.data() + first, bias, w.rows * sizeof(float));
   }
   std::atomic<bool> good{true};
+  std::vector<float> scratch(most_members(threads) * in_features_);
   // Members take whole panels, so that no two of them write to one cache line.
   run_parallel(threads, [&](const Member& member) {
-    std::vector<float> values(in_features_);
+    float* values = scratch.data() + member.id * in_features_;
     const Range mine = share(member, first / kPanel, ceil_div(first + w.rows, kPanel));
     const int64_t begin = std::max(mine.begin * kPanel, first), end = std::min(mine.end * kPanel, first + w.rows);
     for (int64_t n = begin; n < end && good; ++n)
-      if (!set_row(n, w, n - first, values.data())) good = false;
+      if (!set_row(n, w, n - first, values)) good = false;
   });
   std::fill_n(set_.begin() + first, w.rows, good ? 1 : 0);
   return good;

@@ -115,6 +115,20 @@ def test_extreme_numbers_are_the_same_on_every_target(
     np.testing.assert_array_equal(got, _C.kernels.attention(PORTABLE, q, k, v, scale, True))  # NaN equals NaN
 
 
+@pytest.mark.parametrize("int16", [False, True])
+@pytest.mark.parametrize("keys", [40, 300])
+def test_nan_is_never_made_a_number(isa: str, keys: int, int16: bool, rng: np.random.Generator) -> None:
+    for name in ("q", "k", "v"):
+        q, k, v, scale = make(rng, (15, keys, 1, 32))
+        {"q": q, "k": k, "v": v}[name][3, 0, 5] = np.nan
+        want = np.isnan(attention(*map(torch.from_numpy, (q, k, v)), scale).numpy())
+        got = np.isnan(_C.kernels.attention(isa, q, k, v, scale, int16))
+        assert want.any() and got[want].all(), name
+    q, k, v, scale = make(rng, (15, keys, 1, 32))
+    q[:, 0, 0] = k[2, 0, 0] = 3e38  # whose product is infinite
+    assert np.isnan(_C.kernels.attention(isa, q, k, v, scale, int16)).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_numbers_that_are_none_stay_in_their_head(isa: str, name: str, value: float, rng: np.random.Generator) -> None:

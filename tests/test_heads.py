@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import (
     ALL_FAMILIES,
     LABELS,
@@ -20,6 +21,7 @@ from models import (
     fallbacks,
     labels,
     left_padded,
+    make_config,
     outputs_of,
     quick_settings,
     ragged,
@@ -45,6 +47,26 @@ def test_classification_computes_one_row_and_the_same_bits(family: str, precisio
     assert torch.equal(seen[0], seen[1][[0, 9, 10, 27]])
     assert torch.equal(logits, full.logits)
     assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, "int4"])
+def test_an_input_that_is_nan_never_gives_numbers(precision: str) -> None:
+    model, batch = build(head="sequence-classification"), ragged()
+    embeds = model.base_model.embeddings.word_embeddings(batch["input_ids"])
+    embeds[0, 3, 5] = torch.nan  # not in the token that the head reads
+    xfast.accelerate(model, precision=precision)
+    logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+    assert logits[0].isnan().all() and logits[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_next_sentence_prediction_reads_one_row(precision: str) -> None:
+    model = transformers.BertForNextSentencePrediction(make_config("bert")).eval()
+    batch = ragged("bert")
+    want = model(**batch).logits
+    seen = engine_outputs(xfast.accelerate(model, precision=precision))
+    assert error(model(**batch).logits, want) <= {"fp32": 1e-5}.get(precision, 0.05)
+    assert [tuple(hidden.shape) for hidden in seen] == [(4, HIDDEN)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -68,8 +68,7 @@ def test_nan_and_infinity_stay_in_range(isa: str) -> None:
     x = np.array([[np.nan, 1.0, -2.0], [np.inf, 1.0, -1.0], [-np.inf, np.nan, np.inf], [np.nan] * 3], np.float32)
     q, scale = _C.kernels.quantize(isa, x)
     assert q.min() >= -127
-    assert q[0].tolist()[1:] == [64, -127]  # what NaN stands beside is not harmed
-    assert np.isinf(scale[1:3]).all()
+    assert np.isnan(scale[[0, 2, 3]]).all() and np.isinf(scale[1])  # so that no product of such a row is a number
     want, want_scale = _C.kernels.quantize("portable", x)
     assert_same_bits(q, want)
     assert_same_bits(scale, want_scale)

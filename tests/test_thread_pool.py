@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -297,3 +299,33 @@ def test_the_default_follows_torch() -> None:
         assert xfast.get_num_threads() == threads
     xfast.set_num_threads(_C.max_threads)
     assert xfast.get_num_threads() == _C.max_threads
+
+
+OUT_OF_MEMORY = """
+import resource
+import numpy as np
+from xfast import _C
+names = ("layers", "hidden", "heads", "head_dim", "intermediate", "vocab", "positions", "types", "eps", "pre_norm")
+depth = 1 << 16
+encoder = _C.Encoder(dict(zip(names, (1, 16, 1, 16, depth, 8, 8, 1, 1e-5, False))), "fp32", "auto")
+weight = np.ones((16, depth), np.float32)
+assert encoder.set_linear(0, "ffn_out", 0, weight, None, 1)
+assert encoder.set_linear(0, "ffn_in", 0, np.ones((2, 16), np.float32), None, 4)  # starts the threads
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (1 << 20)
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+for _ in range(3):
+    try:
+        encoder.set_linear(0, "ffn_out", 0, weight, None, 64)  # 16 MB
+        print("taken")
+    except MemoryError:
+        print("refused")
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert encoder.set_linear(0, "ffn_out", 0, weight, None, 4)
+"""
+
+
+def test_no_memory_to_work_in_is_an_error_and_no_crash() -> None:
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 3), done.stderr

@@ -333,8 +333,15 @@ def _touch(model: Any) -> None:
     encoder_of(model).encoder.layer[0].output.LayerNorm.weight.mul_(2)
 
 
+def _touch_table(model: Any) -> None:
+    encoder_of(model).embeddings.position_embeddings.weight.mul_(2)
+
+
+TOUCHES = {"norm": _touch, "table": _touch_table, "dtype": lambda model: model.to(torch.bfloat16)}
+
+
 @pytest.mark.parametrize("copied", [False, True], ids=["original", "copy"])
-@pytest.mark.parametrize("change", [_touch, lambda model: model.to(torch.bfloat16)], ids=["norm", "dtype"])
+@pytest.mark.parametrize("change", TOUCHES.values(), ids=TOUCHES)
 def test_changing_what_is_left_of_a_freed_model_says_so(change: Callable[[Any], None], copied: bool) -> None:
     first, batch = xfast.accelerate(build(head="masked-lm"), keep_weights=False), ragged()
     want = first(**batch).logits
@@ -345,6 +352,45 @@ def test_changing_what_is_left_of_a_freed_model_says_so(change: Callable[[Any], 
     with pytest.raises(xfast.WeightsFreedError, match="keep_weights=False"):
         changed(**batch)
     assert torch.equal(other(**batch).logits, want)  # they share packed weights, not their fate
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_copy_of_a_freed_model_reads_its_own_tables(precision: str) -> None:
+    first, batch = xfast.accelerate(build(head="masked-lm"), precision=precision, keep_weights=False), ragged()
+    want = first(**batch).logits
+    second = copy.deepcopy(first)
+    third = copy.deepcopy(second)  # of a copy that was never called
+    for name in ("word_embeddings", "position_embeddings"):
+        getattr(encoder_of(first).embeddings, name).weight.mul_(3)
+    encoder_of(first).embeddings.share_memory()  # the old memory goes
+    assert torch.equal(second(**batch).logits, want) and torch.equal(third(**batch).logits, want)
+    fourth = copy.deepcopy(third).double()
+    with pytest.raises(xfast.WeightsFreedError, match="keep_weights=False"):
+        fourth(**batch)
+
+
+def test_weights_that_are_not_contiguous_or_no_parameters_are_watched() -> None:
+    batch = ragged()
+    for make in (lambda w: nn.Parameter(w.t().contiguous().t()), lambda w: w.detach().clone()):
+        model = build()
+        query = encoder_of(model).encoder.layer[0].attention.self.query
+        weight = query.weight
+        del query.weight
+        query.weight = make(weight)
+        xfast.accelerate(model)
+        before = model(**batch)[0]
+        if isinstance(query.weight, nn.Parameter):
+            query.weight.data.add_(0.5)
+        else:
+            query.weight = query.weight + 0.5
+        assert not torch.equal(model(**batch)[0], before)
+
+
+def test_embeddings_that_change_themselves_are_refused() -> None:
+    model = build()
+    encoder_of(model).embeddings.word_embeddings.max_norm = 0.05
+    with pytest.raises(xfast.UnsupportedModelError, match=r"word_embeddings.max_norm is 0.05"):
+        xfast.accelerate(model)
 
 
 def test_loading_weights_into_a_freed_model_never_passes_unnoticed() -> None:

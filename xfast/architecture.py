@@ -349,6 +349,8 @@ def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
             f"{path} is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain torch.nn.{expected.__name__}; "
             "merge adapters (e.g. merge_and_unload()) or undo quantisation first"
         )
+    if getattr(leaf, "max_norm", None) is not None:
+        raise UnsupportedModelError(f"{path}.max_norm is {leaf.max_norm}: only embeddings without it are supported")
     return leaf
 
 

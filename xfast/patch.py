@@ -59,7 +59,9 @@ class Patch:
         """The patched module. Raises ModelFreedError when it is gone."""
         module = self._module()
         if module is None:
-            raise ModelFreedError("this forward belongs to a model that has been freed")
+            raise ModelFreedError(
+                "this forward belongs to a model that has been freed (copy.copy leaves it behind; use copy.deepcopy)"
+            )
         return module
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,8 +166,7 @@ class EncoderPatch(Patch):
         assert family is not None
         plan = Plan(self.module, family, self.options)
         if self._freed_plan is not None:
-            source = self._freed_plan
-            plan.adopt(source.engine, source.backend_name, source.notes, source.freed, self.module)
+            plan.adopt_copy(self._freed_plan, self.module)
         return plan
 
     @property
@@ -314,7 +315,9 @@ class EncoderPatch(Patch):
         _refuse_batch(packed, first or pooler is not None or (context is not None and context.needs_first))
         dtype = output_dtype(module)
         rows = packed.first_rows() if first and not want_states else None
-        hidden, states = engine.run(packed, rows=rows, layers=self.plan.layers, hidden_states=want_states)
+        # of this engine: another thread may have made a plan for another number of layers meanwhile
+        layers = engine.spec.num_layers if self.options.layers is None else self.options.layers
+        hidden, states = engine.run(packed, rows=rows, layers=layers, hidden_states=want_states)
         last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:
             context.padded, context.packed, context.hidden = last, packed, hidden

@@ -101,17 +101,29 @@ class Plan:
         self._watch = WeightWatch(module, self.weights)
 
     def adopt(self, engine: Engine | None, backend_name: str, notes: list[str], freed: str, module: nn.Module) -> None:
-        """Takes over an engine that holds the only weights; ``freed`` says why.
-
-        Of a deep copy's original, or one loaded from an artifact.
-        """
+        """Takes over an engine that holds the only weights; ``freed`` says why."""
         self.engine, self.backend_name, self.notes, self.freed = engine, backend_name, notes, freed
         self._watch = WeightWatch(module, self.weights)
+
+    def adopt_copy(self, source: Plan, module: nn.Module) -> None:
+        """Takes over what a deep copy's original has packed; what its engine reads in place is read from the copy.
+
+        Raises:
+            WeightsFreedError: the copy was moved or cast since.
+            InvalidWeightsError: it was changed to something unusable.
+        """
+        engine = source.engine
+        if engine is not None:
+            left = [tensor for tensor in _tensors(self.weights) if not tensor.is_meta]
+            if any(tensor.device != engine.device or tensor.dtype not in _DTYPE_PRECISION for tensor in left):
+                raise WeightsFreedError(_changed(source.freed))
+            engine = engine.for_copy(self.weights)
+        self.adopt(engine, source.backend_name, source.notes, source.freed, module)
 
     def _compile(self, module: nn.Module) -> None:
         """Packs anew. Everything is published at the end, the watch last: other threads wait or see it whole."""
         if self.freed:
-            raise WeightsFreedError(f"the weights were changed or moved, but {self.freed}; load the model again")
+            raise WeightsFreedError(_changed(self.freed))
         first = self._watch is None
         weights, watch = self.weights, WeightWatch(module, self.weights)
         self.notes = []
@@ -236,6 +248,10 @@ class Plan:
         self.notes.append(
             f"auto: fp8 in {count} of {len(formats)} products, the others bf16, instead: error {error:.2e}"
         )
+
+
+def _changed(freed: str) -> str:
+    return f"the weights were changed or moved, but {freed}; load the model again"
 
 
 def _free(leaf: nn.Module) -> None:

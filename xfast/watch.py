@@ -3,8 +3,9 @@
 Five signs: a submodule was replaced (LoRA, pruned layers); a parameter object or its memory was replaced (``.to()``,
 ``module.weight = ...``); its version counter moved (``load_state_dict``, an optimizer step); sampled values differ
 (``p.data += delta``, as LoRA merges do, moves no counter); and off the CPU, where sampling would wait for the device,
-an optimizer stepped over their memory (fused optimizers move no counter). On the CPU a sparse edit through ``.data``
-that misses every sample is the one change that goes unseen.
+an optimizer stepped over their memory (fused optimizers move no counter). On the CPU a sparse edit that moves no
+counter and misses every sample is the one change that goes unseen: through ``.data``, or of tensors that were made in
+inference mode, which have no counter.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class WeightWatch:
         dicts = [*children, *owners]
         # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
         scalars = [(m.__dict__, name) for m in modules for name in _SCALARS if name in m.__dict__]
+        # weights that are plain attributes, in no module's parameters
+        scalars += [(m.__dict__, name) for _, m, name in weights.parameters() if name in m.__dict__]
         held = [state[name] for state, name in scalars]
         self._kept = (modules, dicts, states, tensors, [list(values.values()) for values in dicts], scalars, held)
         self._watch = _C.Watch(
@@ -111,13 +114,15 @@ def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int
         yield tensor._cdata, _LINE, _LINE  # its storage and its version lie behind the first pointers
 
 
-_SCALARS = ("eps", "scaling")  # of LayerNorms and of attention
+_SCALARS = ("eps", "scaling", "max_norm")  # of LayerNorms, of attention and of embeddings
 _LINE = 64
 _HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
 
 def _bytes(parameter: torch.Tensor) -> Any:
-    flat = parameter.detach().contiguous()
+    flat = parameter.detach()
+    if not flat.is_contiguous():  # a copy would never change: all that lies where it lies
+        flat = flat.as_strided((flat.untyped_storage().nbytes() // flat.element_size(),), (1,), 0)
     return flat.view(torch.uint8 if parameter.dim() else parameter.dtype).numpy()
 
 

@@ -94,6 +94,14 @@ class Engine(Protocol):
         """
         ...
 
+    def for_copy(self, weights: EncoderWeights) -> Engine:
+        """An engine on the same packed products for a copy of the model; the rest is read from the copy's modules.
+
+        Raises:
+            InvalidWeightsError: these hold something unusable.
+        """
+        ...
+
     def own_word_table(self) -> bool:
         """Copies the word embeddings if it holds them in a smaller form, so that the originals can go.
 

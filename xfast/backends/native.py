@@ -108,6 +108,16 @@ class NativeEngine:
             self._owns_words = True
         return self._owns_words
 
+    def for_copy(self, weights: EncoderWeights) -> NativeEngine:
+        """See :class:`xfast.backends.base.Engine`."""
+        layers = [self.packed_layer(layer) for layer in range(self.spec.num_layers)]
+        origin = self._origin
+        copied = NativeEngine(
+            weights, self.precision, PackedWeights(layers, self.formats, self.packed_words(), origin or "")
+        )
+        copied._origin = origin
+        return copied
+
     def packed_layer(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
         """The packed memory of one layer by linear, as :class:`PackedWeights` has it; read-only."""
         return {name: self._encoder.linear(layer, name) for name in LINEARS}

@@ -111,6 +111,10 @@ class TensorRTEngine:
         self._refused: dict[int, str] = {}
         self._notes: list[str] = []
 
+    def for_copy(self, weights: EncoderWeights) -> TensorRTEngine:
+        """See :class:`xfast.backends.base.Engine`: an engine of TensorRT's holds all of its weights."""
+        return self
+
     def unpad(self, *inputs: torch.Tensor | None, **named: torch.Tensor | None) -> DevicePacked:
         """See :class:`xfast.backends.base.Engine`."""
         from xfast.device_packing import unpad

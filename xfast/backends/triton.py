@@ -16,7 +16,7 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
-from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, Unpacker, dtype_of
+from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, Rebinder, Unpacker, dtype_of
 from xfast.errors import BackendUnavailableError
 from xfast.recipe import QUANTISED, PackedWeights, Recipe, summary
 
@@ -137,6 +137,7 @@ class TritonEngine:
         self.precision, self.spec, self.device = packer.precision, spec, device
         packer.recipe.check(spec)
         self._formats = [packer.recipe.stored(layer, self.precision) for layer in range(spec.num_layers)]
+        self._recipe = packer.recipe
         made = parameters or packer.pack()
         self._forward: TritonForward = TritonForward(spec, made, dtype_of(self.precision), device)
         with on(device):  # its stream and memory pool belong to a device
@@ -171,6 +172,11 @@ class TritonEngine:
         layers = self.spec.num_layers if layers is None else layers
         with on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self._graphs.run(packed, rows, layers, hidden_states)
+
+    def for_copy(self, weights: EncoderWeights) -> TritonEngine:
+        """See :class:`xfast.backends.base.Engine`."""
+        packer = Rebinder(weights, self.precision, self._recipe, self._forward.parameters)
+        return TritonEngine(self.spec, self.device, packer)
 
     def own_word_table(self) -> bool:
         """See :class:`xfast.backends.base.Engine`: the word embeddings are read in place."""

@@ -190,3 +190,28 @@ class Unpacker(Packer):
 
     def _moved(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self._device)  # a copy: mapped memory is read-only
+
+
+class Rebinder(Packer):
+    """Products that are packed already, and everything else from the modules of a copy of their model."""
+
+    def __init__(self, weights: EncoderWeights, precision: str, recipe: Recipe, made: Parameters) -> None:
+        super().__init__(weights, precision, recipe)
+        self._made = made
+
+    def product(self, layer: int, name: str) -> Weight:
+        """The weights of one product."""
+        weight: Weight = getattr(self._made.layers[layer], name)
+        self.copied_bytes += size_of(weight)
+        return weight
+
+    def _words(self) -> torch.Tensor:
+        return self._made.word if self._weights.modules[-1, "word"].weight.is_meta else super()._words()
+
+    def _qkv_bias(self, layer: int) -> torch.Tensor:
+        return self._made.layers[layer].qkv_bias  # joined, so nobody else's
+
+    def _bias(self, layer: int, role: str) -> torch.Tensor | None:
+        bias = getattr(self._weights.modules[layer, role], "bias", None)
+        packed: torch.Tensor | None = getattr(self._made.layers[layer], f"{role}_bias")
+        return packed if bias is None or bias.is_meta else super()._bias(layer, role)
