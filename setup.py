@@ -43,7 +43,7 @@ def tool(name: str, folder: str) -> str:
 
 def check_platform() -> None:
     if sys.platform != "linux":
-        raise PlatformError(f"xfast builds on Linux (x86-64 and aarch64), not on {sys.platform}: use a container or WSL")
+        raise PlatformError(f"xfast builds on Linux (x86-64 and aarch64), not on {sys.platform}: use a container")
 
 
 def check_compiler() -> None:

@@ -10,17 +10,21 @@ Every section runs in a process of its own. Sections that no longer fit the time
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from xml.etree import ElementTree
 
 import torch
 import transformers
@@ -51,36 +55,61 @@ TESTS = (
 TEST_SECONDS = 240
 GRACE = 20
 """Seconds that a section may take beyond its time: it looks at the clock between its rows."""
-TESTS_FOLDER = "XFAST_BATTERY_TESTS"
+TESTS_FOLDER, OUT_FOLDER = "XFAST_BATTERY_TESTS", "XFAST_BATTERY_OUT"
 app = typer.Typer(add_completion=False)
 
 
-def correctness(tests: Path) -> dict[str, Any]:
-    """The GPU tests of the suite, on the GPU: counts and the names of failures."""
-    files = [str(tests / f"test_{name}.py") for name in TESTS]
+def correctness(tests: Path, folder: Path) -> dict[str, Any]:
+    """The GPU tests of the suite: counts, and what failed and why; all that pytest said goes to ``folder``."""
+    files, junit = [str(tests / f"test_{name}.py") for name in TESTS], folder / "correctness.xml"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["CUDA_LAUNCH_BLOCKING"] = "1"  # a fault is then raised by the launch that caused it
     # -W default: a warning of that machine's older or newer packages is no failure of a kernel
     command = [*_python(), "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--junitxml", str(junit), "-o", "junit_logging=no"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    try:
-        result = subprocess.run(
-            [*command, *files], env=environment, cwd=tests.parent, capture_output=True, text=True, timeout=TEST_SECONDS,
-            check=False,
-        )  # fmt: skip
-        output, ended = result.stdout, result.returncode
-    except subprocess.TimeoutExpired as error:
-        output, ended = _text(error.stdout), -1
-    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests\S+)", output)))
-    if ended == -1:
-        failed.append(f"not finished within {TEST_SECONDS} s")
+    junit.unlink(missing_ok=True)
+    with (folder / "correctness.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen([*command, *files], env=environment, cwd=tests.parent, stdout=log, stderr=log)
+        ended = _wait(process)
+    passed, failed = _outcomes(junit)
+    if ended is None:
+        failed["the suite"] = f"not finished within {TEST_SECONDS} s"
     elif ended != 0 and not failed:
-        failed.append(f"pytest ended with {ended}")
-    return {
-        "passed": len(re.findall(r"(?:\sPASSED\s+\[|PASSED tests)", output)),
-        "failed": failed,
-        "output": output[-6000:],
-    }
+        failed["the suite"] = f"pytest ended with {ended}"
+    output = (folder / "correctness.log").read_text(encoding="utf-8", errors="replace")
+    return {"passed": passed, "failed": failed, "output": output[-3000:]}
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code; None after ``TEST_SECONDS``: then pytest is asked to write down what it has, and killed."""
+    try:
+        return process.wait(TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return None
+
+
+def _outcomes(junit: Path) -> tuple[int, dict[str, str]]:
+    """How many tests passed, and why the others did not: of a file that pytest may not have written."""
+    try:
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return 0, {}
+    failed, passed = {}, 0
+    for case in cases:
+        wrong = next((child for child in case if child.tag in ("failure", "error")), None)
+        if wrong is not None:
+            failed[f"{case.get('classname')}::{case.get('name')}"] = (wrong.get("message") or "")[:400]
+        elif case.find("skipped") is None:
+            passed += 1
+    return passed, failed
 
 
 def _text(output: str | bytes | None) -> str:
@@ -127,16 +156,29 @@ class Report:
             self.add("skipped", f"{name}: cut short, no time left")
 
 
-SECTIONS: dict[str, Callable[[Clock], Iterable[Any]]] = {
-    "correctness": lambda _: [correctness(Path(os.environ.get(TESTS_FOLDER, "tests")).resolve())],
-    "ceilings": lambda _: [gpu_kernels.ceilings()],
-    "models": gpu_models.models,
-    "tensorrt": gpu_models.tensorrt,
-    "attention": gpu_kernels.attention_rows,
-    "rows": gpu_kernels.row_kernels,
-    "gemm": gpu_kernels.gemm_rows,
-    "weight-only": gpu_kernels.weight_only_rows,
-    "compiled": gpu_models.compiled,
+@dataclass(frozen=True)
+class Section:
+    """What makes a section's rows, and the seconds that it may take: one that hangs must leave time for the others."""
+
+    rows: Callable[[Clock], Iterable[Any]]
+    seconds: float
+
+
+def _correctness(_: Clock) -> list[dict[str, Any]]:
+    return [correctness(Path(os.environ.get(TESTS_FOLDER, "tests")).resolve(), Path(os.environ.get(OUT_FOLDER, ".")))]
+
+
+SECTIONS = {
+    "correctness": Section(_correctness, TEST_SECONDS + GRACE),
+    "ceilings": Section(lambda _: [gpu_kernels.ceilings()], 30),
+    "models": Section(functools.partial(gpu_models.models, size="large"), 120),
+    "models-base": Section(functools.partial(gpu_models.models, size="base"), 60),
+    "tensorrt": Section(gpu_models.tensorrt, 180),
+    "attention": Section(gpu_kernels.attention_rows, 60),
+    "rows": Section(gpu_kernels.row_kernels, 20),
+    "gemm": Section(gpu_kernels.gemm_rows, 60),
+    "weight-only": Section(gpu_kernels.weight_only_rows, 60),
+    "compiled": Section(gpu_models.compiled, 240),
 }
 """Most telling first: what comes last may find no time left."""
 
@@ -148,15 +190,16 @@ def run_section(report: Report, path: Path, name: str, clock: Clock, command: Se
         report: of this process; has the section's rows afterwards.
         path: the report's file, which the process adds rows to.
         name: of the section.
-        clock: a process that runs ``GRACE`` seconds beyond it is killed.
+        clock: a process that runs ``GRACE`` seconds beyond it, or beyond the section's own time, is killed.
         command: what to run; gets the section's name, the file and the seconds that are left.
     """
     if clock.left <= 0:
         report.add("skipped", f"{name}: no time left")
         return
-    full = [*command, name, str(path), "--seconds", f"{clock.left:.0f}"]
+    seconds = min(clock.left, SECTIONS[name].seconds)
+    full = [*command, name, str(path), "--seconds", f"{seconds:.0f}"]
     try:
-        done = subprocess.run(full, stderr=subprocess.PIPE, text=True, timeout=clock.left + GRACE, check=False)
+        done = subprocess.run(full, stderr=subprocess.PIPE, text=True, timeout=seconds + GRACE, check=False)
         code, errors = done.returncode, done.stderr
     except subprocess.TimeoutExpired as error:
         code, errors = None, _text(error.stderr)
@@ -175,7 +218,7 @@ def _python() -> list[str]:
 def main(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for gpu-DEVICE-DATE.json.")] = Path("benchmarks/results"),
-    seconds: Annotated[float, typer.Option(help="Time for everything.")] = 560,
+    seconds: Annotated[float, typer.Option(help="Time for everything, but for one section's grace of 20 s.")] = 540,
     tests: Annotated[Path, typer.Option(help="Folder with the test suite.")] = Path("tests"),
     only: Annotated[str, typer.Option(help="Comma-separated sections; empty for all.")] = "",
 ) -> None:
@@ -196,7 +239,7 @@ def main(
     path = out.resolve() / f"gpu-{device}-{datetime.datetime.now().strftime('%Y-%m-%d-%H%M')}.json"
     report = Report(path, console, _header())
     report.write()
-    os.environ[TESTS_FOLDER] = str(tests.resolve())
+    os.environ[TESTS_FOLDER], os.environ[OUT_FOLDER] = str(tests.resolve()), str(out.resolve())
     for name in SECTIONS:
         if name in wanted:
             run_section(report, path, name, clock, [*_python(), "-m", "xfast.benchmarks.gpu_battery", "section"])
@@ -211,7 +254,7 @@ def section(
     seconds: Annotated[float, typer.Option(help="Time that is left.")],
 ) -> None:
     """Runs one section in this process."""
-    Report(path, Console(width=200)).section(name, Clock(seconds), SECTIONS[name])
+    Report(path, Console(width=200)).section(name, Clock(seconds), SECTIONS[name].rows)
 
 
 def _header() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from xfast.benchmarks.gpu_time import Clock, alternate
+from xfast.benchmarks.gpu_time import Clock, measured
 from xfast.kernels import activation, attention, gemm, norm, quantize
 from xfast.kernels.gemm_weight_only import expand, weight_only_gemm
 from xfast.kernels.integer_weights import to_int4, to_int8
@@ -18,8 +18,11 @@ from xfast.kernels.tiles import Tile, attention_tile
 
 Row = dict[str, Any]
 SHAPES = {"base": (768, 3072), "large": (1024, 4096), "xl": (2560, 10240)}
+LARGER_SHAPES = {"xxl": (4096, 16384)}
 HEADS, HEAD_DIM = 16, 64
-ATTENTION_TOKENS = 32768
+ATTENTION_TOKENS, ATTENTION_LENGTHS = 32768, (11, 32, 64, 128, 177, 256, 384, 512)
+GEMM_ROWS, WEIGHT_ONLY_ROWS, NORM_ROWS = (32, 512, 4096, 32768), (1, 16, 32, 64, 256, 1024, 4096), 32768
+CEILING_SIDE, CEILING_BYTES = 8192, 2**31
 
 
 def mixed_lengths(count: int, mean: float, longest: int, seed: int = 0) -> list[int]:
@@ -31,20 +34,21 @@ def mixed_lengths(count: int, mean: float, longest: int, seed: int = 0) -> list[
 
 def ceilings() -> Row:
     """What the device does at best: copies, and a large bf16 and e4m3 product on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    source, target = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    side = CEILING_SIDE
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(CEILING_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
     run: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "bf16": lambda: a @ b}
     if capability_of(a.device) >= 89:
         a8, b8 = quantize.quantize(a), quantize.quantize_weight(b)
         run["fp8"] = lambda: gemm.scaled_gemm(a8, b8, torch.bfloat16)
-    times = alternate(run)
-    out = {"copy_tb_s": 2 * source.numel() / times["copy"] / 1e9}
-    return out | {f"{name}_tflop_s": 2 * 8192**3 / times[name] / 1e9 for name in run if name != "copy"}
+    times, failed = measured(run)
+    out = {"copy_tb_s": 2 * source.numel() / times.pop("copy") / 1e9, **failed}
+    return out | {f"{name}_tflop_s": 2 * side**3 / ms / 1e9 for name, ms in times.items()}
 
 
 def attention_rows(clock: Clock) -> Iterator[Row]:
     """TFLOP/s of useful scores: 4 L^2 d a head; bf16, 16 heads x 64, about 32k tokens in every batch."""
-    for length in (11, 32, 64, 128, 177, 256, 384, 512):
+    for length in ATTENTION_LENGTHS:
         count = ATTENTION_TOKENS // length
         for kind in ("uniform", "mixed"):
             lengths = [length] * count if kind == "uniform" else mixed_lengths(count, length, min(512, 3 * length))
@@ -91,10 +95,11 @@ def _attention(lengths: list[int]) -> Row:
         run.pop("torch varlen", None)
         print(f"torch varlen: {error}", flush=True)
     operations = 4 * HEADS * HEAD_DIM * sum(n * n for n in lengths)
-    times = alternate(run)
+    times, failed = measured(run)
     return {
         "tflop_s": {name: operations / ms / 1e9 for name, ms in times.items()},
         "us": {n: 1e3 * t for n, t in times.items()},
+        **failed,
     }
 
 
@@ -108,7 +113,7 @@ def gemm_rows(clock: Clock) -> Iterator[Row]:
             "ffn_out": (inner, hidden),
         }
         for role, (depth, columns) in roles.items():
-            for rows in (32, 512, 4096, 32768):
+            for rows in GEMM_ROWS:
                 if clock.left > 0:
                     yield {"model": name, "role": role, "rows": rows, **_gemm(role, depth, columns, rows)}
 
@@ -126,24 +131,21 @@ def _gemm(role: str, depth: int, columns: int, rows: int) -> Row:
         run["cublas + gelu"] = lambda: activation.bias_gelu(torch.mm(x, w.t()), bias)
         run["triton gelu"] = lambda: gemm.gemm(x, w, bias=bias, activation="gelu")
     if role in ("out", "ffn_out"):
-        run["cublas + residual"] = lambda: torch.addmm(residual, x, w.t())
+        run["cublas + residual"] = lambda: residual.addmm_(x, w.t())  # in place, as the forward does it
     if capability_of(x.device) >= 89:
         x8, w8 = quantize.quantize(x), quantize.quantize_weight(w)
         run["fp8 cublas"] = lambda: gemm.scaled_gemm(x8, w8, torch.bfloat16)
         run["fp8 cublas, fp32 sums"] = lambda: gemm.scaled_gemm(x8, w8, torch.bfloat16, fast=False)
         run["fp8 triton"] = lambda: gemm.gemm(x8, w8, dtype=torch.bfloat16)
-    return {
-        "tflop_s": {
-            name: 2 * rows * depth * columns / ms / 1e9 for name, ms in alternate(run, rounds=9, cold=True).items()
-        }
-    }
+    times, failed = measured(run, rounds=9, cold=True)
+    return {"tflop_s": {name: 2 * rows * depth * columns / ms / 1e9 for name, ms in times.items()}, **failed}
 
 
 def weight_only_rows(clock: Clock) -> Iterator[Row]:
     """Products with integer weights beside bf16: TB/s of weights (few rows), TFLOP/s, and expanding them first."""
-    for name, (hidden, inner) in {**SHAPES, "xxl": (4096, 16384)}.items():
+    for name, (hidden, inner) in {**SHAPES, **LARGER_SHAPES}.items():
         for depth, columns in ((hidden, inner), (inner, hidden)):
-            for rows in (1, 16, 32, 64, 256, 1024, 4096):
+            for rows in WEIGHT_ONLY_ROWS:
                 if clock.left > 0:
                     yield {
                         "model": name,
@@ -164,8 +166,9 @@ def _weight_only(depth: int, columns: int, rows: int) -> Row:
         run[kind] = lambda q=integers: weight_only_gemm(x, q, bias=bias)
         run[f"{kind} expanded"] = lambda q=integers: torch.addmm(bias, x, expand(q, x.dtype).t())
         sizes[kind] = sizes[f"{kind} expanded"] = integers.bytes
-    times = alternate(run, rounds=9, cold=True)
+    times, failed = measured(run, rounds=9, cold=True)
     return {
+        **failed,
         "weights_tb_s": {kind: sizes[kind] / ms / 1e9 for kind, ms in times.items()},
         "tflop_s": {kind: 2 * rows * depth * columns / ms / 1e9 for kind, ms in times.items()},
     }
@@ -173,7 +176,7 @@ def _weight_only(depth: int, columns: int, rows: int) -> Row:
 
 def row_kernels(clock: Clock) -> Iterator[Row]:
     """TB/s of what each row kernel must read and write, 32k rows of XLM-R large."""
-    hidden, inner, rows = 1024, 4096, 32768
+    (hidden, inner), rows = SHAPES["large"], NORM_ROWS
     x, residual = (torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     wide = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
     g, b, bias = (torch.randn(n, device="cuda", dtype=torch.bfloat16) for n in (hidden, hidden, inner))
@@ -193,5 +196,5 @@ def row_kernels(clock: Clock) -> Iterator[Row]:
         cases["bias + gelu + fp8"] = (lambda: activation.bias_gelu_quantize(wide, bias), 3 * large)
         cases["quantise"] = (lambda: quantize.quantize(x), 3 * small)
     if clock.left > 0:
-        times = alternate({name: function for name, (function, _) in cases.items()}, cold=True)
-        yield {name: moved / times[name] / 1e9 for name, (_, moved) in cases.items()}
+        times, failed = measured({name: function for name, (function, _) in cases.items()}, cold=True)
+        yield {**{name: cases[name][1] / ms / 1e9 for name, ms in times.items()}, **failed}

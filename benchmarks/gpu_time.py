@@ -5,9 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
+WARM_UPS = 3
 L2_FLUSH_BYTES = 256 * 2**20
 _SPIN_CYCLES = 300_000
 """The device spins this long before each timed call, so that the host is ahead and its launches are not measured."""
@@ -26,12 +30,12 @@ class Clock:
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 15, cold: bool = False) -> dict[str, float]:
-    """Median milliseconds of each function, asked in turn ``rounds`` times after three warm-ups each.
+    """Median milliseconds of each function, asked in turn ``rounds`` times after ``WARM_UPS`` each.
 
     ``cold`` empties the L2 cache before every call: for kernels whose operands would not be there in a model.
     """
     for function in functions.values():
-        for _ in range(3):
+        for _ in range(WARM_UPS):
             function()
     torch.cuda.synchronize()
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cold else None
@@ -49,6 +53,42 @@ def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 15, c
             pairs[name].append((begin, end))
     torch.cuda.synchronize()
     return {name: statistics.median(b.elapsed_time(e) for b, e in pairs[name]) for name in functions}
+
+
+class DeviceLost(RuntimeError):
+    """A fault has ended the process's GPU context: whatever ran next would be blamed for it."""
+
+
+def that_run(
+    functions: Mapping[str, Callable[[], T]], calls: int = 4
+) -> tuple[dict[str, Callable[[], T]], dict[str, str]]:
+    """Those functions that run (``calls`` times: graphs are captured when a shape comes again), and why others do not.
+
+    Raises:
+        DeviceLost: after one of them nothing runs any more; names it.
+    """
+    good, failed = {}, {}
+    for name, function in functions.items():
+        try:
+            for _ in range(calls):
+                function()
+            torch.cuda.synchronize()
+            good[name] = function
+        except Exception as error:  # noqa: PERF203
+            failed[name] = f"{type(error).__name__}: {error}"[:1000]
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                raise DeviceLost(str(failed)) from error
+    return good, failed
+
+
+def measured(
+    functions: Mapping[str, Callable[[], object]], rounds: int = 15, cold: bool = False
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """:func:`alternate` of those that run, and for the row of a report ``{"failed": why}`` where others do not."""
+    good, failed = that_run(functions, calls=1)
+    return alternate(good, rounds, cold), {"failed": failed} if failed else {}
 
 
 def wall(function: Callable[[], object], rounds: int = 50) -> list[float]:

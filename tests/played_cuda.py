@@ -101,6 +101,9 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     if not played and target.type != "cuda":
         return func(*args, **kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with Device():  # inference mode leaves it to us
+            return func.decompose(*args, **kwargs)
     _check(func, tensors, played, target)
     if func is aten._fused_sdp_choice.default:
         return 0  # the plain products: kernels of the CPU have names of their own

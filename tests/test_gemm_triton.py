@@ -49,6 +49,26 @@ def test_e4m3_is_exact_but_for_quantisation(shape: tuple[int, int, int]) -> None
     assert reference.max_error(alone, truth) <= bound * float(truth.abs().max())
 
 
+def test_a_scaled_product_that_cublas_has_not_is_computed_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        asked.append(True)
+        raise RuntimeError(f"CUDA error: {wrong} when calling `cublasLtMatmulAlgoGetHeuristic`")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "_REFUSED", set())
+    x, w, wrong = quantize(randn(5, 32)), quantize_weight(randn(16, 32)), "CUBLAS_STATUS_NOT_SUPPORTED"
+    want = kernels.gemm(x, w, dtype=torch.bfloat16)
+    for _ in range(3):
+        assert torch.equal(kernels.scaled_gemm(x, w, torch.bfloat16), want)
+    assert len(asked) == 1
+    wrong = "an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        kernels.scaled_gemm(quantize(randn(50, 32)), w, torch.bfloat16)
+
+
 def test_no_rows() -> None:
     assert kernels.gemm(randn(0, 16), randn(8, 16)).shape == (0, 8)
 

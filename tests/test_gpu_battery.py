@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import build
 from rich.console import Console
 from typer.testing import CliRunner
 
-from xfast.benchmarks import gpu_battery, gpu_models
+from xfast.benchmarks import gpu_battery, gpu_kernels, gpu_models, gpu_time
 from xfast.benchmarks.gpu_battery import Report, app, run_section
 from xfast.benchmarks.gpu_time import Clock
 
@@ -88,12 +89,63 @@ def test_an_engine_that_does_not_run_is_in_the_report(report: Report, monkeypatc
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    good, failed = gpu_models._that_run({"a": lambda: torch.zeros(1), "b": broken})
+    good, failed = gpu_time.that_run({"a": lambda: torch.zeros(1), "b": broken})
     assert list(good) == ["a"] and failed == {"b": "RuntimeError: no kernel image"}
     report.add("models", {"failed": {}})
     assert not report.failed
     report.add("models", {"failed": failed})
     assert report.failed
+
+
+def test_a_fault_that_ends_the_context_is_blamed_on_who_caused_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = []
+
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fault() -> torch.Tensor:
+        lost.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(gpu_time.DeviceLost, match="'guilty': 'RuntimeError: CUDA error"):
+        gpu_time.that_run({"guilty": fault, "innocent": lambda: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("wrong", [1.4, float("nan")])
+def test_an_engine_that_computes_something_else_fails(wrong: float) -> None:
+    found = gpu_models._wrong({"stock sdpa bf16": 0.0, "xfast bf16": 0.01, "xfast int4": 0.2, "tensorrt fp8": wrong})
+    assert list(found) == ["tensorrt fp8"] and "limit 0.3" in found["tensorrt fp8"]
+
+
+def test_a_section_has_its_own_time(report: Report, tmp_path: Path) -> None:
+    _run(report, tmp_path, "", seconds=9999)
+    assert report.document["models"][0]["seconds"] <= gpu_battery.SECTIONS["models"].seconds
+
+
+A_SUITE = """
+import pytest, time
+@pytest.mark.parametrize("n", [(1, 2), (3, 4)], ids=str)
+def test_it(n): assert n == (1, 2), "three"
+@pytest.mark.skip
+def test_skipped(): pass
+def test_last(): time.sleep({sleep})
+"""
+
+
+@pytest.mark.parametrize("sleep", [0, 60])
+def test_correctness_says_what_failed_and_why(sleep: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests, out = tmp_path / "tests", tmp_path / "out"
+    tests.mkdir(), out.mkdir()
+    (tests / "test_rows_triton.py").write_text(A_SUITE.replace("{sleep}", str(sleep)))
+    monkeypatch.setattr(gpu_battery, "TESTS", ("rows_triton",))
+    monkeypatch.setattr(gpu_battery, "TEST_SECONDS", 8 if sleep else 60)
+    found = gpu_battery.correctness(tests, out)
+    assert any("test_it[(3, 4)]" in name and "three" in why for name, why in found["failed"].items())
+    assert found["passed"] >= 1  # the one that was interrupted has no outcome
+    assert ("the suite" in found["failed"]) == bool(sleep)
+    assert "test_rows_triton" in (out / "correctness.log").read_text()
 
 
 def test_the_sections_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
@@ -102,8 +154,40 @@ def test_the_sections_are_known_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, ["--out", str(tmp_path / "out")])
     assert result.exit_code == 1 and "no CUDA device" in result.output and not (tmp_path / "out").exists()
-    monkeypatch.setitem(gpu_battery.SECTIONS, "rows", lambda clock: [{"left": clock.left > 0}])
+    monkeypatch.setitem(gpu_battery.SECTIONS, "rows", gpu_battery.Section(lambda clock: [{"left": clock.left > 0}], 9))
     result = CliRunner().invoke(app, ["section", "rows", str(tmp_path / "r.json"), "--seconds", "9"])
     assert result.exit_code == 0, result.output
     report.reload()
     assert report.document["rows"] == [{"left": True}]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that kernels which are interpreted get through."""
+    sizes = {
+        "SHAPES": {"large": (64, 112)}, "LARGER_SHAPES": {}, "ATTENTION_TOKENS": 24, "ATTENTION_LENGTHS": (11,),
+        "HEADS": 2, "GEMM_ROWS": (3,), "WEIGHT_ONLY_ROWS": (1, 40), "NORM_ROWS": 4, "CEILING_SIDE": 32,
+        "CEILING_BYTES": 2**10,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setattr(gpu_kernels, name, value)
+    monkeypatch.setattr(gpu_time, "L2_FLUSH_BYTES", 1)
+    monkeypatch.setattr(gpu_time, "WARM_UPS", 1)
+    plain = gpu_time.alternate
+    monkeypatch.setattr(gpu_time, "alternate", lambda functions, rounds, cold: plain(functions, 1, cold))
+    monkeypatch.setattr(gpu_models, "WORKLOADS", {"few": (3, 5, 9)})
+    monkeypatch.setattr(gpu_models, "random_model", lambda size: build(head="base-no-pooler", intermediate_size=112))
+    monkeypatch.setattr(gpu_models, "VOCABULARY", 90)
+    monkeypatch.setattr(gpu_models, "ROUNDS", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, in which kernels are interpreted
+@pytest.mark.skipif("played_cuda" not in sys.modules, reason="for pytest -p played_cuda")
+@pytest.mark.parametrize("name", ["ceilings", "models", "attention", "rows", "gemm", "weight-only"])
+def test_every_section_runs_through(name: str, small: None, report: Report) -> None:
+    report.section(name, Clock(300), gpu_battery.SECTIONS[name].rows)
+    assert "errors" not in report.document, report.document["errors"]
+    rows = report.document[name]
+    assert rows
+    for row in rows:
+        assert not row.get("failed") and "not available" not in row, row

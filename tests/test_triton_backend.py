@@ -320,6 +320,19 @@ def test_a_graph_that_is_not_used_any_more_makes_room(monkeypatch: pytest.Monkey
         assert captures.count == expected, length
 
 
+@pytest.mark.parametrize(("precision", "said"), [("tf32", "on"), ("ieee", "off")])
+def test_explain_says_whether_products_use_tf32(precision: str, said: str) -> None:
+    model, matmul = fast(model_of(head="base-no-pooler")), torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this release of torch has one interface only")
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision  # after which torch refuses to tell in its older words
+    try:
+        assert f"TF32 in matrix products: {said}" in str(xfast.explain(model))
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_shape_is_captured_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 1)
     model, batch = model_of(head="base-no-pooler", num_hidden_layers=1), moved(ragged(lengths=(5, 3)))

@@ -57,34 +57,26 @@ _capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 def capture_cuda() -> Capture:
-    """Captures on a side stream, after a run that compiles kernels and makes library workspaces.
+    """Captures on a side stream, after a run elsewhere that compiles kernels and loads libraries.
 
-    All graphs captured by the returned function share a memory pool: none may run while another does.
+    All graphs captured by the returned function share a memory pool: none may run while another does. Nothing but
+    captures uses the side stream: cuBLAS has a workspace for each stream, and so makes this one's inside the pool,
+    where it lives as long as the graphs. One from outside might be freed under them.
     """
     pool = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream()  # one: torch reuses a pool's memory within a stream only
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         with _capturing:
+            function()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                function()
-                graph = torch.cuda.CUDAGraph()
-                _forget_workspaces()
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    output = function()
-                _forget_workspaces()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                output = function()
             torch.cuda.current_stream().wait_stream(side)
         return graph.replay, output
 
     return capture
-
-
-def _forget_workspaces() -> None:
-    """Makes cuBLAS take its workspace from the graph's pool: one that lives outside may be freed under the graph."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
 
 
 class Graphs:
@@ -142,9 +134,11 @@ class Graphs:
         """Lines for ``explain``; ``tokens`` reads the bucket off a key."""
         if self.capture is None:
             return []
-        sizes = sorted({tokens(key) for key in self._graphs})
-        lines = [f"CUDA graphs: {len(self._graphs)} captured, token buckets {', '.join(map(str, sizes)) or 'none yet'}"]
-        return lines + [f"no graph for {tokens(key)} tokens: {reason}" for key, reason in self.refused.items()]
+        with self._lock:  # a call on another thread may be adding to them
+            keys, refused = list(self._graphs), dict(self.refused)
+        sizes = sorted({tokens(key) for key in keys})
+        lines = [f"CUDA graphs: {len(keys)} captured, token buckets {', '.join(map(str, sizes)) or 'none yet'}"]
+        return lines + [f"no graph for {tokens(key)} tokens: {reason}" for key, reason in refused.items()]
 
     def _graph(
         self, key: Hashable, prepare: Callable[[], tuple[Any, Callable[[], torch.Tensor]]], capture: Capture

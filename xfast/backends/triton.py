@@ -117,6 +117,15 @@ def _driver_missing() -> str | None:
     return None
 
 
+def _tf32() -> bool:
+    """Whether torch multiplies fp32 matrices in TF32. It may refuse to tell in its older words, so newer come first."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        return bool(matmul.allow_tf32)
+    own = matmul.fp32_precision
+    return (own if own != "none" else getattr(torch.backends, "fp32_precision", "none")) == "tf32"
+
+
 class TritonEngine:
     """A packed encoder on the GPU. Thread-safe.
 
@@ -202,6 +211,7 @@ class TritonEngine:
         if used & set(QUANTISED):
             lines.append("int8 and int4: weights only, multiplied as they are by activations that are not quantised")
         if self.precision == "fp32":
-            state = "on" if torch.backends.cuda.matmul.allow_tf32 else "off"
-            lines.append(f"TF32 in matrix products: {state} (torch.backends.cuda.matmul.allow_tf32); attention: off")
+            lines.append(
+                f"TF32 in matrix products: {'on' if _tf32() else 'off'} (torch.backends.cuda.matmul); attention: off"
+            )
         return lines

@@ -122,7 +122,16 @@ def gemm(
 
 def choose(kind: str, depth: int, columns: int, rows: int) -> str:
     """Which of the two multiplies, by :data:`PINNED`; ``kind`` is the operands' bits and the epilogue ("16-gelu")."""
-    return PINNED.get((kind, depth, columns, 1 << max(rows - 1, 0).bit_length()), "cublas")
+    return PINNED.get((kind, depth, columns, bucket(rows)), "cublas")
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+_REFUSED: set[tuple[int, int, int]] = set()
+"""Scaled products (bucket of rows, out, in) that cuBLASLt does not compute on this device."""
 
 
 def scaled_gemm(
@@ -133,8 +142,15 @@ def scaled_gemm(
     ``fast``: Hopper's tensor cores keep about 14 bits of an e4m3 sum; not promoting it to fp32 in between is what
     inference libraries do, and what :func:`gemm` does: 2^-13 is far below e4m3's own 2^-4.
     """
-    if INTERPRETED:  # torch has no such product on the CPU
-        return gemm(x, w, dtype=dtype, bias=bias)
-    return torch._scaled_mm(
-        x[0], w[0].T, scale_a=x[1], scale_b=w[1].contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=fast
-    )
+    shape = (bucket(x[0].shape[0]), *w[0].shape)
+    if not INTERPRETED and shape not in _REFUSED:  # torch has no such product on the CPU
+        try:
+            return torch._scaled_mm(
+                x[0], w[0].T, scale_a=x[1], scale_b=w[1].contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=fast
+            )
+        except RuntimeError as error:
+            # pytorch/ao#4582: cuBLASLt has no such kernel for few rows of some deep products
+            if "NOT_SUPPORTED" not in str(error):
+                raise
+            _REFUSED.add(shape)
+    return gemm(x, w, dtype=dtype, bias=bias)
