@@ -19,6 +19,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from xfast.stilts.config import RunConfig
+from xfast.stilts.grid import GridConfig
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -251,6 +252,17 @@ def run_config(base: Path, output: Path, tasks: list[str], rng: Any, count: int 
         path = make(rng, output.parent / "data" / origin / name, count)
         files[origin] = {"train": [str(path)], "dev": [str(path)]}
     return RunConfig(str(base), tuple(tasks), str(output), files=files, **{**SETTINGS, **changes})
+
+
+def grid_config(base: Path, folder: Path, **changes: Any) -> GridConfig:
+    """A grid of one cell, on pairs that are written below ``folder``; it lies in ``folder/grid``."""
+    rng = np.random.default_rng(0)
+    nli(rng, folder / "data/xnli/train-en.tsv", 24)
+    for split in ("dev", "test"):
+        nli(rng, folder / f"data/xnli/{split}-en.tsv", 9)
+    options = {"max_steps": 2, "batch_size": 8, "max_length": 64, "dev_examples": 0}
+    values = {"intermediates": ("none",), "targets": ("xnli",), "seeds": (0,), "target": options, **changes}
+    return GridConfig(str(base), str(folder / "grid"), str(folder / "data"), **values)
 
 
 def changed(run: RunConfig, **changes: Any) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import stilts
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import xfast
@@ -117,7 +119,7 @@ def test_accelerated_equals_stock(task: str, split: str, trained: Path, data: Pa
     stock = evaluate(Evaluation(model, task, tmp_path / "stock", backend="none", **run))
     assert fast["score"] == stock["score"] is not None and fast["languages"] == stock["languages"]
     assert not fast["withheld"] and not fast["missing"]
-    written = sorted((tmp_path / "fast" / task).iterdir())
+    written = sorted((tmp_path / "fast" / task).glob(f"{split}-*"))
     assert len(written) == 3
     for path in written:
         assert path.read_bytes() == (tmp_path / "stock" / task / path.name).read_bytes()
@@ -143,6 +145,34 @@ def test_translations_that_are_copies_are_all_found(base: Path, data: Path, tmp_
     assert mined["languages"]["de"] > 90
     on_dev = evaluate(Evaluation(str(base), "bucc2018", None, Source(data), languages=("de",), split="dev"))
     assert on_dev["notes"]["de"] == {"threshold chosen on the data it is scored on": 1}
+
+
+def test_predictions_of_two_models_do_not_share_a_folder(base: Path, data: Path, tmp_path: Path) -> None:
+    other, output = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(base, other)
+    stilts.checkpoint(other, AutoConfig.from_pretrained(base).vocab_size, seed=1)
+
+    def run(model: Path, language: str, **changes: Any) -> Any:
+        return evaluate(Evaluation(str(model), "tatoeba", output, Source(data), languages=(language,), **changes))
+
+    run(base, "tr")
+    with pytest.raises(InvalidOptionError, match=r"out/tatoeba holds test predictions of another model, .*; remove"):
+        run(other, "ur")
+    with pytest.raises(InvalidOptionError, match="holds test predictions of another layer; remove"):
+        run(base, "ur", layer=2)
+    run(other, "ur", limit=5)  # which writes nothing
+    assert not (output / "tatoeba/test-ur.tsv").exists()
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    run(moved, "ur")
+    files = {path.name for path in (output / "tatoeba").iterdir()}
+    assert files == {"made-by.json", "test-tr.tsv", "test-ur.tsv"}
+    # as before where nothing says who made them
+    labels = data / "xtreme/labels"
+    before = score(output, labels, allow_missing=True)
+    (output / "tatoeba/made-by.json").unlink()
+    assert score(output, labels, allow_missing=True) == before
+    run(other, "ur")
 
 
 def test_gold_that_is_withheld_is_said(trained: Path, data: Path, tmp_path: Path) -> None:
@@ -224,6 +254,7 @@ def test_a_grid_runs_resumes_and_isolates_failures(base: Path, data: Path, tmp_p
     failed = [row for row in rows if row["status"] == "failed"]
     assert {row["intermediate"] for row in failed} == {"cosmosqa"} and len(failed) == 4
     assert all("cosmosqa train" in row["error"] for row in failed)
+    assert heard.count("intermediate training") == 4 + 2  # what failed is not tried for the next target
     assert all(set(row["languages"]) == {"ur", "tr"} for row in rows if row["status"] == "done")
     assert {row["split"] for row in rows if row["target"] == "xnli"} == {"dev"}
     assert {row["split"] for row in rows if row["target"] == "tatoeba"} == {"test"}
@@ -237,7 +268,7 @@ def test_a_grid_runs_resumes_and_isolates_failures(base: Path, data: Path, tmp_p
     assert [row["score"] for row in again if row["status"] == "done"] == [
         row["score"] for row in rows if row["status"] == "done"
     ]
-    assert heard.count("evaluating") == 0 and heard.count("intermediate training") == 4
+    assert heard.count("evaluating") == 0 and heard.count("intermediate training") == 2
     assert len(grids.done(config)) == 12
     with pytest.raises(InvalidOptionError, match=r"holds a grid with another limit"):
         grids.run(_grid(base, data, tmp_path / "grid", limit=3))

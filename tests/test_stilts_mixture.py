@@ -363,6 +363,29 @@ def test_text_files_are_sets_of_their_own_with_a_part_held_out(tmp_path: Path, p
         training_sets(run("mlm", mlm_files=(texts[0], texts[0])), tokenizer)
 
 
+def test_an_empty_dev_set_does_not_switch_early_stopping_off(tmp_path: Path, pairs: Any, tokenizer: Any) -> None:
+    files = {"mnli": {"train": [pairs("t.tsv", 10, 6)], "dev": [pairs("empty.tsv", 0, 0)]}}
+    with pytest.raises(DataFileError, match=r"mnli: .*empty\.tsv: no example; left out: \{\}; give a dev set, or"):
+        training_sets(run(files=files), tokenizer)
+    rows = json.dumps({"premise": "a", "hypothesis": "b", "label": "-"}) + "\n"
+    (tmp_path / "d.jsonl").write_text(rows, encoding="utf-8")
+    files["mnli"]["dev"] = [str(tmp_path / "d.jsonl")]
+    with pytest.raises(DataFileError, match=f"mnli: .*d.jsonl: no example; left out: .*{readers.UNLABELLED}': 1"):
+        training_sets(run(files=files), tokenizer)
+    (found,) = training_sets(run(files=files, dev_examples=0), tokenizer).values()
+    assert len(found.features) == 6 and not len(found.dev)
+
+
+def test_lines_without_a_piece_to_mask_are_no_perplexity(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("unknown\n" + "w4 w5\n" * 20 + "w6\nunknown words\n", encoding="utf-8")
+    (found,) = training_sets(run("mlm", mlm_files=(str(path),), dev_examples=2), tokenizer).values()
+    assert numbers(found.dev_features) == [6] and found.dev.skipped == Counter({features.UNMASKABLE: 1})
+    assert len(found.features) == 20 and found.features.notes == Counter({features.UNMASKABLE: 1})
+    with pytest.raises(DataFileError, match=r"text\.txt: none of the last 1 lines, .* has a piece to mask; left out"):
+        training_sets(run("mlm", mlm_files=(str(path),), dev_examples=1), tokenizer)
+
+
 def test_nothing_to_train_on_says_why(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"premise": "a", "hypothesis": "b", "label": "-"}) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import stilts
 
 from xfast.errors import DataFileError
 from xfast.stilts import readers
+from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples, PairExample, TaggedExample
 from xfast.stilts.tasks import get
 
@@ -47,6 +48,20 @@ def test_tagged_files(write: Write) -> None:
         (("A", "."), None),
         (("#",), None),
     ]
+
+
+def test_words_alone_after_empty_lines_have_no_tags(write: Write, tmp_path: Path) -> None:
+    path = write("test-en.tsv", "\n\nA\n.\n\n#\n")
+    assert [(e.words, e.tags) for e in read(path, "udpos").items] == [
+        ((), None),
+        ((), None),
+        (("A", "."), None),
+        (("#",), None),
+    ]
+    stilts.write_lines(tmp_path / "udpos/test-en.tsv", ["", "A", ".", "", "#"])
+    stilts.write_lines(tmp_path / "labels/udpos/test-en.tsv", ["", "DET", "PUNCT", "", "SYM"])
+    found = Source(tmp_path).load(get("udpos"), "test")
+    assert [example.tags for example in found.items] == [(), ("DET", "PUNCT"), ("SYM",)]
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,14 @@ def test_processes_that_do_not_join_are_refused(base: Path, tmp_path: Path, monk
         ({"ignore_data_skip": True}, "ignore_data_skip is not accepted"),
         ({"eval_on_start": True}, "eval_on_start is not accepted"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not accepted: the heads"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "accelerator_config: split_batches: the run makes its batches",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "dispatch_batches: the run makes .*accepted: even_batches",
+        ),
         ({"adam_beta2": "9.8e-1"}, r"adam_beta2: '9.8e-1'; accepted: a number"),
     ],
 )
@@ -361,23 +369,13 @@ def test_examples_that_are_held_out_do_not_count(base: Path, tmp_path: Path) -> 
 # --- the grid -----------------------------------------------------------------------------------------
 
 
-def _grid(base: Path, folder: Path, **changes: Any) -> grid.GridConfig:
-    rng = np.random.default_rng(0)
-    stilts.nli(rng, folder / "data/xnli/train-en.tsv", 24)
-    for split in ("dev", "test"):
-        stilts.nli(rng, folder / f"data/xnli/{split}-en.tsv", 9)
-    options = {"max_steps": 2, "batch_size": 8, "max_length": 64, "dev_examples": 0}
-    values = {"intermediates": ("none",), "targets": ("xnli",), "seeds": (0,), "target": options, **changes}
-    return grid.GridConfig(str(base), str(folder / "grid"), str(folder / "data"), **values)
-
-
 def test_a_cell_killed_before_its_row_is_written_is_not_trained_again(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    config = _grid(base, tmp_path, splits=("dev", "test"))
+    config = stilts.grid_config(base, tmp_path, splits=("dev", "test"))
     with monkeypatch.context() as patch:
         patch.setattr(grid, "_append", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -400,7 +398,7 @@ def test_a_part_of_a_target_is_marked_and_writes_no_predictions(base: Path, tmp_
     for side in ("sw", "en"):
         stilts.write_lines(tmp_path / f"data/tatoeba/sw-en.{side}", texts)
     stilts.write_lines(tmp_path / "data/labels/tatoeba/test-sw.tsv", map(str, range(9)))
-    (row,) = grid.run(_grid(base, tmp_path, targets=("tatoeba",), languages=("sw",), limit=5))
+    (row,) = grid.run(stilts.grid_config(base, tmp_path, targets=("tatoeba",), languages=("sw",), limit=5))
     assert row["status"] == "done", row
     assert row["partial"] == "1 of 36 languages, at most 5 examples a language"
     assert not list((tmp_path / "grid").rglob("predictions"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ REFUSED = {
     **dict.fromkeys(("label_smoothing_factor", "neftune_noise_alpha"), "the heads compute their losses themselves"),
 }
 """Arguments that would do nothing here, or harm, and why."""
+
+HARMLESS = ("even_batches", "non_blocking", "use_seedable_sampler")
+"""Settings of ``accelerator_config`` that change no batch. Others train on a part of each batch, or on several."""
+
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def trainer_arguments(config: RunConfig) -> transformers.TrainingArguments:
@@ -75,16 +82,49 @@ def trainer_arguments(config: RunConfig) -> transformers.TrainingArguments:
     _check_names(config, given)
     try:
         # a copy: transformers writes its defaults into the mappings that it is given
-        arguments = transformers.TrainingArguments(**{**given, **copy.deepcopy(config.trainer)})
+        with accelerate_precision(config.precision):
+            arguments = transformers.TrainingArguments(**{**given, **copy.deepcopy(config.trainer)})
     except ImportError as error:  # accelerate, which training needs and evaluation does not
         raise BackendUnavailableError(f'training needs more packages: pip install "xfast[stilts]" ({error})') from None
     except (ValueError, TypeError) as error:  # bf16 where there is none, for instance
         raise InvalidOptionError(f"precision or trainer: {error}") from None
     _check_values(arguments)
+    _check_batches(arguments)
     sharding.check(config, arguments)
     if arguments.n_gpu > 1:  # one process drives one GPU: replicas of a head would refer to the first GPU's encoder
         arguments._n_gpu = 1
     return arguments
+
+
+@contextlib.contextmanager
+def accelerate_precision(precision: str) -> Iterator[None]:
+    """The run's precision where accelerate looks for it: ``accelerate launch`` and earlier runs leave theirs there.
+
+    transformers 5 reads it when it makes its arguments, transformers 4 when it makes its accelerator.
+    """
+    before = os.environ.get(_PRECISION)
+    os.environ[_PRECISION] = "no" if precision == "fp32" else precision
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PRECISION]
+        else:
+            os.environ[_PRECISION] = before
+
+
+def _check_batches(arguments: transformers.TrainingArguments) -> None:
+    settings = arguments.accelerator_config
+    usual = type(settings)()
+    if other := [
+        known.name
+        for known in dataclasses.fields(settings)
+        if known.name not in HARMLESS and getattr(settings, known.name) != getattr(usual, known.name)
+    ]:
+        raise InvalidOptionError(
+            f"trainer: accelerator_config: {', '.join(other)}: the run makes its batches itself; accepted: "
+            f"{', '.join(HARMLESS)}"
+        )
 
 
 def _check_names(config: RunConfig, given: dict[str, Any]) -> None:

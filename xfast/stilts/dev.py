@@ -104,12 +104,11 @@ class Evaluator:
         for indices in by_length([len(row) for row in rows], MLM_TOKENS_PER_BATCH):
             inputs = masked_batch([rows[i] for i in indices], indices, self.masking, self.padding)
             number = int((inputs["labels"] != IGNORED).sum())
-            if not number:
-                continue
             with torch.no_grad():  # not inference mode: sharded weights, gathered here, are trained on
                 loss = model(task=name, **{key: value.to(device) for key, value in inputs.items()})["loss"]
+            prediction.check_finite(float(loss), indices[0], "a loss")
             total, count = total + float(loss) * number, count + number
-        return total / max(count, 1)
+        return total / count  # every row that was kept has a piece to mask
 
 
 def _answer_scores(part: TrainingSet, answered: list[prediction.Answered]) -> metrics.Scores:

@@ -7,6 +7,7 @@ is at hand they are scored with the official metrics.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,18 @@ from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
 from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
+from xfast.stilts.rows import load_json
 from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Recipe, Task
 from xfast.stilts.tasks import get
 from xfast.stilts.tokenizer import load_tokenizer
+from xfast.tensor_files import record_of
+
+MADE_BY = "made-by.json"
+"""Beside a task's predictions: by split, the model and the options that they come from."""
+
+_DECISIVE = ("precision", "dtype", "layer", "pooling", "tokenizer", "max_length")
+"""Options of :class:`Evaluation` that predictions depend on."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +134,19 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     Returns:
         ``score`` (None where no gold is at hand), ``languages``, ``metrics`` as :func:`scoring.summarize_task` has
         them; ``withheld`` (languages without gold), ``missing`` (languages without data), ``notes`` by language,
-        ``explain`` (what the accelerated model ran), ``seconds`` and ``examples``.
+        ``explain`` (what the accelerated model ran), ``seconds`` and ``examples``. What was left out or cut in
+        candidates that all languages share is noted under "candidates".
 
     Raises:
         DataFileError: no language has data, or a file is malformed.
-        InvalidOptionError: the model does not take such sequences, or predictions cannot be written.
+        InvalidOptionError: the model does not take such sequences, or predictions cannot be written, or not beside
+            another model's.
         InvalidInputError: the model gives NaN.
     """
     task, wanted = get(run.task), run.wanted
     started = time.perf_counter()
+    output = run.output if run.limit is None else None
+    made_by = None if output is None else _made_by(run, output / task.name)
     predictor = _Predictor(run, task)
     found: dict[str, Found] = {}
     missing: dict[str, str] = {}
@@ -143,17 +156,19 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
             missing[language] = outcome
             continue
         found[language] = outcome
-        if run.output is not None and run.limit is None:  # at once: a later language's failure loses nothing
-            write_predictions(run.output, task, run.split, language, outcome.predicted)
+        if output is not None:  # at once: a later language's failure loses nothing
+            files.save("output", output / task.name / MADE_BY, (json.dumps(made_by, indent=1) + "\n").encode())
+            write_predictions(output, task, run.split, language, outcome.predicted)
     if not found:
         first = next(iter(missing.values()))
         raise DataFileError(f"{run.task} {run.split}: no data in any of {', '.join(wanted)}: {first}")
+    notes = {language: dict(part.notes) for language, part in found.items()}
     return {
         **_scores(run, task, found),
         "task": run.task,
         "split": run.split,
         "missing": missing,
-        "notes": {language: dict(part.notes) for language, part in found.items() if part.notes},
+        "notes": {name: said for name, said in {**notes, search.CANDIDATES: predictor.shared()}.items() if said},
         "examples": {language: part.examples for language, part in found.items()},
         "limit": run.limit,
         "model": run.model,
@@ -237,6 +252,10 @@ class _Predictor:
     def explain(self) -> str:
         return self.stock or str(xfast.explain(self.model))
 
+    def shared(self) -> dict[str, int]:
+        """Notes on candidates that all languages share."""
+        return {} if self._engine is None else dict(self._engine.shared)
+
     def __call__(self, language: str, progress: Progress | None) -> Found | str:
         """The language's predictions, or why there is nothing to predict."""
         run = self.run
@@ -316,6 +335,31 @@ def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
 
 
 # --- files -------------------------------------------------------------------------------------------
+
+
+def _made_by(run: Evaluation, folder: Path) -> dict[str, Any]:
+    """What :data:`MADE_BY` is to say; an error where a split's predictions would be two models'."""
+    path = folder / MADE_BY
+    stored = load_json(path) if path.is_file() else {}
+    mine = {"model": run.model, "weights": _weights(run.model), **{name: getattr(run, name) for name in _DECISIVE}}
+    before = stored.get(run.split, {}) if isinstance(stored, dict) else None
+    if not isinstance(before, dict):
+        raise DataFileError(f"{path}: expected a model and options by split")
+    other = [name for name in mine if name != "model" and before.get(name) != mine[name]]
+    if before and other and any(folder.glob(f"{run.split}-*")):
+        what = f"another model, {before.get('model')}" if "weights" in other else f"another {', '.join(other)}"
+        raise InvalidOptionError(
+            f"output: {folder} holds {run.split} predictions of {what}; remove them, or choose another folder"
+        )
+    return {**stored, run.split: mine}
+
+
+def _weights(model: str) -> str:
+    """Tells models apart wherever their folders lie: a hash of the weights; of a model on the Hub, its name."""
+    folder = Path(model)
+    parts = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    hashes = "".join(record_of(path).sha256 for path in parts)
+    return hashlib.sha256(hashes.encode()).hexdigest() if parts else model
 
 
 def write_predictions(folder: Path, task: Task, split: str, language: str, predicted: Any) -> Path:

@@ -41,6 +41,7 @@ UNANSWERED = "training question without an answer: left out"
 UNLABELLED = "training example without a label: left out"
 EMPTY_CONTEXT = "empty context"
 EMPTY_TEXT = "text that the tokenizer drops: left out"
+UNMASKABLE = "text of unknown pieces alone, with none to mask: left out"
 UNKNOWN_TAG = "tag that is no label: its word is not learned from"
 UNTOUCHED_ANSWER = "training answer that the tokenizer drops: left out"
 MISPLACED_ANSWER = "training question whose context does not hold its answer: left out"
@@ -205,11 +206,14 @@ def _choices(encoder: Encoder, items: Sequence[ChoiceExample], labels: Sequence[
 
 
 def _texts(encoder: Encoder, items: Sequence[TextExample], labels: Sequence[str], train: bool) -> Iterable[Feature]:
+    special = frozenset(encoder.tokenizer.all_special_ids)
     for number, ids in enumerate(encoder.ids([e.text for e in items])):
-        if train and not ids:  # nothing to mask, and a batch of nothing has no loss
-            encoder.notes[EMPTY_TEXT] += 1
-            continue
         row, end = encoder.single(ids)
+        if train and all(
+            piece in special for piece in row.tolist()
+        ):  # nothing to mask, and a batch of nothing has no loss
+            encoder.notes[UNMASKABLE if ids else EMPTY_TEXT] += 1
+            continue
         yield Feature((row,), (end,), None, number)
 
 

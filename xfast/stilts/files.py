@@ -1,8 +1,20 @@
-"""Files in a data folder."""
+"""Files in a data folder, and folders that one process writes at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from xfast.errors import InvalidOptionError
+
+LOCK = ".lock"
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems without locks say (Lustre, some NFS): better trained there unguarded than not at all."""
 
 
 def find(folder: Path, relative: str) -> Path | None:
@@ -11,3 +23,56 @@ def find(folder: Path, relative: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+class Lock:
+    """Keeps a second process out of a folder: two would delete and overwrite each other's files.
+
+    ``with Lock("output", folder) as lock`` takes it where the folder is there already, ``lock.make()`` makes the folder
+    and takes it where it is not: what is refused in between leaves no folder. The system gives it back when the process
+    ends, however it does.
+
+    Raises:
+        InvalidOptionError: another process is at work there, or the folder cannot be written; names the argument.
+    """
+
+    def __init__(self, argument: str, folder: Path) -> None:
+        self.argument, self.folder = argument, folder
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Lock:
+        if self.folder.is_dir():
+            self.make()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def make(self) -> None:
+        """Make the folder; from here on it is this process's. Again: nothing happens."""
+        if self._file is not None:
+            return
+        path = self.folder / LOCK
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as opened:
+                file = opened.enter_context(path.open("a", encoding="utf-8"))
+                self._lock(file)
+                opened.pop_all()
+        except OSError as error:
+            raise InvalidOptionError(f"{self.argument}: cannot write {path}: {error.strerror or error}") from None
+        self._file = file
+
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidOptionError(
+                f"{self.argument}: another process is at work in {self.folder}; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise

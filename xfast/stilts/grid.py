@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 from xfast import files
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, XfastError
 from xfast.stilts import config as configs
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
 from xfast.stilts.estimate import Estimate
 from xfast.stilts.evaluation import Evaluation, evaluate
+from xfast.stilts.files import Lock
 from xfast.stilts.rows import load_json
+from xfast.stilts.scoring import TARGETS
 from xfast.stilts.task import BITEXT, INTERMEDIATE, MATCHING, TARGET
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, XTREME_TARGETS, get
-from xfast.stilts.training import Trained, train
+from xfast.stilts.training import Trained, check, train
 
 BASELINE = "none"
 """Name of the row without an intermediate phase."""
@@ -101,18 +103,17 @@ class GridConfig:
         self._check_phases()
 
     def _check_phases(self) -> None:
-        """Make every run and evaluation once: what a cell would refuse is refused now, not after its training."""
+        """Make every run and evaluation once: what a cell would refuse is refused now, not after its training.
+
+        What needs the model's files or the machine is checked by :func:`run`.
+        """
         rows = [task for name in self.intermediates if name != BASELINE for task in _row_tasks(self, name)]
         for phase, tasks in (("intermediate", rows), ("target", self.targets)):
             translated = getattr(self, phase).get("translated")
             if isinstance(translated, dict) and (unused := set(translated) - _origins(tasks)):
                 raise InvalidOptionError(f"{phase}: translated: {', '.join(sorted(unused))} is no task of this grid")
-        for name in self.intermediates:
-            if name != BASELINE:
-                run_config(self, self.intermediate, self.model, _row_tasks(self, name), Path("unused"), self.seeds[0])
+        _runs(self, self.intermediates, self.targets)
         for target in self.targets:
-            for name in _stages(target) if get(target).train_on else ():
-                run_config(self, self.target, self.model, (name,), Path("unused"), self.seeds[0])
             for split in self.splits:
                 evaluation(self, self.model, target, split, Path("unused"))
 
@@ -185,21 +186,26 @@ def run(
         The rows of all cells and splits, as :func:`xfast.stilts.report.load_cells` reads them.
 
     Raises:
-        InvalidOptionError: the folder holds another grid or cannot be made, or several processes would run it.
+        InvalidOptionError: the folder holds another grid or cannot be made, another process runs it, several processes
+            would run it, or a run would be refused.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InvalidOptionError("grid: one process runs it; use torchrun for single runs, `xfast stilts train`")
     folder = Path(config.output)
-    _same_grid(folder, config)
-    say = report or (lambda cell, what: None)
+    with Lock("output", folder) as lock:
+        lock.make()
+        _same_grid(folder, config)
+        return _run_cells(config, folder, report or (lambda cell, what: None), _Training(callbacks, announce))
+
+
+def _run_cells(config: GridConfig, folder: Path, say: Report, training: _Training) -> list[dict[str, Any]]:
     before = done(config)
+    _check_runs(config, before)
     rows: list[dict[str, Any]] = []
     for cell in cells(config):
-        splits = dict.fromkeys(split_of(config, cell.target, split) for split in config.splits)
-        had = {split: before.get((*cell.key, split), {}) for split in splits}
-        missing = [split for split in splits if had[split].get("status") != "done"]
-        if missing:
-            for row in _run(config, cell, missing, say, _Training(callbacks, announce)):
+        had = _had(config, cell, before)
+        if missing := _missing(had):
+            for row in _run(config, cell, missing, say, training):
                 _append(folder / "cells.jsonl", row)
                 had[row["split"]] = row
         # after its rows are on disk: a cell that is killed in between would be trained again
@@ -211,10 +217,50 @@ def run(
     return rows
 
 
+def _had(config: GridConfig, cell: Cell, before: Rows) -> dict[str, dict[str, Any]]:
+    """A cell's rows by the splits that it is to have."""
+    splits = dict.fromkeys(split_of(config, cell.target, split) for split in config.splits)
+    return {split: before.get((*cell.key, split), {}) for split in splits}
+
+
+def _missing(had: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [split for split, row in had.items() if row.get("status") != "done"]
+
+
+def _check_runs(config: GridConfig, before: Rows) -> None:
+    """Refuse what a run would refuse, before the first is trained: a target's comes hours after the grid's begin."""
+    left = [cell for cell in cells(config) if _missing(_had(config, cell, before))]
+    rows, columns = dict.fromkeys(cell.intermediate for cell in left), dict.fromkeys(cell.target for cell in left)
+    for phase, wanted in _runs(config, rows, columns):
+        _check_run(phase, wanted)
+
+
+def _check_run(phase: str, wanted: RunConfig) -> None:
+    try:
+        check(wanted)
+    except XfastError as error:
+        raise type(error)(f"{phase}: {', '.join(wanted.tasks)}: {error}") from None
+
+
+class IntermediateError(XfastError, RuntimeError):
+    """An intermediate phase that failed for one target is not tried for the next one."""
+
+
 @dataclass(frozen=True)
 class _Training:
+    """How one call of :func:`run` trains.
+
+    Attributes:
+        callbacks, announce: see there.
+        failed: by intermediate task and seed, why there is no encoder.
+    """
+
     callbacks: tuple[Any, ...]
     announce: Callable[[Estimate], None] | None
+    failed: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def __call__(self, run: RunConfig, config: GridConfig) -> Trained:
+        return train(run, callbacks=self.callbacks, announce=self.announce, root=Path(config.output))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -279,13 +325,19 @@ def _row(
         row["training"] = {"dev_score": trained.score, "steps": trained.steps, "notes": trained.notes}
     row["seconds"] = round(time.perf_counter() - started, 3)
     if isinstance(found, Exception):
-        return {**row, "status": "failed", "error": f"{type(found).__name__}: {found}", "score": None, "languages": {}}
+        return {**row, "status": "failed", "error": _said(found), "score": None, "languages": {}}
     if found["score"] is None:
         error = f"no gold in any language for {cell.target} {split}"
         return {**row, "status": "failed", "error": error, "score": None, "languages": {}}
     kept = {name: found[name] for name in ("score", "languages", "notes", "missing", "withheld", "limit")}
-    every = Evaluation("", cell.target, benchmark=config.benchmark).wanted
+    task = get(cell.target)
+    # of a target that the benchmark has not, those of the one that has it
+    every = next(filter(None, map(task.languages, (config.benchmark, *TARGETS))), ())
     return {**row, "status": "done", "error": None, **kept, "partial": _partial(found, every)}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _partial(found: Mapping[str, Any], every: Sequence[str]) -> str | None:
@@ -349,12 +401,32 @@ def _intermediate(config: GridConfig, cell: Cell, say: Report, training: _Traini
     """Phase 2: the encoder that the row starts from."""
     if cell.intermediate == BASELINE:
         return config.model
+    phase = cell.intermediate, cell.seed
+    if phase in training.failed:
+        raise IntermediateError(f"{cell.intermediate}, seed {cell.seed}, failed before: {training.failed[phase]}")
     say(cell, "intermediate training")
     tasks = _row_tasks(config, cell.intermediate)
     folder = Path(config.output) / "intermediate" / cell.intermediate / f"seed{cell.seed}"
-    run = run_config(config, config.intermediate, config.model, tasks, folder, cell.seed)
-    trained = train(run, callbacks=training.callbacks, announce=training.announce)
+    try:
+        trained = training(run_config(config, config.intermediate, config.model, tasks, folder, cell.seed), config)
+    except Exception as error:
+        training.failed[phase] = _said(error)  # not the error itself, which holds the model in its traceback
+        raise
     return str(trained.folder / "encoder")
+
+
+def _runs(config: GridConfig, intermediates: Iterable[str], targets: Iterable[str]) -> list[tuple[str, RunConfig]]:
+    """(phase, run) of the rows and columns, as they are for the first seed and from the untouched model."""
+    rows = [_row_tasks(config, name) for name in intermediates if name != BASELINE]
+    columns = [(stage,) for target in targets if get(target).train_on for stage in _stages(target)]
+    return [
+        (phase, run_config(config, options, config.model, tasks, Path(config.output), config.seeds[0]))
+        for phase, options, of in (
+            ("intermediate", config.intermediate, rows),
+            ("target", config.target, columns),
+        )
+        for tasks in of
+    ]
 
 
 def _row_tasks(config: GridConfig, intermediate: str) -> tuple[str, ...]:
@@ -380,7 +452,7 @@ def _fine_tuned(config: GridConfig, cell: Cell, encoder: str, training: _Trainin
     model, options, folder = encoder, config.target, _folder(config, cell)
     for number, name in enumerate(_stages(cell.target)):
         run = run_config(config, options, model, (name,), folder / f"stage{number}", cell.seed)
-        trained = train(run, callbacks=training.callbacks, announce=training.announce)
+        trained = training(run, config)
         # a second stage continues the first one's head, too: COPA alone is too small for a new one
         model, options = str(trained.folder / "tasks" / name), {**config.target, "heads": "checkpoint"}
     return trained

@@ -122,6 +122,12 @@ def _dev(config: RunConfig, task: Task, train: Examples[Any]) -> Examples[Any]:
             f"{task.name}: no English dev set; give its file, or `holdout` examples of the training set, "
             f"or `dev_examples: 0` for no early stopping. Published at {task.owner}"
         )
+    if not len(dev):
+        names = " + ".join(map(str, config.source.paths(task, "dev") or ())) or "the English dev set"
+        raise DataFileError(
+            f"{task.name}: {names}: no example; left out: {dict(dev.skipped)}; give a dev set, or `dev_examples: 0` "
+            "for no early stopping"
+        )
     if withheld := sum(map(unlabelled, dev.items)):
         if withheld == len(dev):  # now, not at the first evaluation
             raise DataFileError(
@@ -157,6 +163,12 @@ def _text(config: RunConfig, path: Path, tokenizer: Any) -> TrainingSet:
     dev = Examples(examples.items[len(examples) - held_out :])
     del examples.items[len(examples) - held_out :]
     encoded = [encode(part, task, tokenizer, config.recipe, train=True) for part in (examples, dev)]
+    dev.skipped += encoded[1].notes
+    if held_out and not len(encoded[1]):
+        raise DataFileError(
+            f"{path}: none of the last {held_out} lines, held out for perplexity, has a piece to mask; left out: "
+            f"{dict(dev.skipped)}; give other text, or `dev_examples: 0` for no early stopping"
+        )
     return TrainingSet(task, (), encoded[0], dev, encoded[1])
 
 

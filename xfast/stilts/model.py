@@ -76,7 +76,7 @@ class MultiTaskModel(nn.Module):
             del head._modules[prefix]
             head.__dict__[prefix] = encoder
             if types[name] == MLM:
-                _tie(head, encoder)
+                _settle_decoder(head, encoder)
             self.heads[name] = head
         layers = [part for part in encoder.modules() if isinstance(part, GradientCheckpointingLayer)]
         self._no_split_modules = sorted({type(layer).__name__ for layer in layers})  # what FSDP shards one by one
@@ -136,6 +136,8 @@ class MultiTaskModel(nn.Module):
         encoder = {f"{head.base_model_prefix}.{key}": value for key, value in _below(state, "encoder").items()}
         wanted = _bare(type(head), self.encoder.config, head.config).state_dict().keys()
         own = {**encoder, **_below(state, f"heads.{name}")}
+        for key in [key for key in own if key.endswith(".decoder.bias")]:
+            own[key.replace(".decoder", "")] = own[key].clone()  # an untied head's: transformers 4 may read this one
         head.save_pretrained(folder, state_dict={key: value for key, value in own.items() if key in wanted})
 
 
@@ -166,10 +168,14 @@ def _prediction(head: Any) -> nn.Module:
     return head.lm_head if hasattr(head, "lm_head") else head.cls
 
 
-def _tie(head: Any, encoder: Any) -> None:
+def _settle_decoder(head: Any, encoder: Any) -> None:
+    """Tie the output layer to this encoder where the checkpoint has it tied; else it is one of its own."""
     prediction = _prediction(head)
     owner = getattr(prediction, "predictions", prediction)  # BERT's head is one level deeper
-    owner.decoder = _TiedDecoder(encoder.get_input_embeddings(), owner)
+    if head.config.tie_word_embeddings:
+        owner.decoder = _TiedDecoder(encoder.get_input_embeddings(), owner)
+    elif owner.decoder.bias is owner.bias:  # transformers 4: a checkpoint holds no tensor twice
+        owner.decoder.bias = nn.Parameter(owner.bias.detach().clone())
 
 
 def labels_config(config: Any, labels: Sequence[str]) -> Any:
@@ -220,6 +226,14 @@ def usable_positions(config: Any) -> int | None:
     return int(positions) - (0 if config.model_type == "bert" else (getattr(config, "pad_token_id", None) or 0) + 1)
 
 
+def load_config(model: str) -> Any:
+    """A checkpoint's configuration. Raises DataFileError where there is none."""
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataFileError(f"model: {model}: {error}") from None
+
+
 def build(
     model: str, tasks: Mapping[str, tuple[Task, Sequence[str]]], seed: int, *, keep_heads: bool = False
 ) -> MultiTaskModel:
@@ -237,10 +251,7 @@ def build(
         UnsupportedModelError: transformers has no head of a task's type for it, or its configuration names another
             class.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise DataFileError(f"model: {model}: {error}") from None
+    config = load_config(model)
     transformers.set_seed(seed)
     try:
         heads = {name: _head(task, config, labels, model, keep_heads) for name, (task, labels) in tasks.items()}

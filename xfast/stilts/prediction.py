@@ -86,11 +86,15 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
     return tensor.float().cpu().numpy()
 
 
-def _check(logits: npt.NDArray[np.float32], example: int) -> None:
-    """An argmax over NaN is an ordinary class: it must not become a prediction."""
-    if not np.isfinite(logits).all():
+def check_finite(values: npt.ArrayLike, example: int, what: str = "scores") -> None:
+    """An argmax over NaN is an ordinary class: it must not become a prediction, nor NaN a score.
+
+    Raises:
+        InvalidInputError: a value is no finite number.
+    """
+    if not np.isfinite(values).all():
         raise InvalidInputError(
-            f"model: NaN or infinity instead of scores for example {example}: do its weights hold any, or are numbers "
+            f"model: NaN or infinity instead of {what} for example {example}: do its weights hold any, or are numbers "
             "larger than fp16 takes?"
         )
 
@@ -102,7 +106,7 @@ def classes(
     found: list[Any] = [None] * len(features)
     for indices, result in outputs(forward, features.items, type, padding, device, progress=progress):
         for index, row in zip(indices, _array(result.logits), strict=True):
-            _check(row, features.items[index].example)
+            check_finite(row, features.items[index].example)
             found[index] = row
     return np.stack(found) if found else np.zeros((0, 0), np.float32)
 
@@ -128,7 +132,7 @@ def tags(
         for index, row, scores in zip(indices, best.cpu().numpy(), _array(most), strict=True):
             feature = features.items[index]
             first, starts = feature.extra
-            _check(scores[starts], feature.example)
+            check_finite(scores[starts], feature.example)
             found[feature.example][first : first + len(starts)] = [names[i] for i in row[starts]]
     return found
 
@@ -155,7 +159,7 @@ def answers(
             feature = features.items[index]
             example = feature.example
             inside = slice(feature.extra.first, feature.extra.first + len(feature.extra.offsets))
-            _check(np.concatenate([start[:1], end[:1], start[inside], end[inside]]), example)
+            check_finite(np.concatenate([start[:1], end[:1], start[inside], end[inside]]), example)
             null[example] = min(null[example], float(start[0] + end[0]))
             found = best_span(start, end, feature)
             if found is not None and found[0] > best[example][0]:
@@ -216,6 +220,7 @@ def vectors(
             mask = batch["attention_mask"].to(device, torch.float32)[:, :, None]
             pooled = (states * mask).sum(1) / mask.sum(1)
         for index, row in zip(indices, _array(pooled), strict=True):
+            check_finite(row, index, "a vector")
             found[index] = row
         if progress is not None:
             progress(len(indices))

@@ -286,8 +286,10 @@ def read_tagged(path: Path, task: Task, language: str) -> Examples[TaggedExample
     Sentences without words stay: predictions have to have them, too. Where tags are withheld, theirs are.
     """
     examples: Examples[TaggedExample] = Examples()
-    width = 2
-    for block in sentences(path, empty=True):
+    blocks = list(sentences(path, empty=True))
+    # what comes before the first word is withheld where that word's tag is
+    width = next((len(block[0][1].split("\t")) for block in blocks if block), 2)
+    for block in blocks:
         rows = [line.split("\t") for _, line in block]
         width = len(rows[0]) if rows else width
         for (number, _), row in zip(block, rows, strict=True):

@@ -22,7 +22,6 @@ from xfast.stilts.rows import json_rows, lines, load_json
 
 NO_SENTENCE = "the answer starts in no sentence"
 CROSSES = "the mention lies in no single sentence"
-OTHER_LANGUAGE = "a mention of another language"
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,13 @@ class Ranking:
 
     Attributes:
         gold: by query id, the ids of the candidates that answer it, in every language.
-        skipped: questions that were left out, by reason.
+        skipped: by language, questions that were left out, by reason.
     """
 
     queries: Queries
     candidates: Passages
     gold: dict[str, frozenset[str]]
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, Counter[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def lareqa(folder: Path | str, languages: Sequence[str]) -> Ranking:
     queries: list[tuple[str, str, str, str]] = []
     passages: list[tuple[str, str, str, str]] = []
     answers: dict[str, set[str]] = {}
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, Counter[str]] = {language: Counter() for language in languages}
     for language in languages:
         path = _needed(Path(folder), f"lareqa/xquad-r/{language}.json")
         document, before = load_json(path), len(queries)
@@ -271,7 +270,7 @@ def lareqa(folder: Path | str, languages: Sequence[str]) -> Ranking:
                         raise DataFileError(f"{path}: question {qa['id']} is {qa['question']!r}, expected text")
                     holds = next((i for i, (a, b) in enumerate(breaks) if a <= start < b), None)
                     if holds is None:
-                        skipped[NO_SENTENCE] += 1
+                        skipped[language][NO_SENTENCE] += 1
                         continue
                     queries.append((f"{qa['id']}_{language}", qa["question"], language, qa["id"]))
                     answers.setdefault(qa["id"], set()).add(f"{name}_{holds}")
@@ -350,8 +349,8 @@ def _one_line(text: str) -> str:
 def mewslix_mentions(path: Path | str, language: str) -> Mentions:
     """Mewsli-X's mentions of one language, from ``wikinews_mentions-{split}.jsonl``.
 
-    A line holds an article with several ``mentions``, as published, or with one ``mention``. What is left out is
-    counted: mentions of other languages, and those that cross a sentence's end.
+    A line holds an article with several ``mentions``, as published, or with one ``mention``. Those that cross a
+    sentence's end are left out and counted.
 
     Raises:
         DataFileError: the file is missing or malformed, the articles' texts are not filled in, or an id occurs twice.
@@ -362,12 +361,12 @@ def mewslix_mentions(path: Path | str, language: str) -> Mentions:
     skipped: Counter[str] = Counter()
     for spoken, text, identity, entity in _mentions(path, language):
         if text is None:
-            skipped[CROSSES if spoken == language else OTHER_LANGUAGE] += 1
+            skipped[CROSSES] += spoken == language
             continue
         rows.append((identity, text, language))
         gold[identity] = frozenset({entity})
     _unique([row[0] for row in rows], path, "mention")
-    return Mentions(Queries(*_columns(rows, 3)), gold, skipped)
+    return Mentions(Queries(*_columns(rows, 3)), gold, +skipped)
 
 
 def mewslix_texts(path: Path | str) -> Iterator[tuple[str, str]]:

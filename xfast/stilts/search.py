@@ -28,6 +28,9 @@ from xfast.stilts.task import Recipe
 
 Vectors = npt.NDArray[np.float32]
 
+CANDIDATES = "candidates"
+"""What stands in a language's place where all languages' candidates are meant."""
+
 DEFAULT_LAYER = 14 / 24
 """Depth of the hidden state for Tatoeba and BUCC: state 14 of XLM-R large (jiant); 7 of base in proportion."""
 
@@ -77,6 +80,7 @@ class Engine:
         recipe: length limits.
         pooling: for Tatoeba and BUCC; rankings use the first token.
         cache: vectors of candidates that several languages share.
+        shared: what was cut in these, which is no single language's.
     """
 
     forward: Any
@@ -87,9 +91,18 @@ class Engine:
     pooling: str
     progress: Progress | None = None
     cache: dict[str, Any] = field(default_factory=dict)
+    shared: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.tokenizer, self.recipe)
+
+    def candidates(self, name: str, make: Callable[[], Any]) -> Any:
+        """Candidates that several languages share, made for the first of them."""
+        if name not in self.cache:
+            self.cache[name] = make()
+            self.shared.update(self.encoder.notes)
+            self.encoder.notes.clear()
+        return self.cache[name]
 
     def embed(self, rows: Sequence[tuple[Ids, int]], language: str, pooling: str) -> Vectors:
         """[rows, hidden_size]."""
@@ -115,7 +128,7 @@ def run(engine: Engine, task: str, source: Source, language: str, split: str, li
     """One language of a retrieval task.
 
     Raises:
-        FileNotFoundError: the language has no data (the caller reports it as missing).
+        FileNotFoundError: the language has no data, or nothing in it (the caller reports it as missing).
         DataFileError: a file is malformed.
     """
     folder = source.folder
@@ -134,12 +147,19 @@ def _require(folder: Path, *alternatives: str) -> Path:
     return found
 
 
+def _some(path: Path, count: int, what: str) -> None:
+    """Nothing to search with, or in, is as good as no file."""
+    if not count:
+        raise FileNotFoundError(f"{path}: no {what}")
+
+
 def _tatoeba(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
     from xfast.stilts.languages import ISO3
 
     code = ISO3.get(language, language)
-    _require(folder, f"tatoeba/{language}-en.{language}", f"tatoeba/tatoeba.{code}-eng.{code}")
+    path = _require(folder, f"tatoeba/{language}-en.{language}", f"tatoeba/tatoeba.{code}-eng.{code}")
     data = retrieval_data.tatoeba(folder, language)
+    _some(path, len(data.foreign), "sentence")
     english = data.english if limit is None else data.english[:limit]
     foreign = engine.texts(data.foreign, language)
     rows = retrieval.nearest(engine.texts(english, language), foreign, 1)[1][:, 0]
@@ -150,21 +170,31 @@ def _tatoeba(engine: Engine, folder: Path, language: str, split: str, limit: int
 
 def _bucc(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
     """Mine, and take the threshold that is best on the dev set; on the dev set itself that is optimistic."""
-    for name in (f"{split}.{language}", f"dev.{language}", "dev.gold"):  # the threshold is chosen on dev
-        _require(folder, f"bucc2018/{language}-en.{name}")
+    dev = data = _bucc_sentences(folder, language, "dev")  # the threshold is chosen on it
+    if dev.gold is None:
+        raise FileNotFoundError(
+            f"{folder}: neither bucc2018/{language}-en.dev.gold nor labels/bucc2018/dev-{language}.tsv"
+        )
+    if split == "test":
+        data = _bucc_sentences(folder, language, "test")
     notes: Counter[str] = Counter()
     if limit is not None:
         notes["the limit is not applied: mining needs all sentences"] += 1
-    dev = retrieval_data.bucc(folder, language, "dev")
     scores = _mined(engine, dev, language, notes)
-    threshold = retrieval.best_threshold(scores, dev.gold or ())
-    data = dev
+    threshold = retrieval.best_threshold(scores, dev.gold)
     if split == "test":
-        data = retrieval_data.bucc(folder, language, "test")
         scores = _mined(engine, data, language, notes)
     else:
         notes["threshold chosen on the data it is scored on"] += 1
     return Found(retrieval.apply_threshold(scores, threshold), data.gold, len(data.source), notes)
+
+
+def _bucc_sentences(folder: Path, language: str, split: str) -> retrieval_data.Bucc:
+    paths = [_require(folder, f"bucc2018/{language}-en.{split}.{side}") for side in (language, "en")]
+    data = retrieval_data.bucc(folder, language, split)
+    for path, side in zip(paths, (data.source, data.target), strict=True):
+        _some(path, len(side), "sentence")
+    return data
 
 
 def _mined(
@@ -178,22 +208,25 @@ def _mined(
 def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
     from xfast.stilts.languages import XTREME_R
 
-    _require(folder, f"lareqa/xquad-r/{language}.json")
+    path = _require(folder, f"lareqa/xquad-r/{language}.json")
     official = XTREME_R["lareqa"]
-    if "lareqa" not in engine.cache:
+
+    def made() -> tuple[retrieval_data.Ranking, Vectors]:
         present = [name for name in official if find(folder, f"lareqa/xquad-r/{name}.json")]
         data = retrieval_data.lareqa(folder, present)
         encoder = engine.encoder
         passages = zip(encoder.ids(data.candidates.sentences), encoder.ids(data.candidates.contexts), strict=True)
         rows = [passage(encoder, sentence, context) for sentence, context in passages]
-        engine.cache["lareqa"] = data, engine.embed(rows, "candidates", "cls")
-    data, candidates = engine.cache["lareqa"]
+        return data, engine.embed(rows, CANDIDATES, "cls")
+
+    data, candidates = engine.candidates("lareqa", made)
     which = [i for i, name in enumerate(data.queries.languages) if name == language][:limit]
+    _some(path, len(which), f"question with a sentence that answers it; left out: {dict(data.skipped[language])}")
     texts = [data.queries.texts[i] for i in which]
     ids = [data.queries.ids[i] for i in which]
     queries = engine.texts(texts, language, "cls", engine.recipe.query_length)
     ranked = dict(zip(ids, retrieval.rank(queries, candidates, data.candidates.ids), strict=True))
-    notes = Counter(data.skipped)
+    notes = Counter(data.skipped[language])
     if absent := [name for name in official if name not in data.queries.languages]:
         notes[f"no candidates in {', '.join(absent)}: not the official score, which searches all {len(official)}"] += 1
     return Found(ranked, {name: sorted(data.gold[name]) for name in ids}, len(ids), notes)
@@ -202,13 +235,15 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
 def _mewslix(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
     mentions = _require(folder, f"mewslix/wikinews_mentions-{split}.jsonl")
     entities = _require(folder, "mewslix/candidate_set_entities.jsonl")
-    if "mewslix" not in engine.cache:
+
+    def made() -> tuple[tuple[str, ...], Vectors]:
         known = retrieval_data.mewslix_entities(entities)
-        engine.cache["mewslix"] = known.ids, engine.texts(known.texts, "entities", "cls")
-    ids, candidates = engine.cache["mewslix"]
+        _some(entities, len(known), "entity")
+        return known.ids, engine.texts(known.texts, CANDIDATES, "cls")
+
     data = retrieval_data.mewslix_mentions(mentions, language)
-    if not data.queries.ids:
-        raise FileNotFoundError(f"{mentions}: no mention in {language}")
+    _some(mentions, len(data.queries), f"mention in {language}")
+    ids, candidates = engine.candidates("mewslix", made)
     names = data.queries.ids[:limit]
     queries = engine.texts(data.queries.texts[:limit], language, "cls", engine.recipe.query_length)
     ranked = dict(zip(names, retrieval.rank(queries, candidates, ids), strict=True))

@@ -7,11 +7,12 @@ batches, the heads and the scores.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from xfast import files
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.stilts import checkpoints, dev, mixture, sharding
-from xfast.stilts.arguments import trainer_arguments
+from xfast.stilts.arguments import accelerate_precision, trainer_arguments
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
 from xfast.stilts.config import RunConfig
 from xfast.stilts.estimate import Estimate, estimate
 from xfast.stilts.features import Feature
+from xfast.stilts.files import Lock
 from xfast.stilts.mixture import TrainingSet
-from xfast.stilts.model import MultiTaskModel, build, head_name, usable_positions
+from xfast.stilts.model import MultiTaskModel, build, head_name, load_config, usable_positions
 from xfast.stilts.prediction import padding_of
 from xfast.stilts.task import MLM
 from xfast.stilts.tokenizer import load_tokenizer
@@ -70,14 +72,18 @@ class _EarlyStopping(transformers.EarlyStoppingCallback):
         best_checkpoint = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if best_checkpoint.is_dir():
             state.best_model_checkpoint = str(best_checkpoint)
-        best: float | None = None
-        count = 0
-        for score in (entry["eval_score"] for entry in state.log_history if "eval_score" in entry):
-            count += 1
-            if best is None or score > best:
-                best, count = score, 0
-        self.early_stopping_patience_counter = count
-        control.should_training_stop = count >= self.early_stopping_patience
+        self.early_stopping_patience_counter = _without_a_better_one(state)
+
+
+def _without_a_better_one(state: transformers.TrainerState) -> int:
+    """Evaluations since the one with the best score."""
+    best: float | None = None
+    count = 0
+    for score in (entry["eval_score"] for entry in state.log_history if "eval_score" in entry):
+        count += 1
+        if best is None or score > best:
+            best, count = score, 0
+    return count
 
 
 class _EvaluateAtTheEnd(transformers.TrainerCallback):
@@ -123,7 +129,8 @@ class StiltsTrainer(transformers.Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         sharding.settle(self.args)
-        super().create_accelerator_and_postprocess()
+        with accelerate_precision("bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"):
+            super().create_accelerator_and_postprocess()
         sharding.switch_on(self)
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,6 +201,7 @@ def train(
     resume: bool = True,
     callbacks: Sequence[Any] = (),
     announce: Callable[[Estimate], None] | None = None,
+    root: Path | None = None,
 ) -> Trained:
     """Train, or continue a run that was interrupted, or return at once what a finished run left.
 
@@ -202,21 +210,38 @@ def train(
         resume: continue from the last complete checkpoint in ``config.output``; False starts anew.
         callbacks: further ``TrainerCallback`` objects.
         announce: called with what the run will cost, before it begins.
+        root: a folder that holds the run and whatever of ``model`` lies in it; it may have been moved as a whole.
 
     Raises:
         DataFileError: data or checkpoint missing or malformed.
-        InvalidOptionError: ``output`` holds a run with another configuration.
+        InvalidOptionError: ``output`` holds a run with another configuration, or another process trains there.
         CheckpointError: a checkpoint could not be written.
     """
     folder = Path(config.output)
     first = int(os.environ.get("RANK", "0")) == 0  # torchrun's; nothing distributed has begun yet
     _check_folder(folder)
-    if first and not resume:
-        _clear(folder)
-    if resume:
-        _same_run(folder, config)
-    if (folder / "result.json").is_file() and resume:
-        return _read_result(folder)
+    with Lock("output", folder) if first else contextlib.nullcontext() as lock:
+        if first and not resume:
+            _clear(folder)
+        if resume:
+            _same_run(folder, config, root)
+        if (folder / "result.json").is_file() and resume:
+            if first:  # the run that wrote the result may have died before it had removed them
+                _drop_checkpoints(folder, config)
+            return _read_result(folder)
+        return _train(config, lock, callbacks, announce, resume)
+
+
+def _train(
+    config: RunConfig,
+    lock: Lock | None,
+    callbacks: Sequence[Any],
+    announce: Callable[[Estimate], None] | None,
+    resume: bool,
+) -> Trained:
+    """``lock``: the folder's, in the first process."""
+    folder = Path(config.output)
+    _check_packed(config)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     sets = mixture.training_sets(config, tokenizer)
     model = build(
@@ -225,17 +250,18 @@ def train(
         config.seed,
         keep_heads=config.heads == "checkpoint",
     )
-    check_lengths(config, model, tokenizer)
-    trainer = _trainer(config, model, tokenizer, sets, callbacks)
-    folder.mkdir(parents=True, exist_ok=True)
-    if first:  # not before everything was checked: a refused run leaves nothing that a corrected one could not be
+    check_lengths(config, model.config, tokenizer)
+    last = checkpoints.last_complete(folder) if resume else None
+    trainer = _trainer(config, model, tokenizer, sets, callbacks, last)
+    if lock is not None:  # only now: a refused run leaves nothing that a corrected one could not be
+        lock.make()
         config.save(folder / "run.yaml")
     trainer.accelerator.wait_for_everyone()
-    if announce is not None and first:
+    if announce is not None and lock is not None:
         args = trainer.args
         announce(estimate(config, model, sets, trainer.schedule.steps, str(args.device), args.world_size))
     with _packed(config, model), checkpoints.reported(folder), sharding.quiet():
-        trainer.train(resume_from_checkpoint=checkpoints.last_complete(folder) if resume else None)
+        trainer.train(resume_from_checkpoint=last)
         return _finish(config, trainer, model, tokenizer, sets)
 
 
@@ -247,25 +273,52 @@ def _check_folder(folder: Path) -> None:
         raise InvalidOptionError(f"output: {folder}: {there} {what}")
 
 
-def check_lengths(config: RunConfig, model: MultiTaskModel, tokenizer: Any) -> None:
+def check(config: RunConfig) -> None:
+    """What :func:`train` would refuse, as far as it can be said without data and weights.
+
+    Raises:
+        DataFileError: there is no such checkpoint or tokenizer.
+        InvalidOptionError: options do not go together, or the model cannot take its sequences.
+        BackendUnavailableError: training needs a package that is not there.
+    """
+    _micro_batches(config, trainer_arguments(config))
+    _check_packed(config)
+    check_lengths(config, load_config(config.model), load_tokenizer(config.tokenizer or config.model))
+
+
+def _check_packed(config: RunConfig) -> None:
+    if config.batching == "packed" and config.gradient_checkpointing:
+        raise InvalidOptionError("batching: packed keeps all activations; leave gradient_checkpointing out")
+
+
+def check_lengths(config: RunConfig, architecture: Any, tokenizer: Any) -> None:
     """Raises InvalidOptionError where the model cannot take what the tokenizer and the recipe will give it."""
-    room = usable_positions(model.config)
+    room = usable_positions(architecture)
     if room and config.recipe.max_length > room:
         raise InvalidOptionError(f"max_length: {config.recipe.max_length}; {config.model} has positions for {room}")
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > architecture.vocab_size:
         raise InvalidOptionError(
-            f"tokenizer: {len(tokenizer)} ids, but {config.model} has a vocabulary of {model.config.vocab_size}"
+            f"tokenizer: {len(tokenizer)} ids, but {config.model} has a vocabulary of {architecture.vocab_size}"
         )
 
 
 def _trainer(
-    config: RunConfig, model: MultiTaskModel, tokenizer: Any, sets: dict[str, TrainingSet], callbacks: Sequence[Any]
+    config: RunConfig,
+    model: MultiTaskModel,
+    tokenizer: Any,
+    sets: dict[str, TrainingSet],
+    callbacks: Sequence[Any],
+    last: str | None,
 ) -> StiltsTrainer:
+    """``last``: the checkpoint to continue from."""
     padding = padding_of(model, tokenizer)
     masking = Masking(tokenizer.mask_token_id, len(tokenizer), frozenset(tokenizer.all_special_ids), seed=config.seed)
     arguments = trainer_arguments(config)
     schedule = _schedule(config, sets, arguments)
     evaluator = dev.Evaluator(config, tokenizer, sets, padding, masking)
+    if evaluator and last is not None and (made := _stopped(last, config.patience)):
+        schedule = dataclasses.replace(schedule, steps=made)
+        arguments.max_steps = made
     if not evaluator:
         arguments.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
         arguments.load_best_model_at_end = False
@@ -289,18 +342,15 @@ def _trainer(
     return trainer
 
 
+def _stopped(checkpoint: str, patience: int) -> int | None:
+    """The steps of a run that had stopped early when it made its last checkpoint: it only has to be finished."""
+    state = transformers.TrainerState.load_from_json(str(Path(checkpoint) / transformers.trainer.TRAINER_STATE_NAME))
+    return state.global_step if _without_a_better_one(state) >= patience else None
+
+
 def _schedule(config: RunConfig, sets: dict[str, TrainingSet], arguments: transformers.TrainingArguments) -> Schedule:
-    batch, device = config.recipe.batch_size, config.device_batch_size
-    world = max(1, arguments.world_size)
-    per_step = world * device
-    if batch % per_step:
-        if batch > per_step or world > 1:
-            raise InvalidOptionError(
-                f"batch_size: {batch} is no multiple of device_batch_size x devices = {device} x {world}"
-            )
-        device = batch
-    micro = batch // device
-    arguments.gradient_accumulation_steps = micro // world
+    micro = _micro_batches(config, arguments)
+    arguments.gradient_accumulation_steps = micro // max(1, arguments.world_size)
     steps = mixture.steps(config, sets)
     arguments.max_steps = steps
     arguments.warmup_steps = math.ceil(config.warmup_share * steps)
@@ -309,10 +359,24 @@ def _schedule(config: RunConfig, sets: dict[str, TrainingSet], arguments: transf
         probabilities=mixture.probabilities(config, sets),
         steps=steps,
         micro=micro,
-        batch_size=device,
+        batch_size=config.recipe.batch_size // micro,
         seed=config.seed,
         grouped=config.batching != "random",
     )
+
+
+def _micro_batches(config: RunConfig, arguments: transformers.TrainingArguments) -> int:
+    """Of one step, over all processes."""
+    batch, device = config.recipe.batch_size, config.device_batch_size
+    world = max(1, arguments.world_size)
+    per_step = world * device
+    if batch % per_step == 0:
+        return batch // device
+    if batch > per_step or world > 1:
+        raise InvalidOptionError(
+            f"batch_size: {batch} is no multiple of device_batch_size x devices = {device} x {world}"
+        )
+    return 1
 
 
 @contextlib.contextmanager
@@ -321,8 +385,6 @@ def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
     if config.batching != "packed":
         yield
         return
-    if config.gradient_checkpointing:
-        raise InvalidOptionError("batching: packed keeps all activations; leave gradient_checkpointing out")
     import xfast
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,7 +404,7 @@ def _clear(folder: Path) -> None:
     (folder / "run.yaml").unlink(missing_ok=True)
 
 
-def _same_run(folder: Path, config: RunConfig) -> None:
+def _same_run(folder: Path, config: RunConfig, root: Path | None) -> None:
     """A run that has not come to a checkpoint may be changed; where its folder lies does not matter."""
     from xfast.stilts.config import from_dict, load
 
@@ -353,11 +415,20 @@ def _same_run(folder: Path, config: RunConfig) -> None:
         raise InvalidOptionError(f"output: {folder} holds a run without its run.yaml; start anew (--anew)")
     before = from_dict(load(stored), str(stored)).as_dict()
     now = config.as_dict()
-    if changed := [name for name in now if name != "output" and now[name] != before[name]]:
+    changed = [name for name in now if name != "output" and now[name] != before[name]]
+    inside = root is not None and Path(config.model).absolute().is_relative_to(root.absolute())
+    if inside and "model" in changed and _from_output(before) == _from_output(now):
+        changed.remove("model")
+    if changed:
         raise InvalidOptionError(
             f"output: {folder} holds a run with another {', '.join(changed)}; "
             "choose another folder, or start anew (--anew)"
         )
+
+
+def _from_output(run: Mapping[str, str]) -> str:
+    """Where the model lies, seen from the run's folder."""
+    return os.path.relpath(run["model"], run["output"])
 
 
 def _finish(
@@ -383,11 +454,15 @@ def _finish(
             "log": trainer.state.log_history,
         }
         files.write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
-        for checkpoint in folder.glob("checkpoint-*"):
-            if not config.keep_checkpoints:  # three times the model each, and of no use from here on
-                shutil.rmtree(checkpoint)
+        _drop_checkpoints(folder, config)
     trainer.accelerator.wait_for_everyone()  # the other processes read what the first one wrote
     return _read_result(folder)
+
+
+def _drop_checkpoints(folder: Path, config: RunConfig) -> None:
+    """Of a finished run: three times the model each, and of no use any more."""
+    for checkpoint in () if config.keep_checkpoints else folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def _read_result(folder: Path) -> Trained:
