@@ -124,12 +124,15 @@ def equivalence(scope: str, arm: str, middle: float, half: float, margin: float 
         verdict=EQUIVALENT if inside else DIFFERENT if apart else UNDECIDED,
         pairs=640,
         cells=128,
-        pairs_needed=31 if low < middle < high else None,
+        pairs_needed=None,
+        cells_needed=310 if low < middle < high and not inside else None,
     )
 
 
 def scaling(cells: Sequence[Cell], size: str, engine: str, group: str) -> Scaling | None:
+    first = cells[0]["task"]
     mine = [one for one in cells if (one["size"], one["engine"]) == (size, engine) and one["throughput"]]
+    mine = [one for one in mine if one["task"] == first]
     mine = [one for one in mine if group in ("all", language(one["language"])["group"])]
     if not mine:
         return None
@@ -138,6 +141,7 @@ def scaling(cells: Sequence[Cell], size: str, engine: str, group: str) -> Scalin
         engine=engine,
         arm=BASELINE,
         group=group,
+        task=mine[0]["task"],
         parameters=SIZES[size]["parameters"],
         samples_per_s=float(np.exp(np.mean([np.log(one["throughput"][BASELINE]["samples_per_s"]) for one in mine]))),
         tokens_per_s=float(np.exp(np.mean([np.log(one["throughput"][BASELINE]["tokens_per_s"]) for one in mine]))),
@@ -160,6 +164,7 @@ def cost_model(cells: Sequence[Cell], size: str, engine: str) -> CostModel:
         r2=0.992,
         languages=len(seen),
         explained={"fertility": 0.62, "padding": 0.11},
+        explained_over={"fertility": sum(one["fertility"] is not None for one in mine), "padding": len(seen)},
         predicted={code: value * 1.02 for code, value in seen.items()},
         seen=seen,
     )

@@ -409,6 +409,23 @@ def test_a_language_without_labels_is_said(settings: Settings, data: Path, tmp_p
     assert skipped.keys() == {"sw", "te"} and "labels" in skipped["sw"] and "te" in skipped["te"]
 
 
+def test_a_limit_leaves_the_answers_out_and_says_so(settings: Settings) -> None:
+    limited = replace(settings, limit=2)
+    records = list(accuracy.measure(limited, "native:fp32", BASELINE, "xquad", ["sw"], 2))
+    assert [one["kind"] for one in records if one["kind"] != "note"] == ["accuracy", "skipped"]
+    assert records[-1]["what"] == "probe answers of baseline on xquad (native:fp32)"
+    assert "with a limit (2 examples a language)" in records[-1]["why"] and "job" not in records[-1]
+
+
+def test_what_was_done_to_examples_is_a_note(settings: Settings, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    _long(np.random.default_rng(0), tmp_path / "data" / "xtreme")
+    changed = replace(settings, data=str(tmp_path / "data"))
+    records = list(accuracy.measure(changed, "native:fp32", BASELINE, "xnli", ["sw"], 2))
+    (note,) = [record["text"] for record in records if record["kind"] == "note"]
+    assert note.startswith("accuracy of baseline on xnli (native:fp32), sw: 1 times ") and "length limit" in note
+
+
 def test_the_bare_tokenizer_folder_is_read_everywhere(data_dir: Path) -> None:
     found = load_tokenizer(str(data_dir / "tokenizer" / "xlmr"))
     assert found("hello")["input_ids"] == [0, 33600, 31, 2]

@@ -54,7 +54,7 @@ def test_corpus_reads_every_layout(tmp_path: Path) -> None:
         ("tatoeba", "sw"): ["moja", "mbili\u2028 tatu"],
         ("tatoeba", "en"): ["one"],
         ("udpos", "te"): ["d e", "a b", "c"],
-        ("xnli", "sw"): [("plain", 'quoted "word"'), ("two\r\nlines", "b")],
+        ("xnli", "sw"): [("plain", 'quoted "word"'), ("two\nlines", "b")],
         ("xquad", "el"): [("Q1", "C"), ("Q2", "C")],
         ("mlqa", "hi"): [("Q1", "C"), ("Q2", "C")],
         ("tydiqa", "te"): [("Q1", "C"), ("Q2", "C")],
@@ -85,6 +85,38 @@ def test_corpus_names_the_file_it_cannot_read(tmp_path: Path, name: str, text: s
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataFileError, match=re.escape(name)):
         corpus.collect(tmp_path)
+
+
+@pytest.mark.parametrize(("lines", "begins"), [('a\tb\n"c\td\ne\tf\n', 2), ('a\tb\nc "d" e\t"f" g\n', 2)])
+def test_stray_quotes_do_not_swallow_rows(tmp_path: Path, lines: str, begins: int) -> None:
+    path = tmp_path / "xtreme" / "pawsx" / "test-de.tsv"
+    path.parent.mkdir(parents=True)
+    path.write_text(lines, encoding="utf-8")
+    with pytest.raises(DataFileError, match=rf"test-de\.tsv:{begins}: the row that begins here"):
+        corpus.collect(tmp_path)
+
+
+def test_fields_of_any_length_are_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "xtreme" / "xnli" / "test-sw.tsv"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{'long ' * 40_000}\tb\n", encoding="utf-8")  # beyond the csv module's own limit
+    ((first, _),) = corpus.collect(tmp_path)["xnli", "sw"]
+    assert len(first) == 200_000
+    path.write_text(f"{'x' * (2**24 + 1)}\tb\n", encoding="utf-8")
+    with pytest.raises(DataFileError, match="field larger than field limit"):
+        corpus.collect(tmp_path)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "tatoeba").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "tatoeba" / "sw-en.sw").write_text("moja\n", encoding="utf-8")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "xtreme").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(data)
+    (tmp_path / "elsewhere" / "gone").symlink_to(tmp_path / "nowhere")
+    assert corpus.collect(data) == {("tatoeba", "sw"): ["moja"]}
+    assert [path.name for path in corpus._files(data)] == ["gone", "sw-en.sw"]
 
 
 def test_a_tokenizer_is_checked_against_published_ids(tmp_path: Path, data_dir: Path) -> None:

@@ -114,7 +114,7 @@ def test_sentences_follow_from_the_figures() -> None:
     change = f"intermediate training changes the cost by {100 * (test['ratio'] - 1):+.1f} % [{low}, {high}]"
     assert f"{change}: equivalent within 2 %." in text
     assert "Intermediate training changes the time of inference by -0.1 % [-0.5, +0.3]: equivalent within 2 %." in text
-    assert "Fertility explains 62 % of the variance of speed between languages, padding 11 %." in text
+    assert "Fertility explains 62 % of the variance of speed between 4 languages, padding 11 %." in text
     assert "Not measured: xxl (needs 43 GB of memory, 31 GB are there)." in text
     gains = [
         one["value"] - two["value"]
@@ -158,7 +158,7 @@ def test_seeded_weights_claim_no_accuracy() -> None:
     [
         (1.05, 0.01, "+5.0 % [+4.0, +6.1]: different, by more than 2 %."),
         (1.02, 0.005, "+2.0 % [+1.5, +2.5]: different, whether by 2 % is open."),
-        (1.01, 0.02, "+1.0 % [-1.0, +3.0]: undecided at 2 % (640 paired visits, about 31 are needed)."),
+        (1.01, 0.02, "+1.0 % [-1.0, +3.0]: undecided at 2 % (128 cells, about 310 are needed)."),
         (0.999, 0.001, "-0.1 % [-0.2, -0.0]: equivalent within 2 %."),
     ],
 )

@@ -160,9 +160,9 @@ def test_a_noisy_machine_is_said_with_the_pairs_it_takes() -> None:
     made = study(noise=0.5, rounds=2)
     assert made["control"]["verdict"] == "undecided"
     assert any("A/A control failed" in note for note in made["notes"])
-    needed = made["control"]["pairs_needed"]
-    assert needed and needed > made["control"]["pairs"]
-    assert any(f"About {needed} pairs are needed" in note for note in made["notes"])
+    needed = made["control"]["cells_needed"]
+    assert needed and needed > made["control"]["cells"]
+    assert any(f"About {needed} cells are needed at this noise, 32 were had." in note for note in made["notes"])
 
 
 def test_too_few_pairs_have_no_verdict() -> None:

@@ -176,7 +176,7 @@ def test_sheets_leave_out_what_no_row_has_and_name_what_all_share() -> None:
     sheet = tables.sheet(contents.languages(STUDIES["wide"]))
     assert not {"metric", "score, baseline", "windows", "size"} & set(sheet.head)
     assert "task" in sheet.head  # three of them
-    assert sheet.legend[0] == "All rows: size base, order sorted, batch 16, texts 400."
+    assert sheet.legend[0] == "All rows: size base, order sorted, batch at most 16, texts 400."
     (one,) = tables.sheet(contents.languages(STUDIES["minimal"])).rows
     assert len(one) == len(tables.sheet(contents.languages(STUDIES["minimal"])).head) and one[0].text == "sw"
 

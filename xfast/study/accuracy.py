@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from xfast.stilts.tasks import get
 from xfast.study.arms import arms_of, folder_of, has_trained_head, is_task_folder, tokenizer_of
 from xfast.study.factors import CHECKPOINT, STOCK, EngineName, Settings
 from xfast.study.store import Record
+
+_SPLIT = "test"
 
 LAYERS = 8
 """At so many layers, evenly spaced and the last one among them, retrieval is scored."""
@@ -73,7 +76,8 @@ def measure(
 ) -> Iterator[Record]:
     """Yields scores by language, and for question answering the length of the answers.
 
-    What is not scored is a record too: "skipped", with the job's name where another run may succeed.
+    What is not scored is a record too: "skipped", with the job's name where another run may succeed. What an evaluation
+    did to its examples, such as cutting them, is a "note".
 
     Args:
         settings: with checkpoints and data.
@@ -103,25 +107,27 @@ def measure(
                 yield {**missed, "why": str(error), "job": _job(engine, arm, task)}
                 return
             if layer == steps[0]:
-                without = {**dict.fromkeys(found["withheld"], "its labels are not in the data"), **found["missing"]}
-                for language, why in without.items():
-                    yield {**missed, "what": f"{missed['what']} in {language}", "why": why}
+                yield from _remarks(found, missed["what"])
+            where = {"arm": arm, "size": CHECKPOINT, "engine": engine, "task": task, "layers": layer}
             metric = "+".join(scoring.metric_of(task).main)
             for language, value in found["languages"].items():
-                yield {
-                    "kind": "accuracy",
-                    "arm": arm,
-                    "size": CHECKPOINT,
-                    "engine": engine,
-                    "task": task,
-                    "language": language,
-                    "layers": layer,
-                    "metric": metric,
-                    "value": float(value),
-                    "examples": found["examples"][language],
-                }
-            if kind == SPAN:
+                figures = {"metric": metric, "value": float(value), "examples": found["examples"][language]}
+                yield {"kind": "accuracy", **where, "language": language, **figures}
+            if kind == SPAN and settings.limit is not None:
+                why = f"with a limit ({settings.limit} examples a language) evaluations write no answers"
+                yield {**missed, "what": f"probe answers of {arm} on {task} ({engine})", "why": why}
+            elif kind == SPAN:
                 yield from _answers(Path(folder), engine, arm, task)
+
+
+def _remarks(found: Mapping[str, Any], what: str) -> Iterator[Record]:
+    """What an evaluation left out or changed."""
+    without = {**dict.fromkeys(found["withheld"], "its labels are not in the data"), **found["missing"]}
+    for language, why in without.items():
+        yield {"kind": "skipped", "what": f"{what} in {language}", "why": why}
+    for name, counts in found["notes"].items():  # of a language, or of what its search goes through
+        texts = ", ".join(f"{count} times {text}" for text, count in counts.items())
+        yield {"kind": "note", "text": f"{what}, {name}: {texts}"}
 
 
 def _evaluation(
@@ -134,6 +140,7 @@ def _evaluation(
         task=task,
         output=output,
         source=Source(folder=Path(settings.data or "")),
+        split=_SPLIT,
         languages=tuple(languages),
         precision="model" if stock else name.precision,
         backend="none" if stock else name.backend,
@@ -147,8 +154,8 @@ def _evaluation(
 
 def _answers(folder: Path, engine: str, arm: str, task: str) -> Iterator[Record]:
     """Mean characters of the predicted answers, by language: the engine's own, whose arithmetic may choose others."""
-    for path in sorted(folder.rglob(f"*.{scoring.metric_of(task).suffix}")):
-        language = path.stem.partition("-")[2]
+    for path in sorted(folder.rglob(f"{_SPLIT}-*.{scoring.metric_of(task).suffix}")):
+        language = path.stem.removeprefix(f"{_SPLIT}-")
         texts = [text for text in json.loads(path.read_text(encoding="utf-8")).values() if text]
         if texts:
             lengths = [len(text) for text in texts]

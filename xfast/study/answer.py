@@ -16,6 +16,7 @@ from xfast.study.document import (
     EQUIVALENT,
     INTERMEDIATE,
     Cell,
+    CostModel,
     Equivalence,
     Study,
     passed,
@@ -49,7 +50,7 @@ def answer(study: Study) -> Answer:
     """The findings of a study that :func:`xfast.study.view.check` accepts."""
     chosen = view.setting(study)
     rows = view.throughput_cells(study, chosen) if chosen else {}
-    lead = [*_cost(study), *_gain(study), *(_speed(study, rows, str(chosen)) if rows else _nothing(study))]
+    lead = [*_cost(study), *_gain(study), *(_speed(study, rows, chosen) if chosen and rows else _nothing(study))]
     lead += [*(_between(study, rows, chosen) if chosen else ()), *_left_out(study)]
     return Answer(list(_warnings(study)), list(_cautions(study)), lead, list(_languages(study)))
 
@@ -101,12 +102,14 @@ def _verdict(study: Study, one: Equivalence) -> str:
         return "not to be judged, since the control failed"
     if one["verdict"] == EQUIVALENT:
         return f"equivalent within {margin}"
-    if one["verdict"] == DIFFERENT and view.like_the_control(one, study["equivalence"]):
+    if one["verdict"] == DIFFERENT and view.like_the_control(one, view.all_tests(study)):
         return "different, but as much as the baseline's two copies there: not to be told from the control"
     if one["verdict"] == DIFFERENT:
         return f"different, by more than {margin}" if view.outside(one) else f"different, whether by {margin} is open"
-    needed = f" ({one['pairs']} paired visits, about {one['pairs_needed']} are needed)" if one["pairs_needed"] else ""
-    return f"undecided at {margin}{needed}"
+    if (needed := view.needed(one)) is None:
+        return f"undecided at {margin}"
+    had, wanted, unit = needed
+    return f"undecided at {margin} ({_count(had, unit[:-1])}, about {wanted} are needed)"
 
 
 def _gain(study: Study) -> Iterator[str]:
@@ -141,7 +144,8 @@ def _nothing(study: Study) -> Iterator[str]:
     yield "No throughput was measured."
 
 
-def _speed(study: Study, rows: _Rows, where: str) -> Iterator[str]:
+def _speed(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
+    where = view.described(study, chosen)
     engine = view.fastest(rows)
     reference = view.reference(study, list(rows))
     mine = rows[engine]
@@ -181,11 +185,31 @@ def _between(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:
     for model in study["cost_models"]:
         where = (model["size"], model["engine"], model["task"], model["policy"], model["batch_size"])
         if where == (chosen.size, engine, chosen.task, chosen.policy, chosen.batch_size) and model["explained"]:
-            (first, most), *others = sorted(model["explained"].items(), key=lambda item: -item[1])
-            rest = "".join(f", {cause} {_percent(share, 0)}" for cause, share in others)
-            sentence = f"{first} explains {_percent(most, 0)} of the variance of speed between languages{rest}."
-            yield sentence[0].upper() + sentence[1:]
+            yield _explained(study, model)
             return
+
+
+def _explained(study: Study, model: CostModel) -> str:
+    """What explains most, then the rest, each with the languages that are behind it."""
+    over, without = view.explained_over(study, model)
+    most = max(model["explained"], key=lambda cause: model["explained"][cause])
+    by_count: dict[int, list[str]] = {over[most]: []}
+    for cause, share in sorted(model["explained"].items(), key=lambda item: -item[1]):
+        text = f"{cause} {_percent(share, 0)}"
+        if cause == most:
+            what = f"of the variance of speed between {_count(over[most], 'language')}"
+            text = f"{most} explains {_percent(share, 0)} {what}"
+        by_count.setdefault(over[cause], []).append(text)
+    parts = []
+    for count, texts in by_count.items():
+        names = ""
+        if without and count < len(model["seen"]):
+            names = (
+                f" (tokens per word are not known of {_joined(view.language_name(study, code) for code in without)})"
+            )
+        parts.append(f"{', '.join(texts)}{'' if count == over[most] else f' over {count}'}{names}")
+    sentence = f"{'; '.join(parts)}."
+    return sentence[0].upper() + sentence[1:]
 
 
 def _left_out(study: Study) -> Iterator[str]:
@@ -211,7 +235,7 @@ def _languages(study: Study) -> Iterator[tuple[str, str]]:
             continue
         rows = {engine: row for engine, row in view.throughput_cells(study, chosen).items() if code in row}
         sentence = "; ".join(_language(study, code, rows))
-        yield name, f"{sentence} ({chosen})." if chosen != overall else f"{sentence}."
+        yield name, f"{sentence} ({view.described(study, chosen)})." if chosen != overall else f"{sentence}."
 
 
 def _language(study: Study, code: str, rows: _Rows) -> Iterator[str]:

@@ -36,7 +36,10 @@ Responses = Annotated[int, typer.Option(help="Texts of a latency cell, one at a 
 Rounds = Annotated[int, typer.Option(help="Visits to each cell.")]
 Margin = Annotated[float, typer.Option(help="Of equivalence: 0.02 is 2 %.")]
 Data = Annotated[Path | None, typer.Option(help="Folder in XTREME's layout. Default: the shipped length profiles.")]
-TokenizerFolder = Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")]
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option(help="Tokenizer folder. Default: the baseline checkpoint's own, else DATA/tokenizer/xlmr."),
+]
 Baseline = Annotated[
     list[str] | None, typer.Option(help="Checkpoint or STILTs run without intermediate training, or TASK=FOLDER.")
 ]
@@ -146,7 +149,7 @@ def report(
 def profile(
     data: Annotated[Path, typer.Argument(help="Folder with xtreme/ and optionally mlm/.", file_okay=False)],
     out: Annotated[Path, typer.Option(help="JSON file to write.", dir_okay=False)],
-    tokenizer: TokenizerFolder = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")] = None,
 ) -> None:
     """Measure token lengths by task and language: quantiles, words, fertility; figures only, no text."""
     from xfast.study.corpus import measure_profiles

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xfast.study import view
-from xfast.study.document import BASELINE, CONTROL, TEXTS_NEEDED, Cell, Equivalence, Scaling, Study
+from xfast.study.document import BASELINE, CONTROL, TEXTS_NEEDED, Cell, CostModel, Equivalence, Scaling, Study
 from xfast.study.profiles import GROUPS
 from xfast.study.tables import Column, Table, Value, ends, interval
 
 _LANGUAGE = [Column("language", "language"), Column("name", "name")]
 _WHERE = [Column("size", "size", factor=True), Column("engine", "engine", factor=True)]
 _TASK = Column("task", "task", factor=True)
-_BATCHES = [Column("policy", "order", factor=True), Column("batch_size", "batch", "count", factor=True)]
+# At most: of examples, or with a token budget of padded tokens; there may be fewer texts than fill a batch.
+_BATCHES = [Column("policy", "order", factor=True), Column("batch_size", "batch at most", "count", factor=True)]
 
 Row = dict[str, Value]
 
@@ -68,7 +69,8 @@ def overview(study: Study) -> Table:
         ),
         *others,
     ]
-    return Table("overview", f"Speed by language and engine: {chosen}", columns, rows, legend)
+    where = view.described(study, chosen) if chosen else "none"
+    return Table("overview", f"Speed by language and engine: {where}", columns, rows, legend)
 
 
 # --- every cell -----------------------------------------------------------------------------------
@@ -166,7 +168,9 @@ def comparisons(study: Study) -> list[Equivalence]:
         scope = found["scope"]
         group = next((at for at, name in enumerate(GROUPS) if name in scope), len(GROUPS))
         language = codes.index(scope) if scope in codes else -1
-        return found["arm"] == CONTROL, language, scope != view.ALL, group
+        size, _, engine = scope.partition(" ")
+        where = view.ranked(study, "sizes", size), view.ranked(study, "engines", engine)
+        return (found["arm"] == CONTROL, language, scope != view.ALL, group, *where)
 
     return [study["control"], *sorted((one for one in study["equivalence"] if one != study["control"]), key=place)]
 
@@ -185,15 +189,21 @@ def equivalence(study: Study) -> Table:
         Column("verdict", "verdict"),
         Column("pairs", "pairs", "count"),
         Column("pairs_needed", "pairs needed", "count"),
+        Column("cells", "cells", "count"),
+        Column("cells_needed", "cells needed", "count"),
     ]
-    rows = [
-        {**_taken(one, columns), **ends("ratio", one["interval90"], 90), **ends("ratio", one["interval95"])}
-        for one in comparisons(study)
-    ]
+    rows: list[Row] = []
+    for one in comparisons(study):
+        row = {**_taken(one, columns), "pairs_needed": None, "cells_needed": None}
+        if needed := view.needed(one):
+            row[f"{needed[2]}_needed"] = needed[1]
+        rows.append({**row, **ends("ratio", one["interval90"], 90), **ends("ratio", one["interval95"])})
     legend = [
         (
             "Two one-sided tests at 5 %: equivalent where the 90 % interval lies inside the margin. p: of the weaker "
-            "of the two. Pairs needed: for a power of 0.9 at the noise seen. Where the copies of the weights lie in "
+            "of the two. Cells: of one size, engine, task, language and way of batching; their pairs are its rounds. "
+            "Needed: so many would find equal arms equivalent with a power of 0.9 at the noise seen; a dash where it "
+            "is found, where there are as many, or where no number would do. Where the copies of the weights lie in "
             "memory is in no interval: a part in which the control differs as much tells nothing of the weights."
         )
     ]
@@ -279,6 +289,7 @@ def scaling(study: Study) -> Table:
         Column("group", "languages"),
         Column("size", "size"),
         Column("parameters", "parameters", "count"),
+        _TASK,
         Column("engine", "engine", factor=True),
         Column("arm", "arm", factor=True),
         Column("samples_per_s", "samples/s", "figure"),
@@ -287,12 +298,16 @@ def scaling(study: Study) -> Table:
     ]
     arms = [BASELINE, *view.other_arms(study)]
 
+    tasks = list(dict.fromkeys(one.get("task", "") for one in study["scaling"]))
+
     def place(one: Scaling) -> tuple[int, ...]:
-        ranks = view.ranked(study, "engines", one["engine"]), arms.index(one["arm"])
-        return (_group_place(one["group"]), one["parameters"], *ranks)
+        ranks = view.ranked(study, "sizes", one["size"]), view.ranked(study, "engines", one["engine"])
+        where = tasks.index(one.get("task", "")), _group_place(one["group"])
+        return (*where, one["parameters"], *ranks, arms.index(one["arm"]))
 
     found = sorted(study["scaling"], key=place)
-    legend = ["Geometric means over the languages of each group that were measured with every size of an engine."]
+    of = "languages" if all(tasks) else "tasks and languages"
+    legend = [f"Geometric means over the {of} of each group that were measured with every size of an engine."]
     return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
 
 
@@ -308,14 +323,33 @@ def cost_models(study: Study) -> Table:
         Column("us_per_sequence", "µs/sequence", "figure"),
         Column("r2", "R²", "ratio"),
         Column("languages", "languages", "count"),
-        *(Column(f"explained {cause}", f"explained by {cause}, %", "share") for cause in causes),
     ]
-    rows = [
-        {**_taken(model, columns), **{f"explained {cause}": share for cause, share in model["explained"].items()}}
-        for model in study["cost_models"]
-    ]
+    for cause in causes:
+        columns.append(Column(f"explained {cause}", f"explained by {cause}, %", "share"))
+        columns.append(Column(f"over {cause}", f"languages behind {cause}", "count", factor=True))
+    rows: list[Row] = []
+    left_out: dict[str, None] = {}
+    for model in _models(study):
+        over, without = view.explained_over(study, model)
+        row = _taken(model, columns)
+        for cause, share in model["explained"].items():
+            row |= {f"explained {cause}": share, f"over {cause}": over[cause]}
+        rows.append(row)
+        left_out |= dict.fromkeys(without)
     legend = ["Explained: share of the variance of log samples/s between languages."] if causes else []
+    if causes and left_out:
+        names = ", ".join(view.language_name(study, code) for code in left_out)
+        legend.append(f"Tokens per word are not known of {names}: what has fertility in it is over the others.")
     return Table("cost_models", "What time is made of", columns, rows, legend)
+
+
+def _models(study: Study) -> list[CostModel]:
+    """In the order of sizes and engines."""
+
+    def place(model: CostModel) -> tuple[int, int]:
+        return view.ranked(study, "sizes", model["size"]), view.ranked(study, "engines", model["engine"])
+
+    return sorted(study["cost_models"], key=place)
 
 
 def predictions(study: Study) -> Table:
@@ -331,7 +365,7 @@ def predictions(study: Study) -> Table:
     ]
     rows: list[Row] = []
     for code in view.languages(study):
-        for model in study["cost_models"]:
+        for model in _models(study):
             if code in model["seen"] and code in model["predicted"]:
                 seen, said = model["seen"][code], model["predicted"][code]
                 figures: Row = {"seen": seen, "predicted": said, "error": said / seen - 1 if seen else None}
@@ -354,10 +388,14 @@ def memory(study: Study) -> Table:
     """Peak memory of each process."""
     columns = [Column("engine", "engine"), Column("size", "size"), Column("arms", "arms", "count")]
     columns.append(Column("peak_bytes", "peak, GB", "bytes"))
+    legend = ["Of the process that held all arms of one size and engine at once."]
+    if any(one.get("resumed") for one in study["memory"]):
+        columns.append(Column("resumed", "resumed", "flag"))
+        legend.append(
+            "Resumed: by several processes, the largest peak that one of them told; a killed one may have had more."
+        )
     rows = [_taken(one, columns) for one in study["memory"]]
-    return Table(
-        "memory", "Memory", columns, rows, ["Of the process that held all arms of one size and engine at once."]
-    )
+    return Table("memory", "Memory", columns, rows, legend)
 
 
 def skipped(study: Study) -> Table:

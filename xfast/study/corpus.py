@@ -6,7 +6,6 @@ A data folder holds ``xtreme/`` (what XTREME's download script leaves) and optio
 
 from __future__ import annotations
 
-import csv
 import datetime
 import json
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from xfast.errors import DataFileError
 from xfast.stilts import tokenizer as tokenizers
 from xfast.stilts.retrieval_data import mewslix_texts
+from xfast.stilts.rows import csv_rows
 from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, LengthProfile, Tokenizer, measure, save_profiles
 
 Sample = str | tuple[str, str]
@@ -68,10 +68,9 @@ def tagged_sentences(path: Path) -> Iterator[str]:
 
 
 def tab_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the first two columns of XTREME's CSV-quoted, CRLF-ended tables (xnli, pawsx)."""
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.reader(file, delimiter="\t"):
-            yield row[0], row[1]
+    """Yield the first two columns of XTREME's CSV-quoted, CRLF-ended tables (xnli, pawsx), as evaluations read them."""
+    for _, row in csv_rows(path, "\t"):
+        yield row[0], row[1]
 
 
 def paragraphs(path: Path) -> Iterator[dict[str, Any]]:
@@ -147,7 +146,7 @@ def collect(data_dir: Path, *only: str) -> Samples:
         DataFileError: a file cannot be understood, or its language is unknown; nothing is skipped silently.
     """
     samples: Samples = defaultdict(list)
-    for path in sorted(data_dir.rglob("*")):
+    for path in _files(data_dir):
         name = path.relative_to(data_dir).as_posix()
         for task, pattern, read in SOURCES:
             match = re.fullmatch(pattern, name)
@@ -164,6 +163,26 @@ def collect(data_dir: Path, *only: str) -> Samples:
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 raise DataFileError(f"{name}: not in XTREME's layout of {task}: {error!r}") from error
     return dict(samples)
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their names; links to folders are followed, but not in circles.
+
+    Raises:
+        DataFileError: a folder cannot be listed.
+    """
+    real = folder.resolve()
+    if real in above or not folder.is_dir():
+        return
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataFileError(f"{folder}: cannot be listed: {error.strerror}") from error
+    for path in inside:
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        else:
+            yield path
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

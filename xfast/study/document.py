@@ -120,7 +120,13 @@ class Cell(TypedDict):
     ratios: dict[str, Ratio]  # by arm other than the baseline
 
 
-class Equivalence(TypedDict):
+class _Needed(TypedDict, total=False):
+    """What older documents have not: theirs have ``pairs_needed`` also where cells are the units."""
+
+    cells_needed: int | None  # likewise, where cells are the units of the test
+
+
+class Equivalence(_Needed):
     """Two one-sided tests of one ratio against a margin."""
 
     scope: str  # "all", or "base native int8", "low-resource", "latency", a language
@@ -133,10 +139,18 @@ class Equivalence(TypedDict):
     verdict: str  # EQUIVALENT, DIFFERENT, UNDECIDED
     pairs: int
     cells: int  # what the pairs belong to; from three on they are the units of the test
-    pairs_needed: int | None  # for a power of 0.9 at the noise seen; None where no number would do
+    # Where pairs are the units: how many find equal arms equivalent, with a power of 0.9 at the noise seen. None where
+    # that is found, where there are as many, or where no number would do.
+    pairs_needed: int | None
 
 
-class CostModel(TypedDict):
+class _Over(TypedDict, total=False):
+    """What older documents have not: there padding, too, is over the languages whose fertility is known."""
+
+    explained_over: dict[str, int]  # languages behind each share of ``explained``
+
+
+class CostModel(_Over):
     """Least squares of time on tokens and sequences, over languages, for one size, engine and arm "baseline"."""
 
     size: str
@@ -185,8 +199,8 @@ class ParetoPoint(TypedDict):
 class Trade(TypedDict):
     """What intermediate training buys in one language: accuracy at the baseline's cost, and its accuracy for less.
 
-    The reference is the baseline arm with the first engine, whole. ``None``: no point of the other arm is as cheap, or
-    as accurate. Costs are in ms a sample; "cost" and "time" mean the same here.
+    The reference is the baseline arm, whole, with the first engine that has scores and times. ``None``: no point of the
+    other arm is as cheap, or as accurate. Costs are in ms a sample; "cost" and "time" mean the same here.
     """
 
     size: str
@@ -214,7 +228,13 @@ class Probe(TypedDict):
     value: float
 
 
-class Memory(TypedDict):
+class _Resumed(TypedDict, total=False):
+    """What is there only where it is so."""
+
+    resumed: bool  # several runs measured the group: one of them may have been killed at a higher peak
+
+
+class Memory(_Resumed):
     """Of the process that held the arms of one size and engine."""
 
     size: str
@@ -230,8 +250,14 @@ class Skipped(TypedDict):
     why: str
 
 
-class Scaling(TypedDict):
-    """Speed over languages of one resource group, by model size."""
+class _OfTask(TypedDict, total=False):
+    """What older documents have not: they average over all tasks."""
+
+    task: str
+
+
+class Scaling(_OfTask):
+    """Speed over languages of one resource group on one task, by model size."""
 
     size: str
     engine: str
@@ -279,7 +305,8 @@ class Study(_Held):
 
 def part(kind: Any, record: Mapping[str, Any]) -> Any:
     """A part of the document, from a record that has its fields among others."""
-    return kind(**{name: record[name] for name in kind.__annotations__})
+    wanted = [name for name in kind.__annotations__ if name in record or name in kind.__required_keys__]
+    return kind(**{name: record[name] for name in wanted})
 
 
 def passed(control: Equivalence) -> bool:
@@ -304,4 +331,11 @@ def load(path: Path) -> Study:
     missing = sorted(Study.__required_keys__ - set(found))
     if missing:
         raise DataFileError(f"{path}: not a whole study: {', '.join(missing)} missing")
+    for part in ("sizes", "engines"):  # the order of every table and figure
+        asked = list(found["settings"].get(part, ()))
+        found[part] = dict(sorted(found[part].items(), key=lambda item: _place(asked, item[0])))
     return cast("Study", found)
+
+
+def _place(asked: list[str], name: str) -> int:
+    return asked.index(name) if name in asked else len(asked)

@@ -117,7 +117,7 @@ class Settings:
         rounds: visits to each cell.
         margin: of equivalence.
         data: folder in XTREME's layout; None: lengths from the shipped profiles.
-        tokenizer: folder; None: ``tokenizer/xlmr`` in ``data``.
+        tokenizer: folder; None: the baseline checkpoint's own, else ``tokenizer/xlmr`` in ``data``.
         baseline, intermediate: checkpoints by task, "" for all others: folders of STILTs runs or of transformers
             models. Empty: seeded weights.
         probes: also measure what intermediate training could change although the graph is the same.

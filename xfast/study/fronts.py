@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from xfast.study import document, statistics
@@ -120,13 +120,12 @@ def trades(
 ) -> list[document.Trade]:
     """Accuracy at equal cost and cost at equal accuracy, language by language; see ``document.Trade``."""
     costs = _Costs(rows, settings, sizes)
-    by_kind = _by_kind(found)
     made = []
-    for size, task in dict.fromkeys((score["size"], score["task"]) for score in found):
-        mine = {kind: values for kind, values in by_kind.items() if (kind[1], kind[3]) == (size, task)}
-        layers = [kind[4] for kind in mine if kind[4] is not None]
-        reference: Kind = (BASELINE, size, settings.engines[0], task, max(layers, default=None))
-        for code in ordered(mine.get(reference, {})):
+    for mine in _by_task(found).values():
+        reference = _reference(mine, costs, settings)
+        if reference is None:
+            continue
+        for code, value in ((code, mine[reference][code]) for code in ordered(mine[reference])):
             price = costs.of(reference, code)
             others = [
                 (costs.of(kind, code), values[code], _name(kind))
@@ -135,8 +134,39 @@ def trades(
             ]
             points = [(cost, value, name) for cost, value, name in others if cost is not None]
             if price is not None and points:
-                made.append(_trade(reference, code, (price, mine[reference][code]), points, settings.margin))
+                made.append(_trade(reference, code, (price, value), points, settings.margin))
     return made
+
+
+def untraded(
+    rows: Sequence[document.Cell],
+    found: Sequence[document.Accuracy],
+    settings: Settings,
+    sizes: Mapping[str, Record],
+) -> Iterator[document.Skipped]:
+    """Yields what :func:`trades` has nothing to compare with, though intermediate training has scores."""
+    costs = _Costs(rows, settings, sizes)
+    for (size, task), mine in _by_task(found).items():
+        if any(kind[0] == INTERMEDIATE for kind in mine) and _reference(mine, costs, settings) is None:
+            what = f"accuracy at equal cost, cost at equal accuracy of {size} on {task}"
+            yield {"what": what, "why": "no engine has both scores and times of the baseline"}
+
+
+def _by_task(found: Sequence[document.Accuracy]) -> dict[tuple[str, str], dict[Kind, dict[str, float]]]:
+    """Scores as :func:`_by_kind` has them, by size and task."""
+    groups: dict[tuple[str, str], dict[Kind, dict[str, float]]] = {}
+    for kind, values in _by_kind(found).items():
+        groups.setdefault((kind[1], kind[3]), {})[kind] = values
+    return groups
+
+
+def _reference(mine: Mapping[Kind, Mapping[str, float]], costs: _Costs, settings: Settings) -> Kind | None:
+    """The whole baseline with the first engine that has scores and times: one may have been skipped."""
+    layers = max((kind[4] for kind in mine if kind[4] is not None), default=None)
+    size, task = next((kind[1], kind[3]) for kind in mine)
+    kinds: list[Kind] = [(BASELINE, size, engine, task, layers) for engine in settings.engines]
+    there = (kind for kind in kinds if any(costs.of(kind, code) is not None for code in mine.get(kind, ())))
+    return next(there, None)
 
 
 def _trade(

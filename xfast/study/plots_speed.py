@@ -10,7 +10,7 @@ from typing import Any
 from xfast import figures
 from xfast.figures import INK, LINE, PAPER, SOFT, heat
 from xfast.study import view
-from xfast.study.document import BASELINE, PERCENTILES, Cell, Study
+from xfast.study.document import BASELINE, PERCENTILES, Cell, Scaling, Study
 from xfast.study.drawing import (
     GROUP_COLOURS,
     WIDTH,
@@ -61,7 +61,7 @@ def heat_map(study: Study) -> Drawing | str:
             middle = (inside[0] + inside[-1]) / 2
             axes.text(len(cells) - 0.42, middle, group, rotation=270, va="center", ha="left", color=SOFT, fontsize=8)
     absent = " Hatched: not measured." if len(found) < len(codes) * len(cells) else ""
-    caption = f"Samples per second ({chosen}); the colours follow a logarithmic scale.{absent}"
+    caption = f"Samples per second ({view.described(study, chosen)}); the colours follow a logarithmic scale.{absent}"
     return Drawing(made, " ".join((caption, *others)))
 
 
@@ -109,7 +109,8 @@ def fertility(study: Study) -> Drawing | str:
     legend_above(made, axes)
     unknown = [view.language_name(study, code) for code in view.languages(study) if code not in codes]
     without = f" Without: {', '.join(unknown)}." if unknown else ""
-    return Drawing(made, f"Filled and named: XTREME's low-resource languages ({chosen}).{without}")
+    where = view.described(study, chosen)
+    return Drawing(made, f"Filled and named: XTREME's low-resource languages ({where}).{without}")
 
 
 def _name_points(study: Study, axes: Any, cells: dict[str, Cell]) -> None:
@@ -167,44 +168,55 @@ def _distribution(axes: Any, group: str, curves: Sequence[Sequence[float]]) -> N
 
 
 def scaling(study: Study) -> Drawing | str:
-    """Samples per second over parameters; or why there is none."""
-    found = [one for one in study["scaling"] if one["arm"] == BASELINE]
-    if len({one["parameters"] for one in found}) < 2:
+    """Samples per second over parameters, on the task that is shown elsewhere; or why there is none."""
+    rows = [one for one in study["scaling"] if one["arm"] == BASELINE]
+    task = _scaling_task(study, rows)
+    found = [one for one in rows if one.get("task") == task]
+    if len({one["size"] for one in found}) < 2:
         return "one model size was measured; the curve needs two"
     measures = ["samples_per_s", *(["p50_ms"] if any(one["p50_ms"] is not None for one in found) else [])]
     titles = {"samples_per_s": "samples per second", "p50_ms": "median time of a response, ms"}
     made, all_axes = panels(len(measures), 3.6)
-    shown = [group for group in (view.ALL, *view.groups(study)[:1]) if any(one["group"] == group for one in found)]
+    names: dict[float, list[str]] = {}
+    for one in sorted(found, key=lambda one: view.ranked(study, "sizes", one["size"])):
+        mine = names.setdefault(one["parameters"] / 1e6, [])
+        mine += [] if one["size"] in mine else [one["size"]]
+    sizes = {millions: ", ".join(mine) for millions, mine in names.items()}
     for axes, measure in zip(all_axes, measures, strict=True):
-        for engine, (colour, marker) in series(list(study["engines"])).items():
-            for group, dashes in zip(shown, ("-", ":"), strict=False):
-                mine = sorted(
-                    (one for one in found if (one["engine"], one["group"]) == (engine, group)),
-                    key=lambda one: one["parameters"],
-                )
-                points = [(one["parameters"] / 1e6, one[measure]) for one in mine if one[measure] is not None]  # type: ignore[literal-required]
-                if points:
-                    name = f"{clip(engine)}, {group} languages" if len(shown) > 1 else clip(engine)
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        dashes,
-                        color=colour,
-                        marker=marker,
-                        markersize=5,
-                        linewidth=1.5,
-                        label=name,
-                    )
+        _curves(study, axes, found, measure)
         axes.set_xscale("log")
         axes.set_yscale("log")
         plain_log(axes.yaxis)
-        sizes = {one["parameters"] / 1e6: one["size"] for one in found}
         axes.set_xticks(*_size_ticks(sizes))
         axes.set_xticks([], minor=True)
         axes.set_xlim(min(sizes) * 0.8, max(sizes) * 1.25)
         axes.set_title(titles[measure], color=INK)
         axes.grid()
     legend_above(made, all_axes[0], 3)
-    return Drawing(made, "Geometric means over the languages; both axes are logarithmic.")
+    of = f" ({task})" if task else ""
+    return Drawing(made, f"Geometric means over the languages{of}; both axes are logarithmic.")
+
+
+def _scaling_task(study: Study, rows: Sequence[Scaling]) -> str | None:
+    """The task of the shown setting, where it has rows; None of older documents, whose rows are of no one task."""
+    tasks = list(dict.fromkeys(one.get("task") for one in rows))
+    chosen = view.setting(study)
+    return chosen.task if chosen and chosen.task in tasks else next(iter(tasks), None)
+
+
+def _curves(study: Study, axes: Any, found: Sequence[Scaling], measure: str) -> None:
+    shown = [group for group in (view.ALL, *view.groups(study)[:1]) if any(one["group"] == group for one in found)]
+    for engine, (colour, marker) in series(list(study["engines"])).items():
+        for group, dashes in zip(shown, ("-", ":"), strict=False):
+            mine = sorted(
+                (one for one in found if (one["engine"], one["group"]) == (engine, group)),
+                key=lambda one: one["parameters"],
+            )
+            points = [(one["parameters"] / 1e6, one[measure]) for one in mine if one[measure] is not None]  # type: ignore[literal-required]
+            if points:
+                name = f"{clip(engine)}, {group} languages" if len(shown) > 1 else clip(engine)
+                style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.5}
+                axes.plot(*zip(*points, strict=True), dashes, label=name, **style)
 
 
 def _size_ticks(sizes: Mapping[float, str]) -> tuple[list[float], list[str]]:

@@ -34,12 +34,16 @@ Inputs = Mapping[tuple[str, str], Batch]
 def compare(model: nn.Module, engine: EngineName, inputs: Inputs, wanted: Collection[str]) -> Iterator[Record]:
     """Yields the figures of one arm: ``QUANTISATION`` for every language, ``EARLY`` for tasks with a head.
 
+    Predictions of a head that cannot be asked at every layer are left out, with a record of kind "note".
+
     Args:
         model: not accelerated; it is left as it was.
         engine: whose arithmetic is compared with fp32's.
         inputs: batches by (task, language).
         wanted: ``QUANTISATION``, ``EARLY`` or both.
     """
+    if reason := _unread(model, next((task for task, _ in inputs), "")):
+        yield {"kind": "note", "text": reason}
     exact = {}
     with _accelerated(model, _exact(model)):
         for key, batch in inputs.items():
@@ -112,7 +116,10 @@ def _head(model: Any, task: str, mask: torch.Tensor) -> Any:
         return None
     real = mask.bool()
     if kind == CLASSIFICATION:
-        return lambda states: model.classifier(states).argmax(-1)
+        if _unread(model, task):
+            return None
+        pooler = arms.without_head(model).pooler if _is_bare(model) else nn.Identity()
+        return lambda states: model.classifier(pooler(states)).argmax(-1)
     if kind == TAGGING:
         return lambda states: model.classifier(states).argmax(-1)[real]
     if kind == SPAN:
@@ -121,3 +128,18 @@ def _head(model: Any, task: str, mask: torch.Tensor) -> Any:
         encoder = arms.without_head(model)
         return lambda states: model.classifier(encoder.pooler(states)).view(-1, CHOICES[task]).argmax(-1)
     return None
+
+
+def _is_bare(model: Any) -> bool:
+    """Whether the head is one matrix, as BERT's, over what the encoder's pooler makes of the first token."""
+    return isinstance(getattr(model, "classifier", None), nn.Linear)
+
+
+def _unread(model: Any, task: str) -> str:
+    """Why a head cannot be asked at every layer; empty where it can, and where there is none to ask."""
+    if TYPES.get(task) != CLASSIFICATION or not arms.has_head(model) or not _is_bare(model):
+        return ""
+    if getattr(arms.without_head(model), "pooler", None) is not None:
+        return ""
+    name = type(model).__name__
+    return f"probes leave out predictions of {name}: its head is one matrix, and what it reads is not the encoder's"

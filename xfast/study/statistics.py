@@ -26,7 +26,7 @@ ALPHA = 0.05
 """Level of every test."""
 
 POWER = 0.9
-"""What ``pairs_needed`` plans for."""
+"""What ``units_needed`` plans for."""
 
 MIN_UNITS = 3
 """Cells (or pairs of a single cell) that a test needs."""
@@ -45,7 +45,12 @@ and 87 % with seven, whose resampled median is one of few values."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """A ratio of times with what can be said of it; see :func:`compare`."""
+    """A ratio of times with what can be said of it; see :func:`compare`.
+
+    ``cells_needed`` or ``pairs_needed``, whichever were the units, is how many of them would find equal arms
+    equivalent with a probability of 0.9; None where they are found so, where there are as many, where no number would
+    do, and for the other.
+    """
 
     ratio: float
     interval90: tuple[float, float]
@@ -55,6 +60,7 @@ class Comparison:
     pairs: int
     cells: int
     pairs_needed: int | None
+    cells_needed: int | None
 
 
 def compare(cells: Sequence[Floats], margin: float) -> Comparison:
@@ -77,7 +83,8 @@ def compare(cells: Sequence[Floats], margin: float) -> Comparison:
     filled = [rounds for rounds in cells if len(rounds)]
     pairs = sum(map(len, filled))
     units = np.asarray([np.median(rounds) for rounds in filled], np.float64)
-    if len(units) < MIN_UNITS:
+    by_cells = len(units) >= MIN_UNITS
+    if not by_cells:
         units = np.concatenate([*filled, np.empty(0)])
     if len(units) < MIN_UNITS:
         raise InvalidInputError(f"pairs: at least {MIN_UNITS} are needed to test equivalence, got {len(units)}")
@@ -91,7 +98,9 @@ def compare(cells: Sequence[Floats], margin: float) -> Comparison:
         verdict = DIFFERENT
     else:
         verdict = UNDECIDED
+    # More rounds of a cell are no more units where cells are.
     needed = units_needed(float(units.std(ddof=1)), margin)
+    lacking = needed if needed is not None and needed > len(units) and verdict != EQUIVALENT else None
     return Comparison(
         ratio=math.exp(centre),
         interval90=(math.exp(low90), math.exp(high90)),
@@ -100,7 +109,8 @@ def compare(cells: Sequence[Floats], margin: float) -> Comparison:
         verdict=verdict,
         pairs=pairs,
         cells=len(filled),
-        pairs_needed=None if needed is None else math.ceil(needed * pairs / len(units)),
+        pairs_needed=None if by_cells else lacking,
+        cells_needed=lacking if by_cells else None,
     )
 
 

@@ -11,9 +11,24 @@ from typing import Any
 
 from xfast.errors import InvalidInputError
 from xfast.pages import signed
-from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE, Cell, Equivalence, Latency, Study, Throughput
+from xfast.study.cells import rank
+from xfast.study.document import (
+    BASELINE,
+    CONTROL,
+    EQUIVALENT,
+    INTERMEDIATE,
+    Cell,
+    CostModel,
+    Equivalence,
+    Latency,
+    Study,
+    Throughput,
+)
+from xfast.study.factors import BUDGET
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
+from xfast.study.statistics import MIN_UNITS
+from xfast.study.tables import grouped
 
 ALL = "all"
 """The group that every language is in."""
@@ -30,9 +45,6 @@ class Setting:
     task: str
     policy: str
     batch_size: int
-
-    def __str__(self) -> str:
-        return f"{self.size}, {self.task}, {self.policy} order, batches of {self.batch_size}"
 
 
 def check(study: Study) -> None:
@@ -107,8 +119,7 @@ def trained_arms(study: Study) -> list[str]:
 
 def ranked(study: Study, part: str, name: str) -> int:
     """Place of a size or engine in the document; what is not there comes last."""
-    names = list(study[part])  # type: ignore[literal-required]
-    return names.index(name) if name in names else len(names)
+    return rank(list(study[part]), name)  # type: ignore[literal-required]
 
 
 def language_name(study: Study, code: str) -> str:
@@ -120,7 +131,7 @@ def language_name(study: Study, code: str) -> str:
 
 
 def setting(study: Study, language: str | None = None) -> Setting | None:
-    """The setting whose throughput was measured most often, over languages and engines; the first of equals.
+    """The setting whose throughput was measured most often, over languages and engines; of equals the one asked first.
 
     Args:
         study: the document.
@@ -129,11 +140,29 @@ def setting(study: Study, language: str | None = None) -> Setting | None:
     measured = [cell for cell in study["cells"] if cell["throughput"].get(BASELINE)]
     counts = Counter(map(_setting, measured))
     allowed = {_setting(cell): None for cell in measured if language in (None, cell["language"])}
-    return max(allowed, key=lambda found: counts[found], default=None)
+    return min(allowed, key=lambda found: (-counts[found], *_asked(study, found)), default=None)
 
 
 def _setting(cell: Cell) -> Setting:
     return Setting(cell["size"], cell["task"], cell["policy"], cell["batch_size"])
+
+
+def _asked(study: Study, found: Setting) -> tuple[int, ...]:
+    """Places in the order in which the study was asked for."""
+    factors = {"tasks": found.task, "policies": found.policy, "batch_sizes": found.batch_size}
+    places = (rank(study["settings"].get(name, []), value) for name, value in factors.items())
+    return (ranked(study, "sizes", found.size), *places)
+
+
+def described(study: Study, chosen: Setting) -> str:
+    """A setting in words; a batch has as many examples as there are, where a cell has fewer than fill one."""
+    if chosen.policy == BUDGET:
+        batches = f"batches of at most {grouped(chosen.batch_size)} padded tokens"
+    else:
+        mine = (cell for cell in study["cells"] if cell["throughput"] and _setting(cell) == chosen)
+        counts = {min(cell["samples"], cell["batch_size"]) for cell in mine} or {chosen.batch_size}
+        batches = f"batches of {min(counts)}{f' to {max(counts)}' if len(counts) > 1 else ''}"
+    return f"{chosen.size}, {chosen.task}, {chosen.policy} order, {batches}"
 
 
 def throughput_cells(study: Study, of: Setting) -> dict[str, dict[str, Cell]]:
@@ -163,7 +192,7 @@ def main_cells(study: Study) -> tuple[Setting | None, dict[str, dict[str, Cell]]
             for engine, row in throughput_cells(study, own).items():
                 if code in row:
                     found.setdefault(engine, {})[code] = row[code]
-            others.setdefault(str(own), []).append(language_name(study, code))
+            others.setdefault(described(study, own), []).append(language_name(study, code))
     return chosen, found, [f"{', '.join(names)}*: {where}." for where, names in others.items()]
 
 
@@ -224,6 +253,35 @@ def fastest(rows: dict[str, dict[str, Cell]]) -> str:
 def seeded(study: Study) -> list[str]:
     """The arms whose weights are random: they carry no accuracy."""
     return [name for name, arm in study["arms"].items() if arm["source"] == "seeded"]
+
+
+def all_tests(study: Study) -> list[Equivalence]:
+    """The control over everything, then every other test."""
+    return [study["control"], *study["equivalence"]]
+
+
+def needed(one: Equivalence) -> tuple[int, int, str] | None:
+    """How many units a test had and needs, and what they are; None where more would not do or are not needed."""
+    if one["verdict"] == EQUIVALENT:
+        return None
+    cells = one.get("cells_needed")
+    if "cells_needed" not in one and one["pairs_needed"] and one["cells"] >= MIN_UNITS:
+        cells = math.ceil(one["pairs_needed"] * one["cells"] / one["pairs"])  # as older documents have it
+    elif one["pairs_needed"]:
+        return (one["pairs"], one["pairs_needed"], "pairs") if one["pairs_needed"] > one["pairs"] else None
+    return (one["cells"], cells, "cells") if cells and cells > one["cells"] else None
+
+
+def explained_over(study: Study, model: CostModel) -> tuple[dict[str, int], list[str]]:
+    """How many languages are behind each share that a model explains, and which have no known fertility."""
+    known = {
+        cell["language"]: cell["fertility"]
+        for cell in study["cells"]
+        if cell["task"] == model["task"] and cell["throughput"]
+    }
+    without = [code for code in model["seen"] if code in known and not known[code]]
+    parted = dict.fromkeys(model["explained"], len(model["seen"]) - len(without))
+    return model.get("explained_over", parted), without
 
 
 def like_the_control(one: Equivalence, tests: Sequence[Equivalence]) -> bool:

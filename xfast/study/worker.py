@@ -139,8 +139,6 @@ class _Group:
         ]
         for cells in todo:
             self._run_block(cells)
-        if todo:  # else this process has held no model
-            self.send(self._memory())
         self.encoders.clear()
         gc.collect()
         self._scores()
@@ -195,8 +193,10 @@ class _Group:
                 for batch in batches:
                     runner(batch)  # packs, compiles, captures: whatever happens when a shape comes first
         explain = "transformers" if self.engine.backend == STOCK else str(xfast.explain(models[BASELINE]))
-        engine = {"kind": "engine", "engine": self.job.engine, "size": self.job.size, "explain": explain}
-        self.send({**engine, "energy": self.energy.source, "held": self.job.fit.held})
+        engine = {"kind": "engine", "engine": self.job.engine, "size": self.job.size, "head": self._head(cells)}
+        self.send({**engine, "explain": explain, "energy": self.energy.source, "held": self.job.fit.held})
+        said = self._say_fallbacks(models, cells, set())
+        self._tell_memory()  # a process that is killed from here on has said how much it holds
         faults = _page_faults()
         for number in range(self.settings.rounds):
             order = list(cells)
@@ -207,8 +207,34 @@ class _Group:
         if self.build.mapped and _page_faults() - faults > _PAGE_FAULTS:
             where = f"{self.job.size} {self.job.engine}"
             self.send({"kind": "note", "text": f"{where}: weights were read from disk while they were timed; {_SHORT}"})
-        self.mapped_again = max(self.mapped_again, mapped_again())
+        self._say_fallbacks(models, cells, said)
+        self._tell_memory()
         self._take_out(models)
+
+    def _head(self, cells: Sequence[Cell]) -> str:
+        """What the models of a block have in common, in a word."""
+        return cells[0].task if self.job.size == CHECKPOINT else TYPES[cells[0].task]
+
+    def _say_fallbacks(self, models: Mapping[str, nn.Module], cells: Sequence[Cell], said: set[str]) -> set[str]:
+        """Send a note for each arm whose calls ran the original code, whose times are then not the engine's.
+
+        Args:
+            models: the arms.
+            cells: what they run.
+            said: notes that were sent.
+
+        Returns:
+            All notes that have been sent.
+        """
+        where = f"{self.job.size} {self.job.engine}, {self._head(cells)}"
+        for arm, model in models.items():
+            encoders = () if self.engine.backend == STOCK else xfast.explain(model).encoders
+            for reason in dict.fromkeys(reason for encoder in encoders for reason in encoder.fallbacks):
+                text = f"{where}: calls of {arm} ran the original code, and their times are not the engine's: {reason}"
+                if text not in said:
+                    self.send({"kind": "note", "text": text})
+                    said = {*said, text}
+        return said
 
     def _models(self, cells: Sequence[Cell]) -> dict[str, nn.Module]:
         """The arms; of checkpoints that cannot be loaded or run none, and the reason is sent."""
@@ -310,8 +336,10 @@ class _Group:
                 inputs[cell.task, cell.language] = (ids.to(self.settings.device), mask.to(self.settings.device))
         return inputs
 
-    def _memory(self) -> Record:
+    def _tell_memory(self) -> None:
+        """Send the peak so far; of what a study has of a group the largest counts."""
+        # The control's second mapping of the baseline's files is the same memory.
+        self.mapped_again = max(self.mapped_again, mapped_again())
         peak = torch.cuda.max_memory_allocated() if self.settings.device == "cuda" else peak_memory()
         record = {"kind": "memory", "size": self.job.size, "engine": self.job.engine}
-        # The control's second mapping of the baseline's files is the same memory.
-        return {**record, "arms": len(self.job.fit.arms), "peak_bytes": peak - self.mapped_again}
+        self.send({**record, "arms": len(self.job.fit.arms), "peak_bytes": peak - self.mapped_again})
