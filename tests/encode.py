@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import stilts
 import torch
 import transformers
@@ -90,3 +93,31 @@ def one_by_one(model: Path, cls: str, inputs: Sequence[Any], **tokenize: Any) ->
             output = stock(**tokenizer(*pair, return_tensors="pt", **tokenize))
         found.append((output.logits if "logits" in output else output.last_hidden_state)[0])
     return found
+
+
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For ``pytest.fixture(hub)``: an empty cache of the Hub, which is out of reach."""
+    cache = tmp_path / "hub"
+    for module in (transformers.utils.hub, __import__("huggingface_hub").constants):
+        for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"):
+            monkeypatch.setattr(module, name, str(cache), raising=False)
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True, raising=False)
+    return cache
+
+
+def publish(folder: Path, cache: Path, name: str, revision: str, *, absent: Sequence[str] = ("modules.json",)) -> Path:
+    """As huggingface_hub keeps a repository whose main is this revision; ``absent``: what the Hub said it has not."""
+    root = cache / f"models--{name.replace('/', '--')}"
+    snapshot = root / "snapshots" / revision
+    for path in (root / "blobs", root / "refs", snapshot, root / ".no_exist" / revision):
+        path.mkdir(parents=True, exist_ok=True)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            blob = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copy(file, blob)
+            (snapshot / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+            (snapshot / file.relative_to(folder)).symlink_to(blob)
+    for missing in absent:
+        (root / ".no_exist" / revision / missing).touch()
+    (root / "refs" / "main").write_text(revision)
+    return snapshot

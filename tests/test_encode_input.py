@@ -234,6 +234,30 @@ def test_folders_with_a_files_name_and_links_to_folders(tmp_path: Path, base: Pa
     assert encode.read(tmp_path / "out").num_rows == 3
 
 
+def test_a_pattern_reads_each_file_once(tmp_path: Path, base: Path) -> None:
+    encode.parquet(tmp_path / "in" / "deep" / "a.parquet", {"text": ["one", "two"]})
+    (tmp_path / "in" / "b.parquet").symlink_to(tmp_path / "in" / "deep" / "a.parquet")
+    (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
+    encode.run(str(tmp_path / "in" / "**" / "**" / "*.parquet"), tmp_path / "out", base)
+    assert encode.read(tmp_path / "out").num_rows == 2
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_names_that_are_no_text(tmp_path: Path, base: Path, kind: str, folder: bool) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    path = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        encode.parquet(path, {"text": ["a"]})
+    else:
+        encode.jsonl(path, GOOD)
+    with pytest.raises(InvalidOptionError, match=r"output: b'.*\\xff/out' is not UTF-8"):
+        encode.run(path, odd / "out", base)
+    path.rename(odd / path.name)
+    refused(InvalidOptionError, tmp_path, base, odd if folder else odd / path.name, "input: b'", r"\xff", "not UTF-8")
+
+
 def test_kept_columns_that_parquet_cannot_hold(tmp_path: Path, base: Path) -> None:
     path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a", "meta": {}}])
     refused(DataFileError, tmp_path, base, path, "column 'meta'", "--keep")

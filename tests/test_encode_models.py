@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -36,32 +35,11 @@ def source(tmp_path: Path, rng: Any) -> Path:
 # --- the Hub ------------------------------------------------------------------------------------------
 
 
-def _publish(folder: Path, cache: Path, name: str, revision: str) -> None:
-    """As huggingface_hub keeps a repository whose main is this revision."""
-    root = cache / f"models--{name.replace('/', '--')}"
-    snapshot = root / "snapshots" / revision
-    for path in (root / "blobs", root / "refs", snapshot):
-        path.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.is_file():
-            blob = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-            shutil.copy(file, blob)
-            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
-    (root / "refs" / "main").write_text(revision)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path / "hub"
-    for module in (transformers.utils.hub, __import__("huggingface_hub").constants):
-        for name in ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"):
-            monkeypatch.setattr(module, name, str(cache), raising=False)
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True, raising=False)
-    return cache
+hub = pytest.fixture(encode.hub)
 
 
 def test_a_job_is_of_one_revision(base: Path, hub: Path, tmp_path: Path, source: Path) -> None:
-    _publish(base, hub, "me/base", "a" * 40)
+    encode.publish(base, hub, "me/base", "a" * 40)
     try:
         head, identity = head_of(Settings(model="me/base"))
     except XfastError as error:
@@ -73,7 +51,7 @@ def test_a_job_is_of_one_revision(base: Path, hub: Path, tmp_path: Path, source:
     shutil.copytree(base, changed)
     weights = load_file(changed / "model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, changed / "model.safetensors", {"format": "pt"})
-    _publish(changed, hub, "me/base", "b" * 40)
+    encode.publish(changed, hub, "me/base", "b" * 40)
     with pytest.raises(XfastError, match="another job"):
         encode.run(source, tmp_path / "out", "me/base", shard_rows=4)
     with pytest.raises(XfastError, match="another job"):  # by its tokenizer alone, too

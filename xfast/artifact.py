@@ -40,7 +40,12 @@ WORDS = "words.safetensors"
 STAGING = ".xfast-partial"
 
 _JOURNAL = "journal.json"
+_PLACING = "placing.json"  # the names that a commit moves or removes
 _HARMLESS = {".git", ".gitattributes", ".gitignore", "README.md", ".cache", STAGING}
+_LAYERS = re.compile(r"num_(\w+_)?layers")
+_SIZES = {"num_attention_heads", "num_channels", "num_labels", "vocab_size", "type_vocab_size", "hidden_size"}
+_SIZES |= {"intermediate_size", "image_size", "patch_size", "embedding_size", "projection_dim", "project_dim"}
+_SIZES |= {"max_position_embeddings"}
 _DATA_DTYPE = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "int8": ("I8", 1)}
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -210,6 +215,29 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def refuse_huge(config: Any, largest: int, layers: int, path: Path) -> None:
+    """Refuses sizes for which an artifact cannot hold tensors, before memory and time are spent on them.
+
+    Only the fields that size tensors in the supported classes: a config may have any others.
+
+    Args:
+        config: what config.json says, or one inside it.
+        largest: bytes that are there.
+        layers: tensors that are there.
+        path: of config.json.
+
+    Raises:
+        ArtifactError: names the field.
+    """
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict) and name.endswith("_config"):
+            refuse_huge(value, largest, layers, path)
+            continue
+        limit = layers if _LAYERS.fullmatch(name) else largest if name in _SIZES else None
+        if limit is not None and isinstance(value, (int, float)) and value > limit:
+            raise ArtifactError(f"{path}: {name} is {value}, more than the artifact has data for")
+
+
 class Reader:
     """The files of an artifact. ``verify``: "size", "checksum" (all bytes that are used), "full" (SHA-256, all files).
 
@@ -300,7 +328,7 @@ class Staging:
             self._resume()
         with writing(folder):
             for path in self._staging.iterdir():
-                if path.name not in {*self.finished, "lock", _JOURNAL}:
+                if path.name not in {*self.finished, "lock", _JOURNAL, _PLACING}:
                     path.unlink()
 
     def _refuse_foreign(self) -> None:
@@ -308,11 +336,20 @@ class Staging:
             raise ArtifactWriteError(f"{self.folder}: is a file; expected a folder, or a path where one can be made")
         with writing(self.folder):
             names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if MANIFEST not in names and STAGING not in names and names - _HARMLESS:
+        if MANIFEST not in names and names - _HARMLESS - self._placed():
             raise ArtifactWriteError(
                 f"{self.folder}: holds something else than a packed artifact ({', '.join(sorted(names)[:3])}, ...); "
                 "accepted: a new or empty folder, or an artifact, which is replaced"
             )
+
+    def _placed(self) -> set[str]:
+        """What a commit that was killed has left beside the staging folder; only that is known to be xfast's."""
+        path = self._staging / _PLACING
+        with contextlib.suppress(OSError, DataFileError):
+            content = strict_json(path.read_bytes(), path)
+            if isinstance(content, list):
+                return {name for name in content if isinstance(name, str) and _plain_name(name)}
+        return set()
 
     def _resume(self) -> None:
         journal = self._staging / _JOURNAL
@@ -352,9 +389,10 @@ class Staging:
         """Moves everything into place."""
         manifest = manifest_of(self._records)
         write_file(self._staging / MANIFEST, [manifest.to_json()])
-        old: set[str] = set()
+        old = self._placed()
         with contextlib.suppress(ArtifactError):
-            old = set(read_manifest(self.folder).files)
+            old |= set(read_manifest(self.folder).files)
+        write_file(self._staging / _PLACING, [json.dumps(sorted(old | self._records.keys())).encode()])
         with writing(self.folder):
             (self.folder / MANIFEST).unlink(missing_ok=True)  # from here to the end it is no artifact
             for name in sorted(old - self._records.keys()):

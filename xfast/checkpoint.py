@@ -104,9 +104,11 @@ class Checkpoint:
         raise DataFileError(f"{self.folder}: has neither {_SINGLE} nor {_INDEX}")
 
     def identity(self) -> list[list[Any]]:
-        """Changes when a file is replaced: names, sizes and times of modification."""
-        paths = [file.path for file in self.files]
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        """Changes when a file is replaced: names, sizes, times of modification, and samples of every tensor.
+
+        Times alone do not tell: archives and images set them all alike.
+        """
+        return [[file.path.name, file.bytes, file.mtime_ns, file.sample()] for file in self.files]
 
     def names(self) -> set[str]:
         """Of all tensors, as transformers calls them today."""

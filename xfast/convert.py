@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +23,11 @@ from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint, Tensors
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
 from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
-from xfast.tensor_files import DTYPES, as_array, as_bytes
+from xfast.tensor_files import DTYPES, Entry, as_array, as_bytes
 from xfast.threads import get_num_threads
 
 Advance = Callable[[str], None]
+_FLOATS = ("F32", "BF16", "F16")  # what weights may be
 _ROWS = 8192  # of the word table that are in memory at a time
 
 
@@ -60,19 +61,21 @@ def convert(
     if checkpoint.folder is not None and folder.resolve() == checkpoint.folder.resolve():
         raise InvalidOptionError(f"dir: {folder} is the checkpoint itself; expected another folder")
     source = _Source(checkpoint, architecture)
-    identity = {
+    identity: dict[str, Any] = {
         "checkpoint": checkpoint.identity(),
         "config": hashlib.sha256(packed_model.config_json(source.root)).hexdigest(),
         "class": type(source.root).__name__,
         "precision": precision,
         "group_size": group_size,
+        "dtype": str(source.dtype),
         "format": artifact.FORMAT,
         "layout": _C.pack_version,
     }
     announce(source.weights.spec.num_layers + 1 + packed_model.contents_of(source.root, precision).packed_words)
     staging = Staging(folder, identity)
     try:
-        tokenizer_files.write(staging, str(checkpoint.folder or ""))
+        embeds = bool(packed_model.arguments_of(source.root))
+        tokenizer_files.write(staging, str(checkpoint.folder or ""), embeds=embeds)
         return packed_model.write(
             staging,
             source.root,
@@ -82,11 +85,19 @@ def convert(
             packed_layer=lambda layer: source.packed_layer(layer, precision, recipe),
             packed_words=source.packed_words,
             value=source.value,
+            unchanged=lambda: _require_same(checkpoint, identity["checkpoint"]),
             advance=advance,
         )
     except BaseException:
         staging.abandon()
         raise
+
+
+def _require_same(checkpoint: Tensors, identity: list[list[Any]]) -> None:
+    if checkpoint.identity() != identity:
+        raise DataFileError(
+            f"model: {checkpoint.folder}: was replaced or changed while it was converted; convert it again"
+        )
 
 
 def _recipe(precision: str, group_size: int) -> Recipe:
@@ -149,22 +160,26 @@ class _Source:
         return groups
 
     def _place(self) -> None:
-        """Finds every tensor in the checkpoint and gives it its type there, still without memory."""
+        """Finds every tensor in the checkpoint and gives it its type, still without memory."""
         shapes = {name: tuple(tensor.shape) for name, tensor in packed_model.tensors_of(self.root)}
         self._names: dict[str, str] = {}
         missing = []
+        found: list[tuple[str, list[str]]] = []
         for names in self._groups().values():  # one tensor under all its names
-            found = next((stored for name in names if (stored := self._stored_name(name)) is not None), None)
-            if found is None:
+            stored = next((stored for name in names if (stored := self._stored_name(name)) is not None), None)
+            if stored is None:
                 missing.append(names[0])
                 continue
-            entry = self._checkpoint.entry(found)
-            if entry.shape != shapes[names[0]]:
+            entry = self._checkpoint.entry(stored)
+            if entry.shape != (shape := shapes[names[0]]):
                 raise DataFileError(
-                    f"model: {found} has shape {entry.shape} in the checkpoint; config.json makes it {shapes[names[0]]}"
+                    f"model: {stored} has shape {entry.shape} in the checkpoint; config.json makes it {shape}"
                 )
-            self._put(names, torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta"), entry.dtype)
-            self._names |= dict.fromkeys(names, found)
+            found.append((stored, names))
+        self.dtype = _dtype_of(self._checkpoint, (stored for stored, _ in found))
+        for stored, names in found:
+            self._put(names, self._checkpoint.entry(stored))
+            self._names |= dict.fromkeys(names, stored)
         missing = [name for name in missing if not self._tie(name)]
         if missing:
             raise DataFileError(
@@ -182,11 +197,14 @@ class _Source:
             self._names[name] = self._names[other]
         return other is not None
 
-    def _put(self, names: list[str], tensor: torch.Tensor, dtype: str) -> None:
+    def _put(self, names: list[str], entry: Entry) -> None:
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         if packed_model.is_parameter(self.root, names[0]):
-            if dtype not in ("F32", "BF16", "F16"):
-                raise DataFileError(f"model: {names[0]} is {dtype} in the checkpoint; accepted: F32, BF16, F16")
-            tensor = nn.Parameter(tensor, requires_grad=False)
+            if entry.dtype not in _FLOATS:
+                raise DataFileError(
+                    f"model: {names[0]} is {entry.dtype} in the checkpoint; accepted: {', '.join(_FLOATS)}"
+                )
+            tensor = nn.Parameter(tensor.to(self.dtype), requires_grad=False)
         for name in names:
             packed_model.put(self.root, name, tensor)
 
@@ -198,6 +216,11 @@ class _Source:
                 return candidate
         return None
 
+    def _read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """A tensor in the type that it has in the model, or ``rows`` of its rows."""
+        tensor = self._checkpoint.read(self._names[name], first, rows)
+        return tensor.to(self.dtype) if packed_model.is_parameter(self.root, name) else tensor
+
     def _full(self, inner: str) -> str:
         return f"{self._path}.{inner}" if self._path else inner
 
@@ -206,7 +229,7 @@ class _Source:
         roles = [key for key in self.weights.modules if key[0] == layer]
         for key in roles:
             for parameter, held in self.weights.modules[key].named_parameters():
-                values = self._checkpoint.read(self._names[self._full(f"{self.weights.names[key]}.{parameter}")])
+                values = self._read(self._full(f"{self.weights.names[key]}.{parameter}"))
                 setattr(self.weights.modules[key], parameter, nn.Parameter(values, requires_grad=False))
                 del held
         packed = pack_layer(self.weights, layer, precision, recipe)
@@ -220,7 +243,7 @@ class _Source:
         rows, columns = self._checkpoint.entry(self._names[name]).shape
         values, scales = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
         for first in range(0, rows, _ROWS):
-            table = self._checkpoint.read(self._names[name], first, _ROWS)
+            table = self._read(name, first, _ROWS)
             _require_finite(name, table)
             part = slice(first, first + len(table))
             values[part], scales[part] = _C.quantize_rows(as_array(table), get_num_threads())
@@ -228,10 +251,25 @@ class _Source:
 
     def value(self, name: str) -> np.ndarray:
         """The bytes of a tensor that is stored as it is."""
-        tensor = self._checkpoint.read(self._names[name])
+        tensor = self._read(name)
         if name in self._inside:
             _require_finite(name, tensor)
         return as_bytes(tensor)
+
+
+def _dtype_of(checkpoint: Tensors, names: Iterable[str]) -> torch.dtype:
+    """The one type of a model's parameters, as ``from_pretrained`` has it: a head in another type could not be run.
+
+    Where the tensors have several types, it is the one that config.json names, else that of the first by name.
+    """
+    types = [DTYPES[kind] for name in sorted(names) if (kind := checkpoint.entry(name).dtype) in _FLOATS]
+    if len(set(types)) < 2:
+        return types[0] if types else torch.float32
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or types[0]
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if dtype not in [DTYPES[kind] for kind in _FLOATS]:
+        raise DataFileError(f"model: dtype {named!r:.50} in config.json; accepted: float32, bfloat16, float16")
+    return dtype
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -44,7 +44,6 @@ _TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.val
 _INITIALISERS = {"normal_", "_no_grad_normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "zeros_", "ones_"}
 _INITIALISERS |= {"constant_", "zero_", "fill_", "copy_", "mul_"}
 _CLASS_NAME = re.compile(r"(transformers\.models(?:\.\w+)+):(\w+)")
-_SIZE = re.compile(r"^num_|_size$|_dim$|_embeddings$")
 BACKENDS: tuple[PackedBackend, ...] = (NativeBackend(), TritonBackend())
 PackedLayer = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -213,6 +212,7 @@ def write(
     packed_layer: Callable[[int], PackedLayer],
     packed_words: Callable[[], tuple[np.ndarray, np.ndarray]],
     value: Callable[[str], Any],
+    unchanged: Callable[[], None] = lambda: None,
     advance: Callable[[str], None] = lambda name: None,
 ) -> Manifest:
     """Writes everything but the tokenizer's files, one layer after another, and commits.
@@ -226,6 +226,7 @@ def write(
         packed_layer: a layer's packed products.
         packed_words: the word table in 8 bits a value, and its scales; asked for only where it is packed.
         value: a stored tensor's bytes, by name.
+        unchanged: raises if the weights are no longer what they were; asked before anything is moved into place.
         advance: told each file's name before it is written.
     """
     contents = contents_of(root, precision)
@@ -245,23 +246,29 @@ def write(
     advance(artifact.PARAMETERS)
     staging.tensors(artifact.PARAMETERS, contents.shapes(), lambda: (value(name) for name in contents.stored))
     staging.content(artifact.CONFIG, config_json(root))
-    linear = contents.weights.modules[0, "query"].weight.dtype if spec.num_layers else torch.float32
-    draft = Manifest(
+    draft = _draft(root, contents, precision)
+    draft = dataclasses.replace(draft, layers=layers, recipe=artifact.recipe_content(precision, formats))
+    unchanged()
+    return staging.commit(lambda records: dataclasses.replace(draft, files=dict(records)))
+
+
+def _draft(root: nn.Module, contents: Contents, precision: str) -> Manifest:
+    """The manifest of a model without its files."""
+    modules, spec = contents.weights.modules, contents.weights.spec
+    return Manifest(
         layout=_C.pack_version,
         model_class=f"{type(root).__module__}:{type(root).__name__}",
         arguments=arguments_of(root),
         encoder=contents.encoder_path,
         precision=precision,
-        layers=layers,
+        layers=None,
         spec=asdict(spec),
-        linear_dtype=_name(linear),
-        word_dtype=_name(contents.weights.modules[-1, "word"].weight.dtype),
+        linear_dtype=_name(modules[0, "query"].weight.dtype if spec.num_layers else torch.float32),
+        word_dtype=_name(modules[-1, "word"].weight.dtype),
         packed_words=contents.packed_words,
         aliases=contents.aliases,
         files={},
-        recipe=artifact.recipe_content(precision, formats),
     )
-    return staging.commit(lambda records: dataclasses.replace(draft, files=dict(records)))
 
 
 def save(root: nn.Module, plan: Plan, engine: NativeEngine, folder: Path, tokenizer: Any) -> None:
@@ -277,7 +284,9 @@ def save(root: nn.Module, plan: Plan, engine: NativeEngine, folder: Path, tokeni
 
     staging = Staging(folder)
     try:
-        tokenizer_files.write(staging, getattr(root.config, "_name_or_path", ""), tokenizer)
+        source, commit = (getattr(root.config, name, None) for name in ("_name_or_path", "_commit_hash"))
+        embeds = bool(arguments_of(root))
+        tokenizer_files.write(staging, source or "", tokenizer, revision=commit, embeds=embeds)
         write(
             staging,
             root,
@@ -409,7 +418,7 @@ def _build(reader: Reader, stored: int) -> tuple[nn.Module, Contents]:
     manifest, where = reader.manifest, reader.folder
     path = where / artifact.CONFIG
     config = strict_json(reader.content(artifact.CONFIG), path)
-    _refuse_huge(config, sum(record.bytes for record in manifest.files.values()), stored, path)
+    artifact.refuse_huge(config, sum(record.bytes for record in manifest.files.values()), stored, path)
     named = _CLASS_NAME.fullmatch(manifest.model_class)
     try:
         cls = getattr(importlib.import_module(named[1]), named[2]) if named else None
@@ -426,17 +435,6 @@ def _build(reader: Reader, stored: int) -> tuple[nn.Module, Contents]:
         return model, contents_of(model, manifest.precision)
     except Exception as error:  # whatever transformers raises for a config that is none
         raise ArtifactError(f"{where}: {cls.__name__} cannot be built from {artifact.CONFIG}: {error}") from error
-
-
-def _refuse_huge(config: Any, largest: int, layers: int, path: Path) -> None:
-    """Refuses sizes for which the artifact cannot hold tensors, before memory and time are spent on them."""
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, dict):
-            _refuse_huge(value, largest, layers, path)
-        elif (
-            _SIZE.search(name) and isinstance(value, (int, float)) and value > (layers if "layers" in name else largest)
-        ):
-            raise ArtifactError(f"{path}: {name} is {value}, more than the artifact has data for")
 
 
 def _assign(model: nn.Module, contents: Contents, reader: Reader, mapped: Mapped, shapes: Shapes) -> None:

@@ -39,6 +39,7 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
+_SAMPLE = 4096  # bytes
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -89,13 +90,35 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path), path.open("rb") as file:
-            self.bytes = os.fstat(file.fileno()).st_size
+            self._state = _state(os.fstat(file.fileno()))
+            self.bytes = self._state[2]
             length = int.from_bytes(file.read(8), "little")
             if self.bytes < 8 or not 0 < length <= min(self.bytes - 8, _LONGEST_HEADER):
                 raise DataFileError(f"{path}: not a safetensors file: its header does not fit into {self.bytes} bytes")
             raw = file.read(length)
         self._start = 8 + length
+        self._header = hashlib.sha256(raw).digest()
         self.entries = _parse(raw, self.bytes - self._start, path)
+
+    @property
+    def mtime_ns(self) -> int:
+        """When the file was changed last."""
+        return self._state[3]
+
+    def sample(self) -> str:
+        """Hash of the header and of the first, middle and last bytes of every tensor."""
+        digest = hashlib.blake2b(self._header, digest_size=16)
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            self._require_same(os.fstat(file.fileno()))
+            for entry in self.entries.values():
+                for at in (entry.begin, (entry.begin + entry.end) // 2, max(entry.begin, entry.end - _SAMPLE)):
+                    file.seek(self._start + at)
+                    digest.update(file.read(min(_SAMPLE, entry.end - at)))
+        return digest.hexdigest()
+
+    def _require_same(self, found: os.stat_result) -> None:
+        if _state(found) != self._state:
+            raise DataFileError(f"{self.path}: was replaced or changed while it was read; start again")
 
     def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
         """A copy of a tensor, or of ``rows`` of its rows."""
@@ -109,6 +132,7 @@ class TensorFile:
         # Not from the heap, which keeps what is freed in pieces: memory would grow from layer to layer.
         memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
+            self._require_same(os.fstat(file.fileno()))
             file.seek(self._start + entry.begin + (size // max(shape[0], 1) * first if rows is not None else 0))
             view, done = memory.data, 0
             while done < size:
@@ -121,6 +145,8 @@ class TensorFile:
     def map(self, record: FileRecord | None = None, *, copy_on_write: bool = False) -> Mapped:
         """Maps the file; see :class:`Mapped`. With a ``record`` the bytes must have its checksum."""
         mapped = Mapped(self, _memory(self.path, self.bytes, copy_on_write), self._start)
+        with reading(self.path):  # else the header may be one file's and the bytes another's
+            self._require_same(self.path.stat())
         if record is not None and checksum(mapped.memory) != record.checksum:
             raise DataFileError(f"{self.path}: damaged: its checksum is not the one in the manifest")
         return mapped
@@ -209,6 +235,11 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     plain = tensor.detach().contiguous()
     array: np.ndarray = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
     return array
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What tells a file from one that took its place, and from itself after a change."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _memory(path: Path, size: int, copy_on_write: bool = False) -> np.ndarray:

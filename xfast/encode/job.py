@@ -9,7 +9,7 @@ from typing import Protocol
 
 from xfast import demo
 from xfast.encode import ray_engine, source, store
-from xfast.encode.model import head_of
+from xfast.encode.model import State, head_of, state_of, unchanged
 from xfast.encode.rows import Shard, refuse_taken
 from xfast.encode.settings import Execution, Settings, require
 from xfast.encode.store import Plan
@@ -59,6 +59,7 @@ def encode(given: str, output: Path, settings: Settings, execution: Execution, w
     """
     if execution.engine == "ray":
         require("ray.data", "ray")
+    state = state_of(settings)  # before its files are hashed: what changes after that is found
     head, identity = head_of(settings)
     files = source.find(given, output)
     record = {**settings.as_dict(), "model_identity": identity, "input": store.identity_of(files)}
@@ -73,18 +74,20 @@ def encode(given: str, output: Path, settings: Settings, execution: Execution, w
         missing = [shard for shard in plan.shards if shard.number not in there]
         watcher.begin(sum(shard.rows for shard in plan.shards), sum(plan.shards[n].rows for n in there))
         task = Task(settings, execution, head, str(output.resolve()), plan.fingerprint, plan.schema)
-        fallbacks = _run(task, missing, watcher.advance) if missing else {}
+        fallbacks = _run(task, state, missing, watcher.advance) if missing else {}
         source.unchanged(files)
+        unchanged(settings, state)
         there = store.done(output, plan)
         totals = store.complete(output, plan, [there[number] for number in sorted(there)])
     return Summary(str(output), totals, len(missing), plan.left_out, fallbacks)
 
 
-def _run(task: Task, shards: Sequence[Shard], progress: Progress) -> dict[str, int]:
+def _run(task: Task, state: State, shards: Sequence[Shard], progress: Progress) -> dict[str, int]:
     if task.execution.engine == "ray":
         ray_engine.run(task, shards, progress)
         return {}
     with demo.num_threads(task.execution.threads):
         worker = Worker(task)
+        unchanged(task.settings, state)
         worker.run(shards, progress)
         return worker.encoder.fallbacks()

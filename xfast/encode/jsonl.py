@@ -18,6 +18,7 @@ from xfast.encode.rows import (
     require_columns,
     text_columns,
     unify,
+    with_largest,
     wrong,
 )
 from xfast.encode.settings import Settings
@@ -64,7 +65,7 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
             raise DataFileError(
                 f"{path}:{line}: column {name!r} has {value} here and fractions elsewhere; no float holds both"
             )
-    return shards, schema
+    return shards, with_largest(schema, {name: value for name, (value, _) in large.items()})
 
 
 def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:

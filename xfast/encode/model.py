@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import xfast
 from xfast import artifact, tokenizer_files
@@ -36,8 +38,9 @@ class Head:
         kind: "vector", "tokens", "classes", "relevance" or "tags".
         columns: that the output gets.
         labels: names, in the order of the model's outputs.
-        pooling, normalize, max_length: of vectors: as the job has it, or the model says.
+        pooling, normalize, max_length, lower: of vectors: as the job has it, or the model says.
         revision, tokenizer_revision: commits on the Hub; None: a folder.
+        files: what identifies the files of the model and the tokenizer.
     """
 
     kind: str
@@ -46,8 +49,10 @@ class Head:
     pooling: str = "mean"
     normalize: bool = False
     max_length: int | None = None
+    lower: bool = False
     revision: str | None = None
     tokenizer_revision: str | None = None
+    files: str = ""
 
 
 def head_of(settings: Settings) -> tuple[Head, str]:
@@ -76,22 +81,21 @@ def head_of(settings: Settings) -> tuple[Head, str]:
             f"model: {settings.model}: no such folder, and no model that the Hub or its cache has; expected a folder "
             f"with a config.json, a packed artifact or a Hub id (transformers says: {error})"
         ) from None
-    identity, tokens = _identity(settings.model, revision), revision
-    if settings.tokenizer is not None:
-        tokens = _tokenizer_revision(settings.tokenizer)
-        identity += " " + _identity(settings.tokenizer, tokens)
+    tokens = revision if settings.tokenizer is None else _tokenizer_revision(settings.tokenizer)
+    identity = files = _files_identity(settings, revision, tokens)
     if manifest is None:
         name = (getattr(config, "architectures", None) or ["no architecture"])[0]
     else:
         name = _packed_class(manifest, settings)
     head = _head(name, config, settings)
     if head.kind == "vector":
-        own = sentences_of(settings.model, revision)
+        own = sentences_of(settings.model, revision, assume=settings.pooling != "auto")
         chosen = own.pooling if settings.pooling == "auto" else settings.pooling
-        head = replace(head, pooling=chosen, normalize=settings.normalize or own.normalize, max_length=own.max_length)
+        unit = settings.normalize or own.normalize
+        head = replace(head, pooling=chosen, normalize=unit, max_length=own.max_length, lower=own.lower)
         if own != Sentences():
-            identity += f" {own.pooling} {own.normalize} {own.max_length}"
-    return replace(head, revision=revision, tokenizer_revision=tokens), identity
+            identity += f" {own.pooling} {own.normalize} {own.max_length}" + " lower" * own.lower
+    return replace(head, revision=revision, tokenizer_revision=tokens, files=files), identity
 
 
 class Encoder:
@@ -129,6 +133,7 @@ class Encoder:
                 vocab_size=spec.vocab_size,
                 pairs=len(text_columns(settings)) == 2,
                 spans=head.kind == "tags",
+                lower=head.lower,
             )
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -295,43 +300,90 @@ class Sentences:
     pooling: str = "mean"
     normalize: bool = False
     max_length: int | None = None
+    lower: bool = False
 
 
-def sentences_of(name: str, revision: str | None) -> Sentences:
+def sentences_of(name: str, revision: str | None, *, assume: bool = False) -> Sentences:
     """What the files of a sentence-transformers model say.
+
+    Args:
+        name, revision: of the model.
+        assume: where it cannot be told whether it is one, it is none.
 
     Raises:
         UnsupportedModelError: it has parts that are not computed here.
-        DataFileError: its files are not what sentence-transformers writes.
+        DataFileError: its files are not what sentence-transformers writes, or are neither in the cache nor in reach.
     """
-
-    def read(file: str) -> Any:
-        folder = Path(name)
-        if folder.is_dir():
-            path = next((p for p in (folder / file, folder / tokenizer_files.flat(file)) if p.is_file()), None)
-        else:
-            path = _hub_file(name, file, revision)
-        return None if path is None or not path.is_file() else json.loads(path.read_bytes())
-
     try:
-        modules = read("modules.json")
+        try:
+            modules = _read(name, revision, tokenizer_files.MODULES)
+        except _OutOfReachError as error:
+            if not assume:
+                raise _OutOfReachError(f"{error}, or pass --pooling") from None
+            return Sentences()
         if modules is None:
             return Sentences()
-        kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
-        config = read(f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else {"pooling_mode": "mean"}
-        longest = (read("sentence_bert_config.json") or {}).get("max_seq_length")
+        kinds = {module["type"].rpartition(".")[2] for module in modules}
+        pooling = tokenizer_files.pooling_config(modules)
+        config = {"pooling_mode": "mean"} if pooling is None else _read(name, revision, pooling)
+        text = _read(name, revision, *tokenizer_files.LENGTHS) or {}
+        longest, lower = text.get("max_seq_length"), text.get("do_lower_case") is True
         modes = {mode for mode in _MODES if config.get("pooling_mode") == mode or config.get(_MODES[mode]) is True}
         others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    except XfastError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataFileError(f"model: {name}: modules.json or its pooling: {type(error).__name__}: {error}") from None
-    if other := ", ".join(sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})):
+    if other := ", ".join(sorted(kinds - {"Transformer", "Pooling", "Normalize"})):
         raise UnsupportedModelError(f"model: {name} has a module {other}; accepted: Transformer, Pooling, Normalize")
     if len(modes) != 1 or set(others) - set(_MODES.values()):
         raise UnsupportedModelError(f"model: {name} pools by {config}; accepted: cls or mean alone")
-    return Sentences(modes.pop(), "Normalize" in kinds, longest if isinstance(longest, int) else None)
+    return Sentences(modes.pop(), "Normalize" in kinds, longest if isinstance(longest, int) else None, lower)
+
+
+class _OutOfReachError(DataFileError):
+    """A file may be on the Hub, which cannot be asked."""
+
+
+def _read(name: str, revision: str | None, *files: str) -> Any:
+    """The content of the first of these files that a model has; None: it has none of them."""
+    unknown = ""
+    for file in files:
+        path = _hub_file(name, file, revision) if revision is not None else tokenizer_files.find(name, file)
+        if path is not None:
+            return json.loads(path.read_bytes())
+        if revision is not None and not unknown and not _absent(name, file, revision):
+            unknown = file
+    if unknown:
+        raise _OutOfReachError(
+            f"model: {name}: {unknown} is not in the Hub's cache, and the Hub cannot be asked whether there is one; "
+            f"connect once (hf download {name})"
+        )
+    return None
+
+
+def _absent(name: str, file: str, revision: str) -> bool:
+    """Whether the Hub says, or said once, that there is no such file."""
+    if any(tokenizer_files.known_absent(folder, file) for folder in tokenizer_files.snapshots(name, revision)):
+        return True
+    try:
+        hf_hub_download(name, file, revision=revision)
+    except LocalEntryNotFoundError:
+        return False
+    except EntryNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 _MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+
+
+def _files_identity(settings: Settings, revision: str | None, tokenizer_revision: str | None) -> str:
+    """Of the model's files, and the tokenizer's where they are others."""
+    own = _identity(settings.model, revision)
+    return own if settings.tokenizer is None else f"{own} {_identity(settings.tokenizer, tokenizer_revision)}"
 
 
 def _identity(name: str, revision: str | None) -> str:
@@ -342,7 +394,7 @@ def _identity(name: str, revision: str | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         packed = artifact.is_artifact(folder)
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _PARTS):
+        for path in _parts(folder):
             if packed and path.suffix == ".safetensors":  # the manifest has their hashes
                 continue
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
@@ -352,3 +404,51 @@ def _identity(name: str, revision: str | None) -> str:
     except OSError as error:
         raise DataFileError(f"model: {name}: {error}") from error
     return digest.hexdigest()
+
+
+State = dict[str, tuple[int, ...]]
+
+
+def state_of(settings: Settings) -> State:
+    """Which files the model and the tokenizer are at this moment, without reading them; a Hub's commit stays as it is.
+
+    Raises:
+        DataFileError: they cannot be looked at.
+    """
+    folders = [folder for name in (settings.model, settings.tokenizer) if name and (folder := Path(name)).is_dir()]
+    try:
+        found = {str(path): path.stat() for folder in folders for path in _parts(folder)}
+    except OSError as error:
+        raise DataFileError(f"model: {settings.model}: {error}") from error
+    return {name: (one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in found.items()}
+
+
+def unchanged(settings: Settings, before: State) -> None:
+    """Looks whether the files are still those of ``before``.
+
+    Raises:
+        DataFileError: one was changed or replaced, is new or gone.
+    """
+    now = state_of(settings)
+    if other := sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path)):
+        raise DataFileError(
+            f"model: {other[0]} changed while the job ran: its rows may be of another model than its manifest says; "
+            "start again in an empty folder"
+        )
+
+
+def same_files(settings: Settings, head: Head) -> None:
+    """Looks whether another process reads the files that ``head`` was made from.
+
+    Raises:
+        DataFileError: it does not.
+    """
+    if _files_identity(settings, head.revision, head.tokenizer_revision) != head.files:
+        raise DataFileError(
+            f"model: {settings.model}: the files are not those that the job began with; start again in an empty folder"
+        )
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The files of a checkpoint or a tokenizer that decide what it gives."""
+    return sorted(path for path in folder.iterdir() if path.suffix in _PARTS)

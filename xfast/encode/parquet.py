@@ -9,7 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xfast.encode.rows import Rows, Shard, conform, kept_columns, refuse_or_skip, require_columns, text_columns, wrong
+from xfast.encode.rows import (
+    Rows,
+    Shard,
+    conform,
+    kept_columns,
+    refuse_or_skip,
+    require_columns,
+    text_columns,
+    with_largest,
+    wrong,
+)
 from xfast.encode.settings import Settings
 from xfast.errors import DataFileError
 
@@ -26,7 +36,7 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         DataFileError: not a whole Parquet file, no such column, or a text column of another type.
     """
     with _opened(path) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
+        schema, rows, largest = file.schema_arrow, file.metadata.num_rows, _largest(file.metadata)
     require_columns(path, schema.names, settings)
     if len(set(schema.names)) != len(schema.names):
         raise DataFileError(f"{path}: two columns have the same name: {', '.join(schema.names)}")
@@ -39,7 +49,46 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         for number, first in enumerate(starts)
     ]
     kept = [schema.field(name) for name in kept_columns(schema.names, settings)]
-    return shards, pa.schema([field.with_type(_VIEWS.get(field.type, field.type)) for field in kept])
+    fields = [field.with_type(_without_views(field.type, f"{path}: column {field.name!r}")) for field in kept]
+    whole = {field.name for field in fields if pa.types.is_integer(field.type)}
+    return shards, with_largest(pa.schema(fields), {name: largest[name] for name in whole & largest.keys()})
+
+
+def _without_views(kind: pa.DataType, where: str) -> pa.DataType:
+    """The type with plain strings and bytes in the place of views, inside others too."""
+    if kind in _VIEWS:
+        return _VIEWS[kind]
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _without_views(kind.value_type, where), kind.ordered)
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    fields = [field.with_type(_without_views(field.type, where)) for field in inner]
+    if fields == inner:
+        return kind
+    if pa.types.is_struct(kind):
+        return pa.struct(fields)
+    if pa.types.is_map(kind):
+        return pa.map_(*(fields[0].type.field(i) for i in range(2)), keys_sorted=kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(fields[0], kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(fields[0])
+    if pa.types.is_list(kind):
+        return pa.list_(fields[0])
+    raise DataFileError(f"{where} is {kind}, of which pyarrow cannot choose rows; name the columns to copy with --keep")
+
+
+def _largest(metadata: Any) -> dict[str, int]:
+    """By column, the whole number that is farthest from 0, where the file says that."""
+    found: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
+            whole = column.physical_type in ("INT32", "INT64")  # the others' ends need not be readable
+            if whole and column.statistics is not None and column.statistics.has_min_max:
+                ends = (column.statistics.min, column.statistics.max)
+                if all(type(end) is int for end in ends):
+                    name = column.path_in_schema
+                    found[name] = max(found.get(name, 0), *ends, key=abs)
+    return found
 
 
 def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:

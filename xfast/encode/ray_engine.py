@@ -21,6 +21,7 @@ import torch
 import xfast
 from xfast import errors
 from xfast.encode import store
+from xfast.encode.model import same_files, state_of, unchanged
 from xfast.encode.rows import Shard
 from xfast.encode.worker import Progress, Task, Worker
 from xfast.errors import BackendUnavailableError, XfastError
@@ -64,9 +65,18 @@ class ShardActor:
                 if before >= DEATHS:
                     raise BackendUnavailableError(f"engine: ray: {before} workers died on shard {shard.number}")
                 if self.worker is None:
-                    self.worker = Worker(self.task)
+                    self.worker = self._loaded()
                 self.worker.run([shard], lambda rows, tokens: None)
         return store.read_facts(path)
+
+    def _loaded(self) -> Worker:
+        """The model that the job began with: on another machine, or after a restart, there may be another one."""
+        settings, head = self.task.settings, self.task.head
+        state = state_of(settings)
+        same_files(settings, head)
+        worker = Worker(self.task)
+        unchanged(settings, state)
+        return worker
 
 
 def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:

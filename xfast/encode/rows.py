@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,18 +125,33 @@ def refuse_or_skip(skipped: list[tuple[str, str]], where: str, reason: str, sett
     skipped.append((where, reason))
 
 
+_LARGEST = b"xfast.largest"  # in the metadata of a field of whole numbers
+_HELD = 2**53  # up to here a double, which Arrow takes for whole numbers and fractions, holds every whole number
+
+
+def with_largest(schema: pa.Schema, largest: Mapping[str, int]) -> pa.Schema:
+    """A file's schema for :func:`unify` that says how far from 0 its whole numbers lie, by column."""
+    return pa.schema(
+        [f.with_metadata({_LARGEST: str(largest[f.name])}) if f.name in largest else f for f in schema],
+    )
+
+
 def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
     """One schema for the copied columns of all (file, schema), without metadata; int becomes float where one is float.
 
     Raises:
-        DataFileError: a column has types that do not go together.
+        DataFileError: a column has types that do not go together, or numbers that the common type would round.
     """
     result, path = pa.schema([]), ""
     try:
         for path, schema in schemas:  # noqa: B007  # the message names where it stopped
-            result = pa.unify_schemas([result, schema.remove_metadata()], promote_options="permissive")
+            plain = pa.schema([field.remove_metadata() for field in schema])
+            result = pa.unify_schemas([result, plain], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataFileError(f"{path}: {error}; what comes before has another type there") from None
+    for path, schema in schemas:
+        for column in schema:
+            _refuse_rounding(path, column, result.field(column.name).type)
     unsigned = {field.name for _, schema in schemas for field in schema if field.type == pa.uint64()}
     result = pa.schema(  # Arrow takes int64 for both, which the larger half of uint64 does not fit
         [f.with_type(pa.uint64()) if f.name in unsigned and f.type == pa.int64() else f for f in result]
@@ -148,6 +163,30 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
                 "with --keep"
             )
     return pa.schema([column.with_nullable(True) for column in result])  # another file may lack it
+
+
+def _refuse_rounding(path: str, column: pa.Field, common: pa.DataType) -> None:
+    """Checks that a column's values fit the type that it has over all files, as far as that is known already."""
+    if _rounds(column.type, common):
+        raise DataFileError(
+            f"{path}: column {column.name!r} is {column.type} here, and {common} over all files would round it; give "
+            "it one type, or name the columns to copy with --keep"
+        )
+    largest = int((column.metadata or {}).get(_LARGEST, 0))
+    if pa.types.is_floating(common) and abs(largest) > _HELD:
+        raise DataFileError(
+            f"{path}: column {column.name!r} has {largest} here and fractions elsewhere; no {common} holds both"
+        )
+
+
+def _rounds(kind: pa.DataType, common: pa.DataType) -> bool:
+    """Whether decimals become floats, inside lists and structs too."""
+    if pa.types.is_decimal(kind):
+        return bool(pa.types.is_floating(common))
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    if pa.types.is_struct(kind):
+        return any(_rounds(one.type, common.field(one.name).type) for one in inner)
+    return any(_rounds(one.type, common.field(i).type) for i, one in enumerate(inner[: common.num_fields]))
 
 
 def _is_empty(kind: pa.DataType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ def require(module: str, extra: str) -> None:
         importlib.import_module(module)
     except ImportError:
         raise BackendUnavailableError(f"encode: needs {module}; pip install 'xfast[{extra}]'") from None
+
+
+def require_unicode(option: str, path: Path) -> None:
+    """Manifests and Parquet's library take names that are text.
+
+    Raises:
+        InvalidOptionError: a part of the path is none.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InvalidOptionError(f"{option}: {os.fsencode(path)!r} is not UTF-8; rename it") from None
 
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:

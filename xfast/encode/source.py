@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from xfast.encode import jsonl, parquet
 from xfast.encode.rows import InputFile, Rows, Shard, unify
-from xfast.encode.settings import Settings
+from xfast.encode.settings import Settings, require_unicode
 from xfast.errors import DataFileError, InvalidOptionError
 
 KINDS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -24,9 +24,11 @@ _READERS = {"parquet": parquet, "jsonl": jsonl}
 def find(source: str, output: Path) -> list[InputFile]:
     """The input files, sorted by path: of a file, a folder (with those in it; hidden ones left out) or a glob.
 
+    A file that is reached over several paths is there once, under the first.
+
     Raises:
         DataFileError: there is none.
-        InvalidOptionError: a file of another format was named, or the output lies among the input.
+        InvalidOptionError: a file of another format was named, the output lies among the input, or a name is not UTF-8.
     """
     given = Path(source)
     if given.is_dir():
@@ -41,7 +43,8 @@ def find(source: str, output: Path) -> list[InputFile]:
         paths = [path for path in matches if not path.resolve().is_relative_to(output.resolve())]
     if not paths:
         raise DataFileError(f"input: {source}: no file ({', '.join(KINDS)}) there")
-    return [_identified(path, output) for path in sorted(paths)]
+    once = {path.resolve(): path for path in sorted(paths, reverse=True)}  # links and patterns reach one file often
+    return [_identified(path, output) for path in sorted(once.values())]
 
 
 def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], pa.Schema, list[tuple[str, str]]]:
@@ -114,6 +117,7 @@ def _identified(path: Path, output: Path) -> InputFile:
     if path.suffix not in KINDS:
         raise InvalidOptionError(f"input: {path} is not accepted; accepted: {', '.join(KINDS)}")
     resolved = path.resolve()
+    require_unicode("input", resolved)
     if resolved.is_relative_to(output.resolve()):
         raise InvalidOptionError(f"input: {path} lies inside the output {output}")
     try:

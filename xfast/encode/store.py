@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xfast.encode.rows import InputFile, Shard
+from xfast.encode.settings import require_unicode
 from xfast.errors import DataFileError, InvalidOptionError
 
 MANIFEST = "_manifest.json"  # readers of a folder of Parquet pass over names that begin so
@@ -77,8 +78,9 @@ def opened(folder: Path) -> Iterator[None]:
 
     Raises:
         DataFileError: it cannot be written.
-        InvalidOptionError: a job is running in it.
+        InvalidOptionError: a job is running in it, or its name is not UTF-8.
     """
+    require_unicode("output", folder.resolve())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK).open("w", encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tokenizers import normalizers
 
 from xfast.errors import DataFileError, InvalidOptionError, TokenIdError, UnsupportedModelError
 
@@ -76,12 +77,13 @@ class Tokenizer:
 
     Args:
         name: folder or Hub id.
-        revision: of a Hub id.
         max_length: that was asked for, or None.
         capacity: tokens that the model takes.
         vocab_size: rows of the model's embedding table.
         pairs: whether inputs are pairs.
         spans: whether to keep where the tokens lie.
+        revision: of a Hub id.
+        lower: whether texts are put into lower case before anything else.
 
     Raises:
         DataFileError: no tokenizer there.
@@ -99,6 +101,7 @@ class Tokenizer:
         pairs: bool,
         spans: bool,
         revision: str | None = None,
+        lower: bool = False,
     ) -> None:
         self.name, self.vocab_size, self.spans = name, vocab_size, spans
         loaded = _load(name, revision)
@@ -108,6 +111,9 @@ class Tokenizer:
             raise InvalidOptionError(f"max-length: {limit} is not accepted; accepted: {least} to {capacity}")
         self._with_types = "token_type_ids" in loaded.model_input_names
         self._backend = loaded.backend_tokenizer
+        if lower:
+            own = self._backend.normalizer
+            self._backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if own is None else [own])])
         self._backend.no_padding()
         self._backend.enable_truncation(limit, strategy="longest_first", direction=loaded.truncation_side)
 
