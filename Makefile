@@ -14,7 +14,7 @@ SANITIZE_PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-f
 # The tests that run on a GPU where there is one (benchmarks/gpu_battery.py has the same).
 GPU_TESTS = $(addprefix tests/test_,played_cuda.py packing_triton.py triton_backend.py triton_precisions.py \
             artifact_triton.py attention_interface.py attention_triton.py rows_triton.py gemm_triton.py \
-            gemm_weight_only_triton.py gpu_battery.py)
+            gemm_weight_only_triton.py gpu_battery.py tensorrt_backend.py)
 
 .PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu sanitize
 

@@ -22,6 +22,7 @@ LAYER_OF = {
     "errors": "contracts",
     "threads": "contracts",
     "tensor_files": "contracts",
+    "locks": "contracts",
     "architecture": "contracts",
     "packing": "contracts",
     "recipe": "contracts",

@@ -172,6 +172,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
         InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders.
         UnsupportedModelError: loading could not build it again (its own class, replaced modules).
         ArtifactWriteError: disk full, read-only, or the folder holds something else.
+        DataFileError: a Hub model's tokenizer differs between the revisions in the cache, and none was given.
     """
     root = _module_of(model)
     patches = [patch for patch in _patches(root) if isinstance(patch, EncoderPatch)]

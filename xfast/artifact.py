@@ -6,7 +6,6 @@ docs/artifacts.md describes the format and what it promises. Nothing here knows 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from xfast import _C
+from xfast import _C, locks
 from xfast.architecture import EncoderSpec
 from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
 from xfast.recipe import GROUP_SIZES, LINEARS, PRECISIONS, QUANTISED, StoredFormat
@@ -319,11 +318,11 @@ class Staging:
         with writing(folder):
             self._staging.mkdir(parents=True, exist_ok=True)
             self._lock = (self._staging / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ArtifactWriteError(f"{folder}: another process is writing an artifact there") from None
+        with contextlib.ExitStack() as refused, writing(folder):
+            refused.callback(self._lock.close)
+            if not locks.lock(self._lock):
+                raise ArtifactWriteError(f"{folder}: another process is writing an artifact there")
+            refused.pop_all()
         if identity is not None:
             self._resume()
         with writing(folder):

@@ -49,3 +49,8 @@ class ModelFreedError(XfastError, RuntimeError):
 
 class BackendUnavailableError(XfastError, RuntimeError):
     """A backend that was asked for by name cannot run this model here; the message says why."""
+
+
+def in_short(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters: drivers and libraries write pages."""
+    return " ".join(str(error).split())[:200]

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from xfast.errors import in_short
+
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Token counts, in steps of at most 1.5 from 64 on: the rows that a bucket adds to a batch cost products."""
 
@@ -159,7 +161,7 @@ class Graphs:
                 buffers, function = prepare()
                 replay, output = capture(function)
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
-            self.refused[key] = " ".join(str(error).split())[:200]
+            self.refused[key] = in_short(error)
             return None
         self._graphs[key] = graph = _Graph(buffers, function, replay, output, self._calls)
         return graph

@@ -26,7 +26,7 @@ from xfast.backends.base import CannotRunError, EngineRefusedError
 from xfast.backends.parameters import ParameterReader
 from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.backends.tensorrt_inputs import Sequences
-from xfast.errors import BackendUnavailableError, XfastError
+from xfast.errors import BackendUnavailableError, XfastError, in_short
 from xfast.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class TensorRTEngine:
             with torch.no_grad():
                 return self._run(runner, Sequences.of(packed), rows), None
         except (XfastError, torch.OutOfMemoryError) as error:  # the original may need less
-            raise CannotRunError(f"TensorRT: {' '.join(str(error).split())[:200]}") from error
+            raise CannotRunError(f"TensorRT: {in_short(error)}") from error
 
     def _run(self, runner: Runner, sequences: Sequences, rows: torch.Tensor | None) -> torch.Tensor:
         """In one go, or where that is more than any profile takes in parts of whole sequences."""
@@ -173,7 +173,7 @@ class TensorRTEngine:
                 try:
                     self._runners[layers] = self._made(layers)
                 except torch.OutOfMemoryError as error:  # passes, so it is tried again
-                    raise CannotRunError(f"TensorRT: {' '.join(str(error).split())[:200]}") from error
+                    raise CannotRunError(f"TensorRT: {in_short(error)}") from error
                 except Exception as error:  # remembered: a failed build is not repeated at every call
                     kind = "" if isinstance(error, XfastError) else f"{type(error).__name__}: "
                     self._refused[layers] = f"TensorRT: {kind}{error}"
@@ -183,7 +183,7 @@ class TensorRTEngine:
     def _made(self, layers: int) -> Runner:
         """From the cache or built, and checked in either case: a file cannot prove that it computes the right thing."""
         runtime = runtimes.find()
-        store = stores.Store() if self._store is None else self._store
+        store = self._store or stores.Store()
         keys = self._keys(runtime, layers)
         for key in keys:
             runner = self._from_store(runtime, store, key)
@@ -240,7 +240,7 @@ class TensorRTEngine:
             EngineRejectedError: it differs by more than its precision explains.
         """
         runtime = runtimes.find()
-        store = stores.Store() if self._store is None else self._store
+        store = self._store or stores.Store()
         blob = next(filter(None, map(store.load, self._keys(runtime, layers))), None)
         if blob is None:
             raise BackendUnavailableError(f"{store.folder} has no engine of this model for this GPU: {store.notes}")

@@ -8,7 +8,6 @@ and writing one twice (a worker that was taken for dead) puts the same rows in t
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xfast import locks
 from xfast.encode.rows import InputFile, Shard
 from xfast.encode.settings import require_unicode
 from xfast.errors import DataFileError, InvalidOptionError
@@ -88,9 +88,11 @@ def opened(folder: Path) -> Iterator[None]:
         raise DataFileError(f"output: cannot write {folder}: {error}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidOptionError(f"output: another job is writing {folder}") from None
+            alone = locks.lock(lock)
+        except OSError as error:
+            raise DataFileError(f"output: cannot lock {folder}: {error}") from error
+        if not alone:
+            raise InvalidOptionError(f"output: another job is writing {folder}")
         _remove_partial(folder)
         try:
             yield

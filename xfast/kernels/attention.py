@@ -57,6 +57,12 @@ def keep(seed, row, head, columns, dropout):
 
 
 @triton.jit
+def kept_share(dropout):
+    """What survivors of dropout are divided by. Where none survive it is no zero: 0 / 0 would be NaN."""
+    return tl.maximum(1.0 - dropout, 1e-30)
+
+
+@triton.jit
 def products(a, a_rest, b, b_rest, COLUMNS: tl.constexpr, D_REST: tl.constexpr, ACC: tl.constexpr):
     """a b^T over all of head_dim: [rows of a, rows of b]."""
     out = dot(a, tl.trans(b), tl.zeros([a.shape[0], COLUMNS], ACC))
@@ -154,7 +160,7 @@ def forward_kernel(
         # No key at all: the row is zero, as in FlashAttention.
         inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
         if DROPOUT:
-            inverse = inverse / tl.maximum(1.0 - dropout, 1e-30)  # all dropped: 0, not NaN
+            inverse = inverse / kept_share(dropout)
         place = rows[:, None].to(tl.int64) * stride_out + offset
         dtype = out.dtype.element_ty
         tl.store(out + place + columns[None, :], cast(acc * inverse[:, None], dtype), mask=valid[:, None])

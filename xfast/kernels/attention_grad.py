@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from xfast.kernels.attention import attention, keep, products, split_head_dim, work_item
+from xfast.kernels.attention import attention, keep, kept_share, products, split_head_dim, work_item
 from xfast.kernels.launch import accumulator, capability_of, cast, dot, load_rows, next_power_of_2, on
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import attention_backward_tile, attention_tile
@@ -90,8 +90,8 @@ def keys_kernel(
         kept = p
         if DROPOUT:
             mask = keep(seed, rows, head, keys, dropout)
-            kept = tl.where(mask, p / tl.maximum(1.0 - dropout, 1e-30), 0.0)
-            dp = tl.where(mask, dp / tl.maximum(1.0 - dropout, 1e-30), 0.0)
+            kept = tl.where(mask, p / kept_share(dropout), 0.0)
+            dp = tl.where(mask, dp / kept_share(dropout), 0.0)
         ds = cast(p * (dp - d[:, None]), q.dtype.element_ty)
         kept = cast(kept, q.dtype.element_ty)
         dv_main = dot(tl.trans(kept), g_main, dv_main)
@@ -133,7 +133,7 @@ def queries_kernel(
         p = tl.where(inside[None, :], tl.exp2(s - level[:, None]), 0.0)
         dp = products(g_main, g_rest, v_main, v_rest, BLOCK_N, D_REST, ACC)
         if DROPOUT:
-            dp = tl.where(keep(seed, rows, head, keys, dropout), dp / tl.maximum(1.0 - dropout, 1e-30), 0.0)
+            dp = tl.where(keep(seed, rows, head, keys, dropout), dp / kept_share(dropout), 0.0)
         ds = cast(p * (dp - d[:, None]), q.dtype.element_ty)
         dq_main = dot(ds, k_main, dq_main)
         if D_REST > 0:

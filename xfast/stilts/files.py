@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from xfast import locks
 from xfast.errors import InvalidOptionError
 
 LOCK = ".lock"
-
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What file systems without locks say (Lustre, some NFS): better trained there unguarded than not at all."""
 
 
 def find(folder: Path, relative: str) -> Path | None:
@@ -60,19 +56,12 @@ class Lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as opened:
                 file = opened.enter_context(path.open("a", encoding="utf-8"))
-                self._lock(file)
+                if not locks.lock(file):
+                    raise InvalidOptionError(
+                        f"{self.argument}: another process is at work in {self.folder}; wait for it, or choose another "
+                        "folder"
+                    )
                 opened.pop_all()
         except OSError as error:
             raise InvalidOptionError(f"{self.argument}: cannot write {path}: {error.strerror or error}") from None
         self._file = file
-
-    def _lock(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidOptionError(
-                f"{self.argument}: another process is at work in {self.folder}; wait for it, or choose another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise

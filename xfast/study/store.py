@@ -7,7 +7,6 @@ continues must have the same ones, and the same models and token ids. A last lin
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xfast import locks
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.study.factors import Settings
 
@@ -67,11 +67,11 @@ class Store:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidOptionError(f"output: another run writes {self.path}; name another folder") from None
+            alone = locks.lock(self._file)
         except OSError as error:
             raise DataFileError(f"output: cannot lock {self.path}: {error}") from error
+        if not alone:
+            raise InvalidOptionError(f"output: another run writes {self.path}; name another folder")
 
     def _continue(self, machine: Record) -> None:
         records, length = read(self.path)
