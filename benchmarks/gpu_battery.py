@@ -59,7 +59,7 @@ TESTS_FOLDER, OUT_FOLDER = "XFAST_BATTERY_TESTS", "XFAST_BATTERY_OUT"
 app = typer.Typer(add_completion=False)
 
 
-def correctness(tests: Path, folder: Path) -> dict[str, Any]:
+def correctness(tests: Path, folder: Path, seconds: float) -> dict[str, Any]:
     """The GPU tests of the suite: counts, and what failed and why; all that pytest said goes to ``folder``."""
     files, junit = [str(tests / f"test_{name}.py") for name in TESTS], folder / "correctness.xml"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -72,20 +72,21 @@ def correctness(tests: Path, folder: Path) -> dict[str, Any]:
     junit.unlink(missing_ok=True)
     with (folder / "correctness.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen([*command, *files], env=environment, cwd=tests.parent, stdout=log, stderr=log)
-        ended = _wait(process)
+        ended = _wait(process, seconds)
     passed, failed = _outcomes(junit)
+    junit.unlink(missing_ok=True)
     if ended is None:
-        failed["the suite"] = f"not finished within {TEST_SECONDS} s"
+        failed["the suite"] = f"not finished within {seconds:.0f} s"
     elif ended != 0 and not failed:
         failed["the suite"] = f"pytest ended with {ended}"
     output = (folder / "correctness.log").read_text(encoding="utf-8", errors="replace")
     return {"passed": passed, "failed": failed, "output": output[-3000:]}
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code; None after ``TEST_SECONDS``: then pytest is asked to write down what it has, and killed."""
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code; None after ``seconds``: then pytest is asked to write down what it has, and killed."""
     try:
-        return process.wait(TEST_SECONDS)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
     try:
@@ -164,8 +165,9 @@ class Section:
     seconds: float
 
 
-def _correctness(_: Clock) -> list[dict[str, Any]]:
-    return [correctness(Path(os.environ.get(TESTS_FOLDER, "tests")).resolve(), Path(os.environ.get(OUT_FOLDER, ".")))]
+def _correctness(clock: Clock) -> list[dict[str, Any]]:
+    tests, out = (Path(os.environ.get(name, usual)) for name, usual in ((TESTS_FOLDER, "tests"), (OUT_FOLDER, ".")))
+    return [correctness(tests.resolve(), out, min(TEST_SECONDS, clock.left - GRACE))]
 
 
 SECTIONS = {

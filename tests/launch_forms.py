@@ -99,11 +99,14 @@ def _row(text: str) -> str:
 
 
 def main(path: str, capability: int) -> None:
-    """Compiles every form of a file and prints what came of it, a line of JSON each."""
+    """Compiles every form of a file and prints what came of it, a line of JSON each; exits with 1 if one does not."""
     texts = dict.fromkeys(Path(path).read_text(encoding="utf-8").splitlines())
     with ProcessPoolExecutor(initializer=_prepare, initargs=(capability,), mp_context=get_context("spawn")) as pool:
-        for row in pool.map(_row, texts):
-            print(row, flush=True)
+        rows = list(pool.map(_row, texts))
+    print("\n".join(rows), flush=True)
+    failed = [row for row in rows if "error" in json.loads(row)]
+    if failed or not rows:
+        sys.exit("\n".join(failed) or f"{path}: no kernel was launched")
 
 
 if __name__ == "__main__":

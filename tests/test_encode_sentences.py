@@ -151,6 +151,12 @@ def test_saving_takes_the_files_of_the_models_own_revision(base: Path, hub: Path
     model.config._commit_hash = None
     with pytest.raises(DataFileError, match=r"tokenizer_config\.json differs between the 2 revisions.*give tokenizer="):
         xfast.save(model, tmp_path / "unknown")
+    shutil.copytree(tmp_path / "m", tmp_path / "fewer")
+    (tmp_path / "fewer" / "modules.json").unlink()
+    encode.publish(tmp_path / "fewer", hub, "me/fewer", "b" * 40)
+    encode.publish(sentences(base, tmp_path / "more"), hub, "me/fewer", "a" * 40)
+    with pytest.raises(DataFileError, match=r"modules\.json differs between the 2 revisions"):
+        xfast.save(loaded("me/fewer", "a" * 40), tmp_path / "unknown")
     xfast.save(model, tmp_path / "given", tokenizer=transformers.AutoTokenizer.from_pretrained(first))
     assert (tmp_path / "given" / "modules.json").read_bytes() == (first / "modules.json").read_bytes()
 

@@ -42,6 +42,16 @@ def test_views_inside_other_types(base: Path, tmp_path: Path, kind: pa.DataType,
     assert encode.read(tmp_path / "out").column("kept").to_pylist() == [values[0], *values[2:]]
 
 
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32()], ids=str)
+def test_times_that_python_has_not_are_copied(base: Path, tmp_path: Path, kind: pa.DataType) -> None:
+    values = pa.array(
+        [1, 2**31 - 1 if pa.types.is_date(kind) else 2**62], pa.int32() if kind.bit_width == 32 else pa.int64()
+    )
+    encode.parquet(tmp_path / "in.parquet", {"text": ["a", "b"], "kept": values.cast(kind)})
+    encode.run(tmp_path / "in.parquet", tmp_path / "out", base)
+    assert encode.read(tmp_path / "out").column("kept").combine_chunks().equals(values.cast(kind))
+
+
 @pytest.mark.skipif(not hasattr(pa, "list_view"), reason="this release of pyarrow has no list views")
 def test_views_that_pyarrow_cannot_cast_are_refused(base: Path, tmp_path: Path) -> None:
     table = {"text": ["a", "b"], "kept": pa.array([["x"], ["y"]], pa.list_view(VIEW))}

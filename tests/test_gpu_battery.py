@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_a_failure_within_a_section_keeps_its_rows(report: Report, tmp_path: Pat
     assert Report(tmp_path / "r.json", Console(file=io.StringIO())).document == report.document
 
 
+def test_what_the_battery_runs_is_rehearsed() -> None:
+    makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"GPU_TESTS = \$\(addprefix tests/test_,((?:.|\n)*?)\)", makefile)
+    assert listed is not None
+    names = {name.removesuffix(".py") for name in listed[1].replace("\\", " ").split()}
+    assert names == {*gpu_battery.TESTS, "played_cuda", "gpu_battery"}
+
+
 def test_an_engine_that_does_not_run_is_in_the_report(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> torch.Tensor:
         raise RuntimeError("no kernel image")
@@ -140,8 +149,7 @@ def test_correctness_says_what_failed_and_why(sleep: int, tmp_path: Path, monkey
     tests.mkdir(), out.mkdir()
     (tests / "test_rows_triton.py").write_text(A_SUITE.replace("{sleep}", str(sleep)))
     monkeypatch.setattr(gpu_battery, "TESTS", ("rows_triton",))
-    monkeypatch.setattr(gpu_battery, "TEST_SECONDS", 8 if sleep else 60)
-    found = gpu_battery.correctness(tests, out)
+    found = gpu_battery.correctness(tests, out, 8 if sleep else 60)
     assert any("test_it[(3, 4)]" in name and "three" in why for name, why in found["failed"].items())
     assert found["passed"] >= 1  # the one that was interrupted has no outcome
     assert ("the suite" in found["failed"]) == bool(sleep)

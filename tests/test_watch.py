@@ -364,6 +364,9 @@ def test_a_copy_of_a_freed_model_reads_its_own_tables(precision: str) -> None:
         getattr(encoder_of(first).embeddings, name).weight.mul_(3)
     encoder_of(first).embeddings.share_memory()  # the old memory goes
     assert torch.equal(second(**batch).logits, want) and torch.equal(third(**batch).logits, want)
+    fifth = copy.deepcopy(third)
+    encoder_of(fifth).encoder.layer[0].output.dense.bias[::2].add_(1)  # before its first call
+    assert not torch.equal(fifth(**batch).logits, want) and torch.equal(third(**batch).logits, want)
     fourth = copy.deepcopy(third).double()
     with pytest.raises(xfast.WeightsFreedError, match="keep_weights=False"):
         fourth(**batch)

@@ -1,7 +1,11 @@
-"""One process at a time in a folder. The system gives a lock back when its process ends, however it does."""
+"""One process at a time in a folder. The system gives a lock back when its process ends, however it does.
+
+(And the processes that it has forked meanwhile, which share its open files; a lock that is given up is theirs no more.)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 from typing import IO, Any
@@ -24,3 +28,9 @@ def lock(file: IO[Any] | int) -> bool:
         if error.errno not in _WITHOUT_LOCKS:
             raise
     return True
+
+
+def unlock(file: IO[Any] | int) -> None:
+    """Gives a lock up, for forked processes that still have the file open, too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -143,12 +143,14 @@ def _named(modules: bytes | None) -> str:
 
 
 def _the_one(folders: list[Path], name: str, source: str, instead: str = "") -> bytes | None:
-    """The file's bytes, which are the same in all folders that have it; None: none has."""
-    found = set()
+    """The file's bytes, which are the same in all folders that may have it; None: none has."""
+    found: set[bytes | None] = set()
     for folder in folders:
         with reading(folder / name):
             if (path := _in_folder(folder, name)) is not None:
                 found.add(path.read_bytes())
+            elif len(folders) > 1 and known_absent(folder, name):  # else it may only not have been fetched
+                found.add(None)
     if len(found) > 1:
         raise DataFileError(
             f"model: {source}: {name} differs between the {len(folders)} revisions in the Hub's cache, and the model "

@@ -61,9 +61,10 @@ _capturing = threading.Lock()  # torch allows one capture at a time in a process
 def capture_cuda() -> Capture:
     """Captures on a side stream, after a run elsewhere that compiles kernels and loads libraries.
 
-    All graphs captured by the returned function share a memory pool: none may run while another does. Nothing but
+    All graphs captured by the returned function share a memory pool: none may run while another does. Here nothing but
     captures uses the side stream: cuBLAS has a workspace for each stream, and so makes this one's inside the pool,
-    where it lives as long as the graphs. One from outside might be freed under them.
+    where it lives as long as the graphs. (Torch hands out 32 streams in turn: with more in a process, one may have a
+    workspace already, which is then outside the pool.)
     """
     pool = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream()  # one: torch reuses a pool's memory within a stream only

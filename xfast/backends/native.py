@@ -110,7 +110,7 @@ class NativeEngine:
 
     def for_copy(self, weights: EncoderWeights) -> NativeEngine:
         """See :class:`xfast.backends.base.Engine`."""
-        layers = [self.packed_layer(layer) for layer in range(self.spec.num_layers)]
+        layers = [_with_biases(weights, layer, self.packed_layer(layer)) for layer in range(self.spec.num_layers)]
         origin = self._origin
         copied = NativeEngine(
             weights, self.precision, PackedWeights(layers, self.formats, self.packed_words(), origin or "")
@@ -152,6 +152,24 @@ def pack_layer(weights: EncoderWeights, layer: int, precision: str, recipe: Reci
     encoder = _C.Encoder(_shape(weights.spec, 1), precision, requested_isa())
     _Packer(encoder, weights, precision, recipe).pack_linears(layer, 0)
     return {name: encoder.linear(0, name) for name in LINEARS}
+
+
+def _with_biases(
+    weights: EncoderWeights, layer: int, products: dict[str, dict[str, np.ndarray]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """A layer's packed products with the biases that the modules have now, where they still have any."""
+    found = {}
+    for name, arrays in products.items():
+        packed = arrays["bias"].copy()
+        roles = ("query", "key", "value") if name == "qkv" else (name,)
+        for i, role in enumerate(roles):
+            bias = getattr(weights.modules[layer, role], "bias", None)
+            if bias is not None and not bias.is_meta:
+                packed[i * len(bias) : (i + 1) * len(bias)] = bias.detach().to(torch.float32).numpy()
+        if not np.isfinite(packed).all():
+            raise InvalidWeightsError(f"{weights.names[layer, roles[0]]}.bias holds NaN or infinity")
+        found[name] = {**arrays, "bias": packed}
+    return found
 
 
 def _shape(spec: EncoderSpec, layers: int) -> dict[str, float]:

@@ -209,9 +209,15 @@ class Rebinder(Packer):
         return self._made.word if self._weights.modules[-1, "word"].weight.is_meta else super()._words()
 
     def _qkv_bias(self, layer: int) -> torch.Tensor:
-        return self._made.layers[layer].qkv_bias  # joined, so nobody else's
+        there = all(self._has_bias(layer, role) for role in _QKV)
+        return super()._qkv_bias(layer) if there else self._made.layers[layer].qkv_bias
 
     def _bias(self, layer: int, role: str) -> torch.Tensor | None:
-        bias = getattr(self._weights.modules[layer, role], "bias", None)
+        if self._has_bias(layer, role):
+            return super()._bias(layer, role)
         packed: torch.Tensor | None = getattr(self._made.layers[layer], f"{role}_bias")
-        return packed if bias is None or bias.is_meta else super()._bias(layer, role)
+        return packed
+
+    def _has_bias(self, layer: int, role: str) -> bool:
+        bias = getattr(self._weights.modules[layer, role], "bias", None)
+        return bias is not None and not bias.is_meta

@@ -80,14 +80,13 @@ def _without_views(kind: pa.DataType, where: str) -> pa.DataType:
 def _largest(metadata: Any) -> dict[str, int]:
     """By column, the whole number that is farthest from 0, where the file says that."""
     found: dict[str, int] = {}
+    # of these alone: a date's or a time's ends need not be any that Python has
+    whole = {field.name for field in metadata.schema.to_arrow_schema() if pa.types.is_integer(field.type)}
     for group in range(metadata.num_row_groups):
         for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
-            whole = column.physical_type in ("INT32", "INT64")  # the others' ends need not be readable
-            if whole and column.statistics is not None and column.statistics.has_min_max:
-                ends = (column.statistics.min, column.statistics.max)
-                if all(type(end) is int for end in ends):
-                    name = column.path_in_schema
-                    found[name] = max(found.get(name, 0), *ends, key=abs)
+            name = column.path_in_schema
+            if name in whole and column.statistics is not None and column.statistics.has_min_max:
+                found[name] = max(found.get(name, 0), column.statistics.min, column.statistics.max, key=abs)
     return found
 
 

@@ -134,6 +134,15 @@ _REFUSED: set[tuple[int, int, int]] = set()
 """Scaled products (bucket of rows, out, in) that cuBLASLt does not compute on this device."""
 
 
+def cublas_scaled_gemm(
+    x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = True
+) -> torch.Tensor:
+    """As :func:`scaled_gemm`, by cuBLASLt or not at all."""
+    return torch._scaled_mm(
+        x[0], w[0].T, scale_a=x[1], scale_b=w[1].contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=fast
+    )
+
+
 def scaled_gemm(
     x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = True
 ) -> torch.Tensor:
@@ -145,9 +154,7 @@ def scaled_gemm(
     shape = (bucket(x[0].shape[0]), *w[0].shape)
     if not INTERPRETED and shape not in _REFUSED:  # torch has no such product on the CPU
         try:
-            return torch._scaled_mm(
-                x[0], w[0].T, scale_a=x[1], scale_b=w[1].contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=fast
-            )
+            return cublas_scaled_gemm(x, w, dtype, bias, fast)
         except RuntimeError as error:
             # pytorch/ao#4582: cuBLASLt has no such kernel for few rows of some deep products
             if "NOT_SUPPORTED" not in str(error):

@@ -7,6 +7,7 @@ is at hand they are scored with the official metrics.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -146,7 +147,7 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     task, wanted = get(run.task), run.wanted
     started = time.perf_counter()
     output = run.output if run.limit is None else None
-    made_by = None if output is None else _made_by(run, output / task.name)
+    made_by = {} if output is None else _made_by(run, output / task.name)
     predictor = _Predictor(run, task)
     found: dict[str, Found] = {}
     missing: dict[str, str] = {}
@@ -157,7 +158,7 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
             continue
         found[language] = outcome
         if output is not None:  # at once: a later language's failure loses nothing
-            files.save("output", output / task.name / MADE_BY, (json.dumps(made_by, indent=1) + "\n").encode())
+            _note_made_by(output / task.name / MADE_BY, run.split, made_by)
             write_predictions(output, task, run.split, language, outcome.predicted)
     if not found:
         first = next(iter(missing.values()))
@@ -338,7 +339,7 @@ def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
 
 
 def _made_by(run: Evaluation, folder: Path) -> dict[str, Any]:
-    """What :data:`MADE_BY` is to say; an error where a split's predictions would be two models'."""
+    """What :data:`MADE_BY` is to say of this split; an error where its predictions would be two models'."""
     path = folder / MADE_BY
     stored = load_json(path) if path.is_file() else {}
     mine = {"model": run.model, "weights": _weights(run.model), **{name: getattr(run, name) for name in _DECISIVE}}
@@ -351,15 +352,26 @@ def _made_by(run: Evaluation, folder: Path) -> dict[str, Any]:
         raise InvalidOptionError(
             f"output: {folder} holds {run.split} predictions of {what}; remove them, or choose another folder"
         )
-    return {**stored, run.split: mine}
+    return mine
+
+
+def _note_made_by(path: Path, split: str, mine: dict[str, Any]) -> None:
+    """Beside what the file says now: another process may evaluate another split meanwhile."""
+    stored = load_json(path) if path.is_file() else {}
+    files.save("output", path, (json.dumps({**stored, split: mine}, indent=1) + "\n").encode())
 
 
 def _weights(model: str) -> str:
     """Tells models apart wherever their folders lie: a hash of the weights; of a model on the Hub, its name."""
     folder = Path(model)
     parts = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    hashes = "".join(record_of(path).sha256 for path in parts)
-    return hashlib.sha256(hashes.encode()).hexdigest() if parts else model
+    return _hash(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in parts)) if parts else model
+
+
+@functools.lru_cache(maxsize=8)
+def _hash(parts: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files as they are: one model is evaluated on many tasks."""
+    return hashlib.sha256("".join(record_of(path).sha256 for path, _, _ in parts).encode()).hexdigest()
 
 
 def write_predictions(folder: Path, task: Task, split: str, language: str, predicted: Any) -> Path:

@@ -45,6 +45,7 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
+            locks.unlock(self._file)
             self._file.close()
 
     def make(self) -> None:
