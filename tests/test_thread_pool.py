@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,6 +327,8 @@ assert encoder.set_linear(0, "ffn_out", 0, weight, None, 4)
 """
 
 
-def test_no_memory_to_work_in_is_an_error_and_no_crash() -> None:
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+def test_no_memory_to_work_in_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    done = subprocess.run(  # elsewhere: in a checkout `xfast` would be its sources
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 3), done.stderr
