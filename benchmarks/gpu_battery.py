@@ -71,7 +71,9 @@ def correctness(tests: Path, folder: Path, seconds: float) -> dict[str, Any]:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     junit.unlink(missing_ok=True)
     with (folder / "correctness.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen([*command, *files], env=environment, cwd=tests.parent, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [*command, *files], env=environment, cwd=tests.parent, stdout=log, stderr=log, preexec_fn=_interruptible
+        )
         ended = _wait(process, seconds)
     passed, failed = _outcomes(junit)
     junit.unlink(missing_ok=True)
@@ -81,6 +83,11 @@ def correctness(tests: Path, folder: Path, seconds: float) -> dict[str, Any]:
         failed["the suite"] = f"pytest ended with {ended}"
     output = (folder / "correctness.log").read_text(encoding="utf-8", errors="replace")
     return {"passed": passed, "failed": failed, "output": output[-3000:]}
+
+
+def _interruptible() -> None:
+    """What shells start in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
