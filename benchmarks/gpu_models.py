@@ -74,7 +74,7 @@ def tensorrt(clock: Clock) -> Iterator[Row]:
             _runner(model, _batch(4, 20, 32))()
             torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            fell_back = _fallbacks(model)
+            fell_back = xfast.explain(model).fallbacks
             yield {
                 "model": size,
                 "precision": precision,
@@ -124,11 +124,13 @@ def _runner(model: Any, batch: Batch) -> Callable[[], torch.Tensor]:
     return run
 
 
-def _fallbacks(model: Any) -> list[str]:
-    """Why an engine's calls ran the original code, whose time they then took."""
-    if not any(hasattr(module.forward, "is_xfast") for module in model.modules()):
-        return []
-    return [reason for encoder in xfast.explain(model).encoders for reason in encoder.fallbacks]
+def _that_run(
+    stock: Any, engines: dict[str, Any], batch: Batch
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, str]]:
+    """Runners of stock and the engines that run, and why others do not, or ran the original code in their place."""
+    named = {STOCK: stock, **engines}
+    run, failed = that_run({name: _runner(model, batch) for name, model in named.items()})
+    return run, failed | {name: reason for name in run for reason in xfast.explain(named[name]).fallbacks}
 
 
 def _wrong(errors: dict[str, float]) -> dict[str, str]:
@@ -145,9 +147,7 @@ def _wrong(errors: dict[str, float]) -> dict[str, str]:
 
 def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
     tokens = int(batch["attention_mask"].sum())
-    named = {STOCK: stock, **engines}
-    run, failed = that_run({name: _runner(model, batch) for name, model in named.items()})
-    failed |= {name: reason for name in run for reason in _fallbacks(named[name])}
+    run, failed = _that_run(stock, engines, batch)
     if STOCK not in run:
         return {"tokens": tokens, "failed": failed}
     mask = batch["attention_mask"].bool()
@@ -179,9 +179,7 @@ def _latency(stock: Any, engines: dict[str, Any]) -> Row:
     """1 x 32 as a user sees it. Ids change between calls: a graph that replays old ones is found by its values."""
     ids = torch.randint(5, VOCABULARY, (1, 32), device="cuda")
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    named = {STOCK: stock, **engines}
-    run, failed = that_run({name: _runner(model, batch) for name, model in named.items()})
-    failed |= {name: reason for name in run for reason in _fallbacks(named[name])}
+    run, failed = _that_run(stock, engines, batch)
     if STOCK not in run:
         return {"failed": failed}
     errors: dict[str, float] = dict.fromkeys(run, 0.0)

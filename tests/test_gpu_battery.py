@@ -184,7 +184,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = gpu_time.alternate
     monkeypatch.setattr(gpu_time, "alternate", lambda functions, rounds, cold: plain(functions, 1, cold))
     monkeypatch.setattr(gpu_models, "WORKLOADS", {"few": (3, 5, 9)})
-    monkeypatch.setattr(gpu_models, "random_model", lambda size: build(head="base-no-pooler", intermediate_size=112))
+    monkeypatch.setattr(
+        gpu_models,
+        "random_model",
+        lambda size: build(head="base-no-pooler", intermediate_size=112, num_hidden_layers=1),
+    )
     monkeypatch.setattr(gpu_models, "VOCABULARY", 90)
     monkeypatch.setattr(gpu_models, "ROUNDS", 1)
 

@@ -103,6 +103,7 @@ FAMILIES = (
 )
 
 LINEAR_ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
+QKV_ROLES = LINEAR_ROLES[:3]
 NORM_ROLES = ("attention_norm", "ffn_norm")
 
 
@@ -352,6 +353,11 @@ def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
     if getattr(leaf, "max_norm", None) is not None:
         raise UnsupportedModelError(f"{path}.max_norm is {leaf.max_norm}: only embeddings without it are supported")
     return leaf
+
+
+def roles_of(product: str) -> tuple[str, ...]:
+    """The linear roles whose outputs, one after another, are those of a product ("qkv", "ffn_in", ...)."""
+    return QKV_ROLES if product == "qkv" else (product,)
 
 
 def parameter_dtype(weights: EncoderWeights) -> torch.dtype:

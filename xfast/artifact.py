@@ -42,9 +42,21 @@ _JOURNAL = "journal.json"
 _PLACING = "placing.json"  # the names that a commit moves or removes
 _HARMLESS = {".git", ".gitattributes", ".gitignore", "README.md", ".cache", STAGING}
 _LAYERS = re.compile(r"num_(\w+_)?layers")
-_SIZES = {"num_attention_heads", "num_channels", "num_labels", "vocab_size", "type_vocab_size", "hidden_size"}
-_SIZES |= {"intermediate_size", "image_size", "patch_size", "embedding_size", "projection_dim", "project_dim"}
-_SIZES |= {"max_position_embeddings"}
+_SIZES = {
+    "embedding_size",
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_channels",
+    "num_labels",
+    "patch_size",
+    "project_dim",
+    "projection_dim",
+    "type_vocab_size",
+    "vocab_size",
+}
 _DATA_DTYPE = {"fp32": ("F32", 4), "bf16": ("BF16", 2), "int8": ("I8", 1)}
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfast.architecture import EncoderSpec, EncoderWeights, Family, describe, find_encoders, supported_families
+from xfast.architecture import (
+    EncoderSpec,
+    EncoderWeights,
+    Family,
+    describe,
+    find_encoders,
+    roles_of,
+    supported_families,
+)
 from xfast.backends.base import Engine
 from xfast.errors import (
     BackendUnavailableError,
@@ -34,7 +42,6 @@ Product = tuple[int, str]
 # Enough for a product's error: tokens differ more than outputs do, and each output has its own scale.
 _TOKENS = 256
 _OUTPUTS = 256
-_ROLES = {"qkv": ("query", "key", "value")}
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
@@ -60,7 +67,7 @@ class Target:
 
     def weight(self, layer: int, name: str) -> torch.Tensor:
         """fp32 [O, I] of one product, whatever the model's dtype."""
-        parts = [self.weights.modules[layer, role].weight.detach() for role in _ROLES.get(name, (name,))]
+        parts = [self.weights.modules[layer, role].weight.detach() for role in roles_of(name)]
         return torch.cat([part.float() for part in parts])
 
 
@@ -234,7 +241,7 @@ def product_inputs(target: Target, batches: Sequence[Batch]) -> dict[Product, In
 
 def _role(key: Product) -> str:
     """The first module that reads a product's inputs."""
-    return _ROLES.get(key[1], (key[1],))[0]
+    return roles_of(key[1])[0]
 
 
 class _Recorder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,14 @@ class Explanation:
 
     encoders: tuple[EncoderExplanation, ...]
     heads: tuple[str, ...]
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls that ran the original code, by reason, over all encoders."""
+        counts: Counter[str] = Counter()
+        for encoder in self.encoders:
+            counts.update(encoder.fallbacks)
+        return dict(counts)
 
     def __str__(self) -> str:
         if not self.encoders:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xfast.architecture import EncoderSpec
 from xfast.errors import InvalidOptionError
 from xfast.recipe import Recipe
 
@@ -64,6 +65,10 @@ class Options:
             raise InvalidOptionError(f"layers: {self.layers} is not accepted with training=True, which runs all layers")
         self._check_recipe()
         self._check_auto()
+
+    def layers_of(self, spec: EncoderSpec) -> int:
+        """Number of an encoder's layers that run."""
+        return spec.num_layers if self.layers is None else self.layers
 
     def _check_recipe(self) -> None:
         if self.recipe is None:

@@ -316,7 +316,7 @@ class EncoderPatch(Patch):
         dtype = output_dtype(module)
         rows = packed.first_rows() if first and not want_states else None
         # of this engine: another thread may have made a plan for another number of layers meanwhile
-        layers = engine.spec.num_layers if self.options.layers is None else self.options.layers
+        layers = self.options.layers_of(engine.spec)
         hidden, states = engine.run(packed, rows=rows, layers=layers, hidden_states=want_states)
         last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:

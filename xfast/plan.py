@@ -61,7 +61,7 @@ class Plan:
     @property
     def layers(self) -> int:
         """Number of encoder layers that run."""
-        return self.weights.spec.num_layers if self.options.layers is None else self.options.layers
+        return self.options.layers_of(self.weights.spec)
 
     def alert(self) -> None:
         """Says that a call is on its way, before the weights are looked at."""

@@ -64,13 +64,13 @@ class PackedWeights:
             ``compensation``; where inputs are divided, fp32 ``column_scale``.
         formats: which is what, likewise.
         words: the int8 word table [vocab, hidden] and its fp32 scales [vocab], or None.
-        origin: where they come from, for people.
+        origin: the artifact that they are mapped from; None: memory.
     """
 
     layers: Sequence[Mapping[str, Mapping[str, np.ndarray]]]
     formats: Sequence[Mapping[str, StoredFormat]]
     words: tuple[np.ndarray, np.ndarray] | None
-    origin: str
+    origin: str | None
 
     def recipe(self) -> Recipe:
         """The formats of all products, but for divisors, which are packed."""

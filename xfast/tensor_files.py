@@ -90,7 +90,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path), path.open("rb") as file:
-            self._state = _state(os.fstat(file.fileno()))
+            self._state = state_of(os.fstat(file.fileno()))
             self.bytes = self._state[2]
             length = int.from_bytes(file.read(8), "little")
             if self.bytes < 8 or not 0 < length <= min(self.bytes - 8, _LONGEST_HEADER):
@@ -117,7 +117,7 @@ class TensorFile:
         return digest.hexdigest()
 
     def _require_same(self, found: os.stat_result) -> None:
-        if _state(found) != self._state:
+        if state_of(found) != self._state:
             raise DataFileError(f"{self.path}: was replaced or changed while it was read; start again")
 
     def read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
@@ -237,7 +237,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+def state_of(found: os.stat_result) -> tuple[int, int, int, int]:
     """What tells a file from one that took its place, and from itself after a change."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 

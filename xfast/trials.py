@@ -127,7 +127,7 @@ class NativeTrials(Trials):
             layers=[{name: self._packed[(i, name), formats[i, name]] for name in LINEARS} for i in layers],
             formats=[recipe.stored(i, "fp32") for i in layers],
             words=None,
-            origin="memory",
+            origin=None,
         )
         engine = NativeEngine(self.weights, "fp32", packed)
         return torch.cat([engine.run(batch.packed)[0] for batch in self._batches])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from xfast import _C
-from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.architecture import EncoderSpec, EncoderWeights, roles_of
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
@@ -31,7 +31,7 @@ def requested_isa() -> str:
 
 
 class NativeEngine:
-    """A packed encoder on the CPU. With ``packed`` only norms and tables are read from the modules of ``weights``."""
+    """A packed encoder on the CPU. With ``packed`` only norms and tables are read from the modules."""
 
     def __init__(
         self,
@@ -110,13 +110,10 @@ class NativeEngine:
 
     def for_copy(self, weights: EncoderWeights) -> NativeEngine:
         """See :class:`xfast.backends.base.Engine`."""
-        layers = [_with_biases(weights, layer, self.packed_layer(layer)) for layer in range(self.spec.num_layers)]
-        origin = self._origin
-        copied = NativeEngine(
-            weights, self.precision, PackedWeights(layers, self.formats, self.packed_words(), origin or "")
-        )
-        copied._origin = origin
-        return copied
+        packer = _Packer(self._encoder, weights, self.precision, Recipe())
+        layers = [packer.with_biases(layer, self.packed_layer(layer)) for layer in range(self.spec.num_layers)]
+        packed = PackedWeights(layers, self.formats, self.packed_words(), self._origin)
+        return NativeEngine(weights, self.precision, packed)
 
     def packed_layer(self, layer: int) -> dict[str, dict[str, np.ndarray]]:
         """The packed memory of one layer by linear, as :class:`PackedWeights` has it; read-only."""
@@ -152,24 +149,6 @@ def pack_layer(weights: EncoderWeights, layer: int, precision: str, recipe: Reci
     encoder = _C.Encoder(_shape(weights.spec, 1), precision, requested_isa())
     _Packer(encoder, weights, precision, recipe).pack_linears(layer, 0)
     return {name: encoder.linear(0, name) for name in LINEARS}
-
-
-def _with_biases(
-    weights: EncoderWeights, layer: int, products: dict[str, dict[str, np.ndarray]]
-) -> dict[str, dict[str, np.ndarray]]:
-    """A layer's packed products with the biases that the modules have now, where they still have any."""
-    found = {}
-    for name, arrays in products.items():
-        packed = arrays["bias"].copy()
-        roles = ("query", "key", "value") if name == "qkv" else (name,)
-        for i, role in enumerate(roles):
-            bias = getattr(weights.modules[layer, role], "bias", None)
-            if bias is not None and not bias.is_meta:
-                packed[i * len(bias) : (i + 1) * len(bias)] = bias.detach().to(torch.float32).numpy()
-        if not np.isfinite(packed).all():
-            raise InvalidWeightsError(f"{weights.names[layer, roles[0]]}.bias holds NaN or infinity")
-        found[name] = {**arrays, "bias": packed}
-    return found
 
 
 def _shape(spec: EncoderSpec, layers: int) -> dict[str, float]:
@@ -246,10 +225,20 @@ class _Packer:
         """Packs the products of ``layer`` as the encoder's layer ``into``."""
         for name in LINEARS:
             self._choose(into, name, self._recipe.of(layer, name, self._precision))
-        for i, role in enumerate(("query", "key", "value")):
-            self._linear(layer, role, "qkv", i * self._weights.spec.hidden_size, into)
-        for role in ("attention_out", "ffn_in", "ffn_out"):
-            self._linear(layer, role, role, 0, into)
+            for i, role in enumerate(roles_of(name)):
+                self._linear(layer, role, name, i * self._weights.spec.hidden_size, into)
+
+    def with_biases(self, layer: int, products: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+        """A layer's packed products with the biases that the modules have now."""
+        found = {}
+        for name, arrays in products.items():
+            biases = arrays["bias"].copy()
+            for i, role in enumerate(roles_of(name)):
+                bias = self._vector(layer, role, "bias")
+                if bias is not None:
+                    biases[i * len(bias) : (i + 1) * len(bias)] = bias
+            found[name] = {**arrays, "bias": biases}
+        return found
 
     def _choose(self, into: int, name: str, chosen: LinearFormat) -> None:
         self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
-from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.architecture import QKV_ROLES, EncoderSpec, EncoderWeights
 from xfast.backends.tensorrt_network import DTYPES
 from xfast.backends.tensorrt_quantize import TOPS, TYPES
 from xfast.errors import XfastError
@@ -153,7 +153,7 @@ def reference(weights: EncoderWeights, case: Case, precision: str, layers: int) 
     x = norm(-1, "embedding_norm", x) if spec.embedding_norm else x
     for layer in range(layers):
         operand = norm(layer, "attention_norm", x) if pre else x
-        heads = [linear(layer, role, operand).split(case.lengths) for role in ("query", "key", "value")]
+        heads = [linear(layer, role, operand).split(case.lengths) for role in QKV_ROLES]
         parts = [_attend(spec, *parts) for parts in zip(*heads, strict=True)]
         x = x + linear(layer, "attention_out", torch.cat(parts))
         x = x if pre else norm(layer, "attention_norm", x)

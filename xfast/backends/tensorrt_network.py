@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.architecture import QKV_ROLES, EncoderSpec, EncoderWeights
 from xfast.backends import tensorrt_quantize
 from xfast.backends.base import unusual_norms
 from xfast.backends.parameters import ParameterReader
@@ -301,7 +301,7 @@ class _Encoder:
         """
         read, hidden = self.parameters, self.spec.hidden_size
         weights, biases = [], []
-        for role in ("query", "key", "value"):
+        for role in QKV_ROLES:
             scale = self.spec.head_dim**-0.5 if role == "query" else 1.0
             weight = read.read(layer, role, "weight").float() * scale
             weights.append(read.rounded(weight, self.operands, layer, role, "weight"))
@@ -329,8 +329,7 @@ class _Encoder:
         graph, spec = self.graph, self.spec
         padded = graph.gather(qkv, self.inputs["padded_rows"], f"{name}.padded")
         q, k, v = (
-            self._heads(padded, index * spec.hidden_size, f"{name}.{role}")
-            for index, role in enumerate(("query", "key", "value"))
+            self._heads(padded, index * spec.hidden_size, f"{name}.{role}") for index, role in enumerate(QKV_ROLES)
         )
         context = (self._fused_attention if self.fused else self._plain_attention)(q, k, v, f"{name}.attention")
         return graph.shuffle(context, (-1, spec.hidden_size), f"{name}.heads_joined", before=_SWAP_HEADS)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from xfast.architecture import EncoderWeights
+from xfast.architecture import QKV_ROLES, EncoderWeights, roles_of
 from xfast.backends.parameters import ParameterReader
 from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
 from xfast.kernels.packed_layout import unpack, unpack_int4
@@ -21,7 +21,6 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _ROWS = 1 << 14  # of a word table that are expanded at once
 _QUANTISED = ("fp8", *QUANTISED)
-_QKV = ("query", "key", "value")
 
 Weight: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor] | IntegerWeights"
 """[out, in] in the computing dtype; e4m3 with one scale an output; or integers."""
@@ -102,7 +101,7 @@ class Packer:
 
     def product(self, layer: int, name: str) -> Weight:
         """The weights of one product."""
-        roles = _QKV if name == "qkv" else (name,)
+        roles = roles_of(name)
         chosen = self.recipe.of(layer, name, self.precision)
         # Weights that are quantised are rounded once, from what they are
         parts = [self._read(layer, role, "weight", keep=chosen.precision in _QUANTISED) for role in roles]
@@ -126,7 +125,7 @@ class Packer:
 
     def _qkv_bias(self, layer: int) -> torch.Tensor:
         biases = []
-        for role in _QKV:
+        for role in QKV_ROLES:
             bias = self._bias(layer, role)
             biases.append(torch.zeros_like(self._norm(layer, "ffn_norm")[0]) if bias is None else bias)
         return torch.cat(biases)
@@ -209,7 +208,7 @@ class Rebinder(Packer):
         return self._made.word if self._weights.modules[-1, "word"].weight.is_meta else super()._words()
 
     def _qkv_bias(self, layer: int) -> torch.Tensor:
-        there = all(self._has_bias(layer, role) for role in _QKV)
+        there = all(self._has_bias(layer, role) for role in QKV_ROLES)
         return super()._qkv_bias(layer) if there else self._made.layers[layer].qkv_bias
 
     def _bias(self, layer: int, role: str) -> torch.Tensor | None:

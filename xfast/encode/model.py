@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 import xfast
-from xfast import artifact, tokenizer_files
+from xfast import artifact, tensor_files, tokenizer_files
 from xfast.architecture import FAMILIES, check_class, describe, find_encoders, supported_families
 from xfast.encode import outputs
 from xfast.encode.rows import text_columns
@@ -158,7 +158,7 @@ class Encoder:
 
     def fallbacks(self) -> dict[str, int]:
         """Calls that ran the original code, by reason."""
-        return xfast.explain(self.model).encoders[0].fallbacks
+        return xfast.explain(self.model).fallbacks
 
 
 def _packed(settings: Settings) -> artifact.Manifest | None:
@@ -417,10 +417,9 @@ def state_of(settings: Settings) -> State:
     """
     folders = [folder for name in (settings.model, settings.tokenizer) if name and (folder := Path(name)).is_dir()]
     try:
-        found = {str(path): path.stat() for folder in folders for path in _parts(folder)}
+        return {str(path): tensor_files.state_of(path.stat()) for folder in folders for path in _parts(folder)}
     except OSError as error:
         raise DataFileError(f"model: {settings.model}: {error}") from error
-    return {name: (one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in found.items()}
 
 
 def unchanged(settings: Settings, before: State) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xfast.study import statistics
-from xfast.study.document import BASELINE
+from xfast.study.document import BASELINE, rank
 from xfast.study.factors import PREFERRED, SINGLE, TYPES, Settings
 from xfast.study.languages import ordered
 from xfast.study.store import Record
@@ -69,8 +69,3 @@ def parts(key: str) -> dict[str, str]:
     """The factors that a cell's key names."""
     size, engine, task, language, policy, batch = key.split("/")
     return {"size": size, "engine": engine, "task": task, "language": language, "policy": policy, "batch_size": batch}
-
-
-def rank(names: Sequence[Any], name: Any) -> int:
-    """Place of a name among others; what is not there comes last."""
-    return names.index(name) if name in names else len(names)

@@ -8,7 +8,7 @@ Languages come low-resource first: Joshi class, then the order of ``profiles.py`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -333,9 +333,10 @@ def load(path: Path) -> Study:
         raise DataFileError(f"{path}: not a whole study: {', '.join(missing)} missing")
     for part in ("sizes", "engines"):  # the order of every table and figure
         asked = list(found["settings"].get(part, ()))
-        found[part] = dict(sorted(found[part].items(), key=lambda item: _place(asked, item[0])))
+        found[part] = dict(sorted(found[part].items(), key=lambda item: rank(asked, item[0])))
     return cast("Study", found)
 
 
-def _place(asked: list[str], name: str) -> int:
-    return asked.index(name) if name in asked else len(asked)
+def rank(names: Sequence[Any], name: Any) -> int:
+    """Place of a name among others; what is not there comes last."""
+    return names.index(name) if name in names else len(names)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from xfast.study import accuracy, arms, document, equivalence, fronts, left_out, speeds, statistics
-from xfast.study.cells import Cells, parts, rank
-from xfast.study.document import BASELINE, PERCENTILES
+from xfast.study.cells import Cells, parts
+from xfast.study.document import BASELINE, PERCENTILES, rank
 from xfast.study.factors import CHECKPOINT, SINGLE, EngineName, Settings
 from xfast.study.languages import language as language_facts
 from xfast.study.languages import ordered

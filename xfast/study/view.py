@@ -11,7 +11,6 @@ from typing import Any
 
 from xfast.errors import InvalidInputError
 from xfast.pages import signed
-from xfast.study.cells import rank
 from xfast.study.document import (
     BASELINE,
     CONTROL,
@@ -23,6 +22,7 @@ from xfast.study.document import (
     Latency,
     Study,
     Throughput,
+    rank,
 )
 from xfast.study.factors import BUDGET
 from xfast.study.languages import ordered

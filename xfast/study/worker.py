@@ -228,8 +228,7 @@ class _Group:
         """
         where = f"{self.job.size} {self.job.engine}, {self._head(cells)}"
         for arm, model in models.items():
-            encoders = () if self.engine.backend == STOCK else xfast.explain(model).encoders
-            for reason in dict.fromkeys(reason for encoder in encoders for reason in encoder.fallbacks):
+            for reason in xfast.explain(model).fallbacks:
                 text = f"{where}: calls of {arm} ran the original code, and their times are not the engine's: {reason}"
                 if text not in said:
                     self.send({"kind": "note", "text": text})
