@@ -382,7 +382,7 @@ CALIBRATIONS: list[tuple[Any, type[Exception], str]] = [
     (iter([IDS]), xfast.InvalidOptionError, "calibration"),
     ([IDS, "text"], xfast.InvalidOptionError, r"calibration\[1\]: expected a mapping"),
     ([IDS, {}], xfast.InvalidInputError, r"calibration\[1\]: give exactly one of"),
-    ([{"input_ids": [[5, 6]]}], xfast.InvalidInputError, r"calibration\[0\]: give exactly one of"),
+    ([{"input_ids": [[5, 6]]}], xfast.InvalidInputError, r"calibration\[0\]: input_ids is a list; expected a tensor"),
     ([{"input_ids": torch.tensor([5, 6])}], xfast.InvalidInputError, r"calibration\[0\]: input_ids"),
     ([{"input_ids": torch.tensor([[5.0, 6.0]])}], xfast.InvalidInputError, r"calibration\[0\]: input_ids"),
     ([{"input_ids": torch.tensor([[5, 101]])}], xfast.InvalidInputError, r"calibration\[0\]: input_ids\[0, 1\] is 101"),

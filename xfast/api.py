@@ -83,6 +83,8 @@ def accelerate(
             raise BackendUnavailableError(f"training=True: {reason}")
     heads = _head_patches(root, encoders)
     if not keep_weights:  # before anyone can call the engines
+        if any(patch.plan.engine is None for patch in patches):  # of several encoders, before the first loses its own
+            raise BackendUnavailableError("keep_weights=False needs a backend that runs this model; see xfast.explain")
         for patch in patches:
             patch.plan.free_weights(patch.module, parameters_outside(root, patch.module))
     _uninstall(before)
@@ -169,11 +171,13 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
     The model stays as it is, and in use. Weights that it still holds are not written, packed ones only.
 
     Raises:
-        InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders.
+        InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders; not a tokenizer.
         UnsupportedModelError: loading could not build it again (its own class, replaced modules).
         ArtifactWriteError: disk full, read-only, or the folder holds something else.
         DataFileError: a Hub model's tokenizer differs between the revisions in the cache, and none was given.
     """
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise InvalidOptionError(f"tokenizer: expected a tokenizer of transformers or None, got {tokenizer!r:.80}")
     root = _module_of(model)
     patches = [patch for patch in _patches(root) if isinstance(patch, EncoderPatch)]
     engines = [patch.plan.current_engine(patch.module) for patch in patches]

@@ -7,11 +7,11 @@ The figures of single products are simulated in plain PyTorch; a whole encoder i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from xfast.architecture import (
     Family,
     describe,
     find_encoders,
+    layers_of,
     roles_of,
     supported_families,
 )
@@ -43,6 +44,7 @@ Product = tuple[int, str]
 _TOKENS = 256
 _OUTPUTS = 256
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
 
@@ -81,8 +83,8 @@ def find_target(model: Any, *, gpu: bool = False) -> Target:
 
     Raises:
         UnsupportedModelError: none, several, or one that differs from its family.
-        BackendUnavailableError: it is elsewhere, or in several places.
-        InvalidWeightsError: weights without values, NaN or infinity.
+        BackendUnavailableError: it is elsewhere, in several places, or neither in fp32, bf16 nor fp16.
+        InvalidWeightsError: weights without values, NaN or infinity, or LayerNorms without gains or biases.
     """
     root = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     found = find_encoders(root) if isinstance(root, nn.Module) else []
@@ -102,10 +104,18 @@ def find_target(model: Any, *, gpu: bool = False) -> Target:
             raise BackendUnavailableError(
                 f'model: {name} is on {tensor.device}; this runs {places}: use model.to("cpu")'
             )
-        if isinstance(owner, nn.LayerNorm) and owner.bias is None:
-            raise InvalidWeightsError(f"model: {name.removesuffix('weight')}bias is missing")
+        if tensor.dtype not in _DTYPES:
+            raise BackendUnavailableError(
+                f"model: {name} is {tensor.dtype}; supported: float32, bfloat16, float16: use model.float()"
+            )
         if not isinstance(owner, nn.Embedding) and not bool(torch.isfinite(tensor).all()):
             raise InvalidWeightsError(f"model: {name} holds NaN or infinity")
+    for key, norm in weights.modules.items():
+        missing = [
+            name for name in ("weight", "bias") if isinstance(norm, nn.LayerNorm) and getattr(norm, name) is None
+        ]
+        if missing:
+            raise InvalidWeightsError(f"model: {weights.names[key]}.{missing[0]} is missing")
     return Target(module, family, weights)
 
 
@@ -118,7 +128,7 @@ class Batch:
 
 
 def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
-    """Checks a user's calibration batches, every value included.
+    """Checks a user's calibration batches, every value included; those without a token are left out.
 
     Raises:
         InvalidOptionError: no sequence of mappings, or an empty one.
@@ -128,16 +138,23 @@ def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
         raise InvalidOptionError(f"calibration: expected a non-empty sequence of batches, got {_brief(calibration)}")
     batches = []
     for index, given in enumerate(calibration):
-        if not hasattr(given, "keys"):
+        if not isinstance(given, Mapping):
             raise InvalidOptionError(
                 f"calibration[{index}]: expected a mapping such as a tokenizer returns, got {_brief(given)}"
             )
+        for name in _ARGUMENTS:
+            if not isinstance(given.get(name), torch.Tensor | None):
+                raise InvalidInputError(
+                    f"calibration[{index}]: {name} is a {type(given[name]).__name__}; expected a tensor: call the "
+                    'tokenizer with return_tensors="pt"'
+                )
         arguments = {name: value.to("cpu") for name, value in encoder_arguments(given).items()}
         try:
             batches.append(Batch(arguments, unpad(spec, **{"input_ids": None, **arguments})))
         except (InvalidInputError, PositionOverflowError) as error:
             raise InvalidInputError(f"calibration[{index}]: {error}") from None
-    if not sum(batch.packed.total_tokens for batch in batches):
+    batches = [batch for batch in batches if batch.packed.total_tokens]
+    if not batches:
         raise InvalidInputError("calibration: the batches hold no token; at least one must have attention_mask 1")
     return batches
 
@@ -146,29 +163,43 @@ def encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
     """The encoder's share of a model's batch; multiple choice's (batch, choices, length) is flattened."""
     given = {}
     for name in _ARGUMENTS:
-        value = batch.get(name) if hasattr(batch, "get") else None
+        value = batch.get(name)
         if isinstance(value, torch.Tensor):
             given[name] = value.flatten(0, 1) if value.dim() == (4 if name == "inputs_embeds" else 3) else value
     return given
 
 
 def run_original(module: nn.Module, **arguments: Any) -> Any:
-    """What the class's own forward returns, in eval mode and without gradients: the instance's may be accelerated."""
-    with evaluated(module), torch.no_grad():
+    """What the class's own forward returns, in eval mode, without gradients and outside autocast.
+
+    The class's: the instance's may be accelerated.
+    """
+    device = next(module.parameters()).device.type
+    with evaluated(module), torch.no_grad(), torch.autocast(device, enabled=False):
         forward: Any = type(module).forward
         return forward(module, **arguments)
 
 
 @contextmanager
 def evaluated(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule has its own mode again (dropout may be on in a few)."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+    """Eval mode inside; afterwards every submodule has its own mode again (dropout may be on in a few).
+
+    One thread at a time: another would take the first one's eval mode for the user's.
+    """
+    with _registering:
+        turn = _turns.setdefault(module, threading.RLock())
+    with turn:
+        modes = [(part, part.training) for part in module.modules()]
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_registering = threading.Lock()
 
 
 def engine_output(engine: Engine, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:
@@ -190,8 +221,43 @@ def engine_output(engine: Engine, batches: Sequence[dict[str, torch.Tensor]], la
 
 def original_output(module: nn.Module, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:
     """The original code's, likewise."""
-    states = (run_original(module, **batch, output_hidden_states=True, return_dict=True) for batch in batches)
-    return torch.cat([_real(s.hidden_states[layers].float(), b) for s, b in zip(states, batches, strict=True)])
+    return torch.cat([_real(_after_layers(module, batch, layers).float(), batch) for batch in batches])
+
+
+def _after_layers(module: nn.Module, batch: dict[str, torch.Tensor], layers: int) -> torch.Tensor:
+    """``hidden_states[layers]``. Not by ``output_hidden_states``, for which transformers leaves hooks in the model."""
+    stack = layers_of(module)
+    if layers == len(stack):
+        last: torch.Tensor = run_original(module, **batch, return_dict=True).last_hidden_state
+        return last
+    found: list[torch.Tensor] = []
+    with _inputs_seen([stack[layers]], lambda _, x: found.append(x)):
+        run_original(module, **batch)
+    return found[0]
+
+
+@contextmanager
+def _inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Calls ``see(i, x)`` with what ``modules[i]`` reads in this thread.
+
+    The hooks are functions of this file, which xfast.watch lets pass: calls of an accelerated model in other threads
+    need not run the original code for them.
+    """
+    thread = threading.get_ident()
+
+    def hook_of(i: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if threading.get_ident() == thread:
+                see(i, arguments[0].detach())
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(hook_of(i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _real(hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -220,6 +286,8 @@ class Inputs:
 def product_inputs(target: Target, batches: Sequence[Batch]) -> dict[Product, Inputs]:
     """Runs the original code once over the batches and looks at what its products read at real tokens.
 
+    Meanwhile the encoder is in eval mode, for other threads, too.
+
     Raises:
         InvalidInputError: NaN or infinity on the way.
     """
@@ -227,16 +295,30 @@ def product_inputs(target: Target, batches: Sequence[Batch]) -> dict[Product, In
     # Drawn, since every n-th token could be the first of every sequence
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
     recorder = _Recorder(order[:_TOKENS].sort().values)
-    modules = {key: target.weights.modules[key[0], _role(key)] for key in target.products()}
-    hooks = [module.register_forward_pre_hook(partial(recorder.see, key)) for key, module in modules.items()]
-    try:
+    keys = target.products()
+    readers = [target.weights.modules[key[0], _role(key)] for key in keys]
+    look = _inputs_seen(readers, lambda i, x: recorder.see(keys[i], x))
+    with evaluated(target.module), _whole(target.module), look:
         for batch in batches:
             recorder.start(batch)
             run_original(target.module, **batch.arguments)
+    return {key: recorder.result(key, target.weights.names[key[0], _role(key)]) for key in keys}
+
+
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Feed-forward products read whole batches inside, also where the config has them in chunks: the same results.
+
+    Inside ``evaluated``, whose turns it needs.
+    """
+    chunked = [(layer, layer.chunk_size_feed_forward) for layer in layers_of(module)]
+    for layer, _ in chunked:
+        layer.chunk_size_feed_forward = 0
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {key: recorder.result(key, target.weights.names[key[0], _role(key)]) for key in modules}
+        for layer, size in chunked:
+            layer.chunk_size_feed_forward = size
 
 
 def _role(key: Product) -> str:
@@ -245,11 +327,10 @@ def _role(key: Product) -> str:
 
 
 class _Recorder:
-    """Collects maxima and sampled rows, batch by batch, of the calls in one thread."""
+    """Collects maxima and sampled rows, batch by batch."""
 
     def __init__(self, sample: torch.Tensor) -> None:
         self._sample = sample  # ascending numbers of tokens, counted over all batches
-        self._thread = threading.get_ident()
         self._seen = 0
         self._largest: dict[Product, torch.Tensor] = {}
         self._tokens: dict[Product, list[torch.Tensor]] = {}
@@ -259,14 +340,11 @@ class _Recorder:
         self._real = torch.from_numpy(batch.packed.indices).long()
         self._rows = self._sample[(self._sample >= first) & (self._sample < self._seen)] - first
 
-    def see(self, key: Product, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        if threading.get_ident() != self._thread:  # another thread uses the model meanwhile
-            return
-        x = arguments[0].detach().flatten(0, -2)[self._real].float()
-        if len(x):
-            largest = x.abs().amax(0)
-            self._largest[key] = torch.maximum(self._largest.get(key, largest), largest)
-            self._tokens.setdefault(key, []).append(x[self._rows])
+    def see(self, key: Product, inputs: torch.Tensor) -> None:
+        x = inputs.flatten(0, -2)[self._real].float()
+        largest = x.abs().amax(0)
+        self._largest[key] = torch.maximum(self._largest.get(key, largest), largest)
+        self._tokens.setdefault(key, []).append(x[self._rows])
 
     def result(self, key: Product, name: str) -> Inputs:
         if not bool(torch.isfinite(self._largest[key]).all()):
@@ -285,7 +363,7 @@ class Simulation:
         self._tokens = tokens
         # A sample over all outputs (query, key and value alike): each has its own scale
         self._weight = weight[:: max(1, weight.shape[0] // _OUTPUTS)]
-        self._exact = tokens @ self._weight.T
+        self._exact = _product(tokens, self._weight)
         self.sizes = self._exact.norm(dim=1).clamp_min(_TINY)
 
     def errors(self, chosen: LinearFormat) -> torch.Tensor:
@@ -294,7 +372,12 @@ class Simulation:
         if chosen.divisor is not None:
             divisor = torch.from_numpy(chosen.divisor)
             x, w = x / divisor, w * divisor
-        return (_rounded(x) @ _rounded_weight(w, chosen).T - self._exact).norm(dim=1)
+        return (_product(_rounded(x), _rounded_weight(w, chosen)) - self._exact).norm(dim=1)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):  # the caller's would round both
+        return x @ weight.T
 
 
 def _rounded_weight(weight: torch.Tensor, chosen: LinearFormat) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from xfast.architecture import EncoderSpec
@@ -29,7 +30,8 @@ class Options:
             With int8 and int4 on the CPU the word embeddings go too, replaced by 8 bits a value with one scale a row
             (which changes results a little), unless a masked-LM head is tied to them.
         calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
-        tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``.
+        tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``, over
+            all tokens of ``calibration``; on a GPU y_fp32 is what the original code gives in the weights' dtype.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
             packed tokens with the varlen attention kernel instead of the original code.
         recipe: how single products differ from ``precision`` (native and Triton): see :class:`xfast.recipe.Recipe` and
@@ -89,9 +91,11 @@ class Options:
             raise InvalidOptionError(f"calibration: expected a sequence of batches, got {self.calibration!r}")
         if not self.calibration:
             raise InvalidOptionError('precision="auto" needs calibration=[batch, ...] to measure errors on')
-        if not all(isinstance(batch, dict) or hasattr(batch, "keys") for batch in self.calibration):
+        if not all(isinstance(batch, Mapping) for batch in self.calibration):
             raise InvalidOptionError("calibration: every batch must be a mapping such as a tokenizer returns")
-        real = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        # They are measured on again when weights change: what the caller does with the list must not matter
+        object.__setattr__(self, "calibration", tuple(dict(batch) for batch in self.calibration))
+        real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
         if not real or not self.tolerance > 0:  # type: ignore[operator]
             raise InvalidOptionError(f'precision="auto" needs tolerance > 0, got {self.tolerance!r}')
 

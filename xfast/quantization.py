@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -75,10 +76,11 @@ def smooth(
             qkv and ffn_in, with the gains of the LayerNorm before. With: SmoothQuant's max|x|^a / max|w|^(1-a) for
             every product, with the ``a`` of least error on a sample of tokens; none where it hardly helps, and none
             for any qkv (attention_out, ...) where the engine then measures no smaller error of the output.
-        strength: the exponent, between 0 and 1, or (with calibration) several to choose from.
+        strength: the exponent, between 0 and 1, or (with calibration) several to choose from. None: 0.3 without
+            calibration; with it 0.3 to 0.8 and the divisors of the first kind.
 
     The recipe names only products that get a divisor; the others keep ``accelerate``'s precision. Cost: without
-    calibration, one look at the weights; with it, one run of the original and seven of the engine, whose products are
+    calibration, one look at the weights; with it, one run of the original and six of the engine, whose products are
     packed in fp32 and twice in ``precision``.
 
     Raises:
@@ -91,12 +93,15 @@ def smooth(
     default = LinearFormat(precision, group_size)
     if calibration is None:
         [exponent] = _strengths(strength, (GAIN_STRENGTH,), single=True)
-        return Recipe(group_size, {key: replace(default, divisor=d) for key, d in _gain_divisors(target, exponent)})
+        divided = {key: replace(default, divisor=divisor) for key, divisor in _gain_divisors(target, exponent)}
+        return Recipe(group_size, divided, target.weights.spec)
     exponents = _strengths(strength, STRENGTHS)
     batches = read_batches(target.weights.spec, calibration)
     inputs = product_inputs(target, batches)
-    formats = _calibrated(target, inputs, default, exponents, NativeTrials(target.weights, batches))
-    return Recipe(group_size, {key: each for key, each in formats.items() if each.divisor is not None})
+    gains = strength is None  # who names exponents wants those
+    formats = _calibrated(target, inputs, default, exponents, NativeTrials(target.weights, batches), gains=gains)
+    divided = {key: each for key, each in formats.items() if each.divisor is not None}
+    return Recipe(group_size, divided, target.weights.spec)
 
 
 def outliers(model: Any, calibration: Sequence[Any]) -> OutlierReport:
@@ -173,8 +178,9 @@ def mixed(
         backend: "auto" (where the model is), "native" or "triton".
 
     Every product is measured alone in every precision; those that lose most per byte saved are given more. The error
-    of the result is measured, not predicted. It names every product, so ``accelerate``'s ``precision`` decides about
-    none; on a GPU it says what everything else is computed in: bf16, unless ``precisions`` has another float. Cost: one
+    of the result is measured, not predicted. It names every product; ``accelerate``'s ``precision`` says what
+    everything else is in. The error holds for ``"fp32"`` on the CPU (with int8 and int4, ``keep_weights=False`` and
+    artifacts have word embeddings in 8 bits), on a GPU for bf16, or another float that ``precisions`` has. Cost: one
     engine run a product and precision over the batches.
 
     Raises:
@@ -182,7 +188,9 @@ def mixed(
     """
     _one_of("backend", backend, ("auto", "native", "triton"))
     target = find_target(model, gpu=backend != "native")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf:
+    if not isinstance(smoothing, bool):
+        raise InvalidOptionError(f"smoothing: expected True or False, got {smoothing!r}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
         raise InvalidOptionError(f"tolerance: expected a number > 0, got {tolerance!r}")
     Recipe(group_size)  # checks it
     batches = read_batches(target.weights.spec, calibration)
@@ -203,7 +211,7 @@ def mixed(
         for key, rung in found.items()
     )
     report = MixedReport(float(tolerance), _tokens(batches), result, products, uniform, trials.runs)
-    return Recipe(group_size, formats_of(found)), report
+    return Recipe(group_size, formats_of(found), target.weights.spec), report
 
 
 def _on_gpu(target: Target, batches: Sequence[Batch], names: Sequence[str]) -> TritonTrials:
@@ -251,12 +259,18 @@ def _norm_before(spec: EncoderSpec, layer: int, name: str) -> Product:
 
 
 def _calibrated(
-    target: Target, found: dict[Product, Inputs], default: LinearFormat, exponents: Sequence[float], trials: Trials
+    target: Target,
+    found: dict[Product, Inputs],
+    default: LinearFormat,
+    exponents: Sequence[float],
+    trials: Trials,
+    *,
+    gains: bool = True,
 ) -> dict[Product, LinearFormat]:
-    """Formats of all products, ready to be run, with divisors where those help."""
+    """Formats of all products, ready to be run, with divisors where those help; ``gains``: those of gains, too."""
     formats = dict.fromkeys(found, default)
     trials.pack(formats)
-    smoothed = {key: _best(target, key, inputs, default, exponents) for key, inputs in found.items()}
+    smoothed = {key: _best(target, key, inputs, default, exponents, gains) for key, inputs in found.items()}
     trials.pack(smoothed)
     # What helps a product need not help the output: outputs of ffn_out differ in size more than they matter
     least = trials.error(formats)
@@ -269,13 +283,13 @@ def _calibrated(
 
 
 def _best(
-    target: Target, key: Product, inputs: Inputs, default: LinearFormat, exponents: Sequence[float]
+    target: Target, key: Product, inputs: Inputs, default: LinearFormat, exponents: Sequence[float], gains: bool
 ) -> LinearFormat:
     """The format of one product with the least error of its own outputs."""
     weight = target.weight(*key)
     columns, largest = _columns(weight), _positive(inputs.largest)
     divisors = [_divisor(largest**exponent / columns ** (1 - exponent)) for exponent in exponents]
-    if key[1] in _NORM_FED:  # what holds for all text, should the calibration batches be few
+    if gains and key[1] in _NORM_FED:  # what holds for all text, should the calibration batches be few
         divisors.append(_gain_divisor(target, key, weight, GAIN_STRENGTH))
     formats = [default, *(replace(default, divisor=divisor) for divisor in divisors)]
     simulation = Simulation(inputs.tokens, weight)

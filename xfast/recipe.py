@@ -90,6 +90,8 @@ class Recipe:
     Attributes:
         group_size: of int4 products that ``linears`` does not name.
         linears: by (layer, name of the product, see ``LINEARS``).
+        made_for: the encoder that it was made from: accepted by encoders of the same family and sizes only. None: by
+            all that it fits.
 
     Raises:
         InvalidOptionError: a name, size or value is not accepted.
@@ -97,6 +99,7 @@ class Recipe:
 
     group_size: int = DEFAULT_GROUP_SIZE
     linears: Mapping[tuple[int, str], LinearFormat] = field(default_factory=dict)
+    made_for: EncoderSpec | None = None
 
     def __post_init__(self) -> None:
         _check_group("recipe.group_size", self.group_size)
@@ -135,7 +138,12 @@ class Recipe:
         return tuple(dict.fromkeys(chosen.precision for chosen in self.linears.values()))
 
     def check(self, spec: EncoderSpec) -> None:
-        """Raises InvalidOptionError unless every product that is named exists and every divisor fits its inputs."""
+        """Raises InvalidOptionError unless every product that is named exists and every divisor fits its inputs.
+
+        And where it was made for another kind of encoder: there its divisors and precisions mean nothing.
+        """
+        if self.made_for is not None and _kind(self.made_for) != _kind(spec):
+            raise InvalidOptionError(f"recipe: made for {_kind(self.made_for)}; this encoder is {_kind(spec)}")
         for (layer, name), chosen in self.linears.items():
             where = f"recipe.linears[{(layer, name)!r}]"
             if not 0 <= layer < spec.num_layers:
@@ -143,6 +151,11 @@ class Recipe:
             _, inputs = spec.product_shape(name)
             if chosen.divisor is not None and chosen.divisor.shape != (inputs,):
                 raise InvalidOptionError(f"{where}.divisor: shape {chosen.divisor.shape}; expected ({inputs},)")
+
+
+def _kind(spec: EncoderSpec) -> str:
+    sizes = f"{spec.num_layers} layers, {spec.num_heads} heads, {spec.hidden_size} x {spec.intermediate_size}"
+    return f"{spec.family} of {sizes}"
 
 
 def summary(formats: Sequence[Mapping[str, StoredFormat]], precision: str) -> list[str]:
@@ -161,7 +174,7 @@ def summary(formats: Sequence[Mapping[str, StoredFormat]], precision: str) -> li
 
 
 def _check_group(where: str, size: object) -> None:
-    if isinstance(size, bool) or size not in GROUP_SIZES:
+    if not isinstance(size, int) or size not in GROUP_SIZES:
         raise InvalidOptionError(f"{where}: {size!r} is not accepted; accepted: {', '.join(map(str, GROUP_SIZES))}")
 
 

@@ -36,6 +36,7 @@ class Trials(ABC):
         layers: that run.
 
     Attributes:
+        exact: what outputs are held against, [T, hidden_size].
         products: of these layers.
         plain: as given: formats are told apart by what they are, not by what they say.
         runs: of the engine so far, over all batches.
@@ -49,8 +50,8 @@ class Trials(ABC):
         self._plain = dict.fromkeys(self.products, plain)
         self._plain_error: float | None = None
         self.pack(self._plain)
-        self._exact = self._reference()
-        if not bool(torch.isfinite(self._exact).all()):
+        self.exact = self._reference()
+        if not bool(torch.isfinite(self.exact).all()):
             raise InvalidInputError("calibration: the encoder's output holds NaN or infinity")
 
     @abstractmethod
@@ -63,7 +64,7 @@ class Trials(ABC):
 
     @abstractmethod
     def _reference(self) -> torch.Tensor:
-        """What outputs are held against, [T, hidden_size]."""
+        """For ``exact``."""
 
     @abstractmethod
     def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
@@ -73,17 +74,17 @@ class Trials(ABC):
         """||y - y_reference|| / ||y_reference|| over all tokens."""
         chosen = {**self._plain, **formats}
         if chosen != self._plain:
-            return relative_error(self._outputs(chosen), self._exact)
+            return relative_error(self._outputs(chosen), self.exact)
         if self._plain_error is None:  # asked for as often as there are products
-            self._plain_error = relative_error(self._outputs(chosen), self._exact)
+            self._plain_error = relative_error(self._outputs(chosen), self.exact)
         return self._plain_error
 
     def measure(self, formats: Mapping[Product, LinearFormat]) -> Measured:
         """Everything that is reported of a recipe; ``formats`` names every product."""
         got = self._outputs(formats)
-        cosines = torch.nn.functional.cosine_similarity(got.double(), self._exact.double())
+        cosines = torch.nn.functional.cosine_similarity(got.double(), self.exact.double())
         return Measured(
-            relative_error(got, self._exact), float(cosines.min()), float(cosines.mean()), self.bytes(formats)
+            relative_error(got, self.exact), float(cosines.min()), float(cosines.mean()), self.bytes(formats)
         )
 
     def _outputs(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
@@ -92,22 +93,25 @@ class Trials(ABC):
 
 
 class NativeTrials(Trials):
-    """On the CPU, against fp32. Packed weights wait in unnamed temporary files (TMPDIR), mapped: several formats of a
-    large model do not fit in memory, and those that a run reads come from there.
+    """On the CPU, against fp32, whatever the weights' dtype.
+
+    Packed weights wait in unnamed temporary files (TMPDIR), mapped: several formats of a large model do not fit in
+    memory, and those that a run reads come from there.
 
     Raises:
         BackendUnavailableError: the temporary files cannot be written.
     """
 
-    def __init__(self, weights: EncoderWeights, batches: Sequence[Batch]) -> None:
+    def __init__(self, weights: EncoderWeights, batches: Sequence[Batch], layers: int | None = None) -> None:
         self._batches = batches
+        self._layers = weights.spec.num_layers if layers is None else layers
         self._packed: dict[tuple[Product, LinearFormat], Mapping[str, np.ndarray]] = {}
-        super().__init__(weights, LinearFormat("fp32"), weights.spec.num_layers)
+        super().__init__(weights, LinearFormat("fp32"), self._layers)
 
     def pack(self, formats: Mapping[Product, LinearFormat]) -> None:
         """See :class:`Trials`."""
         for layer in range(self.weights.spec.num_layers):
-            chosen = {name: formats[layer, name] for name in LINEARS}
+            chosen = {name: formats.get((layer, name), self.plain) for name in LINEARS}
             if all(((layer, name), each) in self._packed for name, each in chosen.items()):
                 continue
             recipe = Recipe(linears={(layer, name): each for name, each in chosen.items()})
@@ -123,14 +127,15 @@ class NativeTrials(Trials):
 
     def _run(self, formats: Mapping[Product, LinearFormat]) -> torch.Tensor:
         recipe, layers = Recipe(linears=formats), range(self.weights.spec.num_layers)
+        every = {**dict.fromkeys(products_of(len(layers)), self.plain), **formats}  # also of layers that do not run
         packed = PackedWeights(
-            layers=[{name: self._packed[(i, name), formats[i, name]] for name in LINEARS} for i in layers],
+            layers=[{name: self._packed[(i, name), every[i, name]] for name in LINEARS} for i in layers],
             formats=[recipe.stored(i, "fp32") for i in layers],
             words=None,
             origin=None,
         )
         engine = NativeEngine(self.weights, "fp32", packed)
-        return torch.cat([engine.run(batch.packed)[0] for batch in self._batches])
+        return torch.cat([engine.run(batch.packed, layers=self._layers)[0] for batch in self._batches])
 
 
 def _mapped(layer: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:

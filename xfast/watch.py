@@ -171,4 +171,5 @@ _training = itemgetter("training")
 
 
 def _is_recorder(hook: object) -> bool:
-    return getattr(hook, "__module__", "").startswith("transformers.")
+    """Whether it only looks: transformers' own, and calibration's, while another thread calibrates."""
+    return getattr(hook, "__module__", "").startswith(("transformers.", "xfast.calibration"))

@@ -241,7 +241,8 @@ class _Packer:
         return found
 
     def _choose(self, into: int, name: str, chosen: LinearFormat) -> None:
-        self._encoder.choose(into, name, chosen.precision, chosen.group_size, chosen.divisor)
+        divisor = None if chosen.divisor is None else np.ascontiguousarray(chosen.divisor)
+        self._encoder.choose(into, name, chosen.precision, chosen.group_size, divisor)
 
     def _array(self, layer: int, role: str) -> np.ndarray:
         return as_array(self._weights.modules[layer, role].weight)
