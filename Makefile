@@ -16,7 +16,7 @@ GPU_TESTS = $(addprefix tests/test_,played_cuda.py packing_triton.py triton_back
             artifact_triton.py attention_interface.py attention_triton.py rows_triton.py gemm_triton.py \
             gemm_weight_only_triton.py gpu_battery.py tensorrt_backend.py)
 
-.PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu sanitize
+.PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu test-libraries sanitize
 
 check:
 	ruff check .
@@ -57,6 +57,18 @@ play-gpu:
 	rm -f build/launch-forms.jsonl && mkdir -p build
 	PYTHONPATH=tests XFAST_LAUNCH_FORMS=build/launch-forms.jsonl pytest -q -n 2 --dist loadfile -p played_cuda $(GPU_TESTS)
 	TRITON_INTERPRET=0 $(PYTHON) tests/launch_forms.py build/launch-forms.jsonl 90 > build/launch-forms-90.jsonl
+
+# Libraries that hold an encoder and call it in their own way, in two environments, as some want transformers 4: about
+# ten minutes and 6 GB under build/. setuptools to sentencepiece: what COMET's own requirements leave open and need.
+LIBRARIES_5 = FlagEmbedding sentence-transformers bert-score setfit peft
+LIBRARIES_4 = "transformers<5" unbabel-comet span-marker gliner flair \
+              "setuptools<81" "pyarrow<21" "sentencepiece<0.2.1"
+test-libraries:
+	$(PYTHON) -m venv build/libraries-5 && $(PYTHON) -m venv build/libraries-4
+	for venv in 5 4; do build/libraries-$$venv/bin/pip install -q torch==2.13.0 || exit 1; done
+	build/libraries-5/bin/pip install -q . pytest hypothesis $(LIBRARIES_5)
+	build/libraries-4/bin/pip install -q . pytest hypothesis $(LIBRARIES_4)
+	for venv in 5 4; do HF_HUB_OFFLINE=1 build/libraries-$$venv/bin/pytest -q -rs tests/test_libraries.py || exit 1; done
 
 # AddressSanitizer + UndefinedBehaviorSanitizer over the native tests: slow, meant for a nightly run.
 # --capture=sys lets the sanitizers' reports, which end the process, through to the terminal.

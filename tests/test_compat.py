@@ -13,17 +13,12 @@ import pytest
 import torch
 import transformers
 from models import HEADS, build, error, fallbacks, quick_settings
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
+from words import TEXTS, make_tokenizer
 
 import xfast
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
-WORDS = (
-    "the cat sat on a mat while dog ran far away from big red house and small green tree who where is what are ? . ,"
-)
-TEXTS = ["the cat sat on a mat .", "who is far away ?", "dog", "a small green tree and a big red house ."]
 MASKED = ["the <mask> sat on a mat .", "<mask> is far away"]
 TASKS = {
     "text-classification": "sequence-classification",
@@ -36,17 +31,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """A word-level tokenizer with XLM-R's special tokens and template, made without any download."""
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    words = {word: i for i, word in enumerate([*special, *WORDS.split()])}
-    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    roles = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
-    names = {f"{role}_token": token for role, token in roles.items()}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=36, **names)
+    return make_tokenizer()
 
 
 def assert_alike(got: Any, want: Any, limit: float = 1e-5) -> None:

@@ -204,6 +204,6 @@ def test_without_ray_a_hint_how_to_install_it(tmp_path: Path, base: Path, monkey
     path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(BackendUnavailableError, match=r"pip install 'xfast\[ray\]'"):
+    with pytest.raises(BackendUnavailableError, match=r"encode: needs ray\.data; pip install 'ray\[data\]'"):
         encode.run(path, tmp_path / "out", base, Execution(engine="ray"))
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason='not installed: pip install "xfast[triton]"')
+pytest.importorskip("triton", reason="not installed: pip install triton")
 
 from xfast.benchmarks.gpu_cases import cases
 from xfast.kernels.tiles import shared_memory_limit

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason='not installed: pip install "xfast[triton]"')
+pytest.importorskip("triton", reason="not installed: pip install triton")
 
 HERE = Path(__file__).resolve().parent
 PLAYED = "played_cuda" in sys.modules

@@ -155,7 +155,7 @@ def test_long_forests_are_cut_and_say_so() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(BackendUnavailableError, match=r'plots: needs matplotlib; pip install "xfast\[study\]"'):
+    with pytest.raises(BackendUnavailableError, match="plots: needs matplotlib; pip install matplotlib scipy"):
         plots(FULL)
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-pytest.importorskip("triton", reason='not installed: pip install "xfast[triton]"')
+pytest.importorskip("triton", reason="not installed: pip install triton")
 
 from xfast.kernels import tiles
 from xfast.kernels.attention import HEAD_DIMS, split_head_dim

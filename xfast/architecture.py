@@ -267,6 +267,9 @@ def _padding_idx(module: nn.Module, family: Family) -> int:
     return 0 if pad is None else int(pad)
 
 
+_REASONS = 4  # that are told: adapters change every layer
+
+
 def _refuse(module: nn.Module, family: Family) -> None:
     check_class(module)
     config = module.config
@@ -288,7 +291,9 @@ def _refuse(module: nn.Module, family: Family) -> None:
     if getattr(type(module), "forward", None) is not getattr(base, "forward", None):
         reasons.append(f"{type(module).__name__} overrides forward")
     if reasons:
-        raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {'; '.join(reasons)}")
+        more = len(reasons) - _REASONS
+        told = [*reasons[:_REASONS], *([f"and {more} more like these"] if more > 0 else [])]
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {'; '.join(told)}")
 
 
 def _changed_modules(encoder: nn.Module) -> list[str]:
@@ -302,7 +307,9 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if "forward" in module.__dict__:
             found.append(f"{name} has a forward of its own")
         if not type(module).__module__.startswith(("transformers.", "torch.nn.modules.")):
-            found.append(f"{name} is a {type(module).__module__}.{type(module).__name__}; merge adapters first")
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            found.append(f"{name} is a {kind}; merge adapters first, as merge_and_unload() does")
+            continue
         if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_eps:
             found.append(f"{name}.eps is {module.eps}, not the config's {config.layer_norm_eps}")
         if getattr(module, "scaling", head_dim**-0.5) != head_dim**-0.5:

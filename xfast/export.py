@@ -158,7 +158,7 @@ def require_packages() -> None:
     """Raises BackendUnavailableError when one of ``PACKAGES`` is not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise BackendUnavailableError(f'ONNX export needs {", ".join(missing)}: pip install "xfast[onnx]"')
+        raise BackendUnavailableError(f"ONNX export needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def outputs_of(model: nn.Module) -> tuple[str, ...]:

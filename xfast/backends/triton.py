@@ -90,7 +90,7 @@ def _unavailable(device: torch.device, precision: str) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"the model is on {device}, this backend runs on cuda"
     if importlib.util.find_spec("triton") is None:
-        return 'triton is not installed: pip install "xfast[triton]"'
+        return "triton is not installed: pip install triton"
     try:
         from xfast.kernels.launch import INTERPRETED, capability_of
     except Exception as error:  # a broken installation may raise anything

@@ -84,7 +84,7 @@ def encode(
     as_json: JsonFlag = False,
 ) -> None:
     """Embed or label every row of Parquet or JSONL files; the same command continues a job. See docs/encode.md."""
-    require("pyarrow", "encode")
+    require("pyarrow", "pyarrow")
     settings = Settings(
         model=model,
         tokenizer=tokenizer,

@@ -58,7 +58,7 @@ def encode(given: str, output: Path, settings: Settings, execution: Execution, w
         XfastError: anything about input, output, model or options; what is complete stays, and the same call continues.
     """
     if execution.engine == "ray":
-        require("ray.data", "ray")
+        require("ray.data", "ray[data]")
     state = state_of(settings)  # before its files are hashed: what changes after that is found
     head, identity = head_of(settings)
     files = source.find(given, output)

@@ -130,8 +130,8 @@ class Execution:
             raise InvalidOptionError("workers, address: only accepted with engine ray")
 
 
-def require(module: str, extra: str) -> None:
-    """Asked before anything is read.
+def require(module: str, package: str) -> None:
+    """Asked before anything is read. ``package`` is what pip calls it.
 
     Raises:
         BackendUnavailableError: the library is not installed.
@@ -139,7 +139,7 @@ def require(module: str, extra: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError:
-        raise BackendUnavailableError(f"encode: needs {module}; pip install 'xfast[{extra}]'") from None
+        raise BackendUnavailableError(f"encode: needs {module}; pip install '{package}'") from None
 
 
 def require_unicode(option: str, path: Path) -> None:

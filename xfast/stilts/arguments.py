@@ -85,7 +85,7 @@ def trainer_arguments(config: RunConfig) -> transformers.TrainingArguments:
         with accelerate_precision(config.precision):
             arguments = transformers.TrainingArguments(**{**given, **copy.deepcopy(config.trainer)})
     except ImportError as error:  # accelerate, which training needs and evaluation does not
-        raise BackendUnavailableError(f'training needs more packages: pip install "xfast[stilts]" ({error})') from None
+        raise BackendUnavailableError(f"training needs more packages: pip install accelerate ({error})") from None
     except (ValueError, TypeError) as error:  # bf16 where there is none, for instance
         raise InvalidOptionError(f"precision or trainer: {error}") from None
     _check_values(arguments)

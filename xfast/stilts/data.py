@@ -234,7 +234,7 @@ def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[
     try:
         import datasets
     except ImportError:
-        raise BackendUnavailableError('datasets is not installed: pip install "xfast[stilts]"') from None
+        raise BackendUnavailableError("datasets is not installed: pip install datasets") from None
     config = hub.config and hub.config.format(language=language, name=NAMES.get(language, language))
     name = name.replace("{language}", language)
     if name and Path(name).is_dir():

@@ -92,7 +92,7 @@ def _faiss() -> ModuleType:
     try:
         import faiss
     except ImportError:
-        raise BackendUnavailableError('faiss is not installed: pip install "xfast[stilts]"') from None
+        raise BackendUnavailableError("faiss is not installed: pip install faiss-cpu") from None
     return faiss
 
 

@@ -98,7 +98,7 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise BackendUnavailableError('tensorboard is not installed: pip install "xfast[stilts]"') from None
+        raise BackendUnavailableError("tensorboard is not installed: pip install tensorboard") from None
     return transformers.integrations.TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 

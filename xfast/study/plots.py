@@ -75,7 +75,7 @@ def plots(study: Study) -> list[Plot | Absent]:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    figures.require("plots", '"xfast[study]"')
+    figures.require("plots", "matplotlib scipy")
     with figures.style():
         return [_finished(key, title, made) for key, title, made in _drawn(study)]
 
