@@ -13,7 +13,7 @@ SANITIZE_PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-f
 
 # The tests that run on a GPU where there is one: those of benchmarks/gpu_battery.py (a test compares), and two of their own.
 GPU_TESTS = $(addprefix tests/test_,played_cuda.py packing_triton.py triton_backend.py triton_precisions.py \
-            artifact_triton.py attention_interface.py attention_triton.py rows_triton.py gemm_triton.py \
+            artifact_triton.py attention_interface.py training.py attention_triton.py rows_triton.py gemm_triton.py \
             gemm_weight_only_triton.py gpu_battery.py tensorrt_backend.py)
 
 .PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu test-libraries sanitize
@@ -72,9 +72,9 @@ test-libraries:
 
 # AddressSanitizer + UndefinedBehaviorSanitizer over the native tests: slow, meant for a nightly run.
 # --capture=sys lets the sanitizers' reports, which end the process, through to the terminal.
-# (test_extreme_sizes limits the address space, in which AddressSanitizer's own shadow does not fit.)
+# (Two tests limit the address space, in which AddressSanitizer's own memory does not fit.)
 sanitize:
 	CXX=g++ XFAST_SANITIZE=1 $(PYTHON) setup.py -q build --build-base $(SANITIZE_DIR) --build-lib $(SANITIZE_DIR)/lib
 	PYTHONPATH="$(CURDIR)/$(SANITIZE_DIR)/lib" LD_PRELOAD="$(SANITIZE_PRELOAD)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  pytest -q -p no:cacheprovider --capture=sys -k "not extreme_sizes" $(NATIVE_TESTS)
+	  pytest -q -p no:cacheprovider --capture=sys -k "not extreme_sizes and not no_memory_to_work_in" $(NATIVE_TESTS)

@@ -49,6 +49,7 @@ TESTS = (
         "triton_precisions",
         "artifact_triton",
         "attention_interface",
+        "training",
     ),
     "tensorrt_backend",
 )

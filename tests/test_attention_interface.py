@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from gpu import DEVICE
 from models import PAD, arguments, at_tokens, build, fallbacks, labels, left_padded, norm_error, ragged
 
 import xfast
-from xfast import watch
+from xfast import attention_interface, watch
 from xfast.attention_interface import attention_forward
 
 
@@ -128,6 +129,75 @@ def test_models_whose_attention_is_another_are_refused() -> None:
     assert kept is not None and kept.shape == (2, 5)
     with pytest.raises(xfast.UnsupportedModelError, match="every token sees every other"):
         create_bidirectional_mask(model.config, states, mask, and_mask_function=lambda b, h, q, k: q >= k)
+
+
+def test_rows_of_padding_are_the_originals() -> None:
+    """SigLIP's text model reads its last row, which may be padding."""
+    small = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
+    config = transformers.SiglipTextConfig(intermediate_size=40, max_position_embeddings=20, **small)
+    model = transformers.SiglipTextModel(config).eval().to(DEVICE)
+    batch = moved(ragged(vocab=50))
+    with torch.no_grad():
+        want = model(**batch)
+        model.set_attn_implementation("xfast")
+        got = model(**batch)
+    assert norm_error(got.pooler_output, want.pooler_output) <= 1e-5
+    assert norm_error(got.last_hidden_state, want.last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_queries_of_other_tokens_than_the_keys(head_dim: int) -> None:
+    """In cross-attention with as many queries as keys the mask says nothing of queries; one sequence has no key."""
+    q, k, v = (torch.randn(3, 2, 11, head_dim, device=DEVICE, requires_grad=True) for _ in range(3))
+    mask = torch.ones(3, 11, dtype=torch.long, device=DEVICE)
+    mask[0, 6:], mask[1, :4], mask[2] = 0, 0, 0
+    keep = mask.bool()[:2, None, None, :]
+    want = torch.nn.functional.scaled_dot_product_attention(q[:2], k[:2], v[:2], attn_mask=keep).transpose(1, 2)
+    got, _ = attention_forward(torch.nn.Module(), q, k, v, mask)
+    assert norm_error(got[:2].detach(), want.detach()) <= 1e-5 and not got[2].any()
+    weights = torch.randn_like(got)
+    wants = torch.autograd.grad((want * weights[:2]).sum(), (q, k, v))
+    for ours, theirs in zip(torch.autograd.grad((got * weights).sum(), (q, k, v)), wants, strict=True):
+        assert norm_error(ours, theirs) <= 1e-5
+
+
+def test_masks_for_other_queries_than_the_keys_are_refused() -> None:
+    """SigLIP 2's pooling head asks for the mask of one query and repeats its rows."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+    config = transformers.Siglip2VisionConfig(patch_size=2, num_patches=16, **small)
+    model = transformers.Siglip2VisionModel(config).eval().to(DEVICE)
+    model.set_attn_implementation("xfast")
+    mask = torch.ones(2, 16, dtype=torch.long, device=DEVICE)
+    mask[1, 9:] = 0
+    shapes = torch.tensor([[4, 4], [3, 3]], device=DEVICE)
+    with torch.no_grad(), pytest.raises(xfast.UnsupportedModelError, match="a mask for 1 queries and 16 keys"):
+        model(torch.randn(2, 16, 12, device=DEVICE), mask, shapes)
+
+
+def test_a_packing_that_was_made_without_gradients_is_not_saved_for_them() -> None:
+    q = torch.randn(2, 2, 5, 16, device=DEVICE, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], device=DEVICE)
+    with torch.inference_mode():
+        attention_forward(torch.nn.Module(), q, q, q, mask)
+    attention_forward(torch.nn.Module(), q, q, q, mask)[0].sum().backward()
+    assert q.grad is not None
+
+
+def test_compiled_graphs_keep_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a compiled graph a mask of the same shape, alive as the last one is, would be the same mask."""
+    from xfast.kernels import packing
+
+    def unpad(_batch: int, _length: int, _device: Any, _ids: Any, mask: torch.Tensor, *_: Any, **__: Any) -> Any:
+        real = mask.reshape(-1) != 0  # dynamo does not trace Triton's interpreter
+        lengths = torch.cat([real.new_zeros(1, dtype=torch.int32), (mask != 0).sum(1).cumsum(0).int()])
+        return SimpleNamespace(source=torch.argsort(~real, stable=True).int(), cu_seqlens=lengths, info=lengths[-1:])
+
+    monkeypatch.setattr(packing, "unpad", unpad)
+    compiled = torch.compile(attention_interface._packing, backend="eager")
+    masks = [torch.tensor(rows) for rows in ([[1, 1, 1], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]], [[1, 1, 0], [1, 0, 0]])]
+    for mask in masks * 3:
+        for _layer in range(2):
+            assert compiled(mask)[1].tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
 
 
 def test_no_value_is_read_from_the_device_in_a_forward() -> None:

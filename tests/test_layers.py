@@ -43,6 +43,7 @@ LAYER_OF = {
     "training": "model",
     "plan": "model",
     "patch": "model",
+    "compiled": "model",
     "head_patch": "model",
     "lm_head": "model",
     "explain": "model",

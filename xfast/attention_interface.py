@@ -3,8 +3,9 @@
 Registered with transformers when xfast is imported: the attention *and* the mask function, because a name without a
 mask function is handed no mask at all and would silently attend to padding (huggingface/transformers PR 45811).
 
-Padded batches are packed for the kernel and padded again after it in every layer; ``xfast.accelerate`` does so once for
-the whole encoder and is what inference should use. Where the kernel cannot run (CPU, an odd head_dim), torch's own
+Keys and values are packed for the kernel in every layer, queries stay where they are: some models read rows of padding
+(SigLIP's text model its last), and in cross-attention the mask says nothing of queries. ``xfast.accelerate`` packs once
+for the whole encoder and is what inference should use. Where the kernel cannot run (CPU, an odd head_dim), torch's own
 attention runs with the same mask: the same results, without the speed.
 """
 
@@ -43,11 +44,11 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function, from [batch, heads, length, head_dim] to [batch, length, heads, head_dim].
 
-    Padded rows of the result are zeros.
+    Rows of a sequence without any token are zeros.
 
     Raises:
-        UnsupportedModelError: causal attention, queries and keys of different lengths, or an argument that may change
-            the result (biases, windows, ...).
+        UnsupportedModelError: causal attention, queries and keys of different lengths, an argument that may change
+            the result (biases, windows, ...), or dropout inside somebody's CUDA graph.
         InvalidInputError: a mask that is not [batch, length].
     """
     if others.get("is_causal") or getattr(module, "is_causal", False):
@@ -77,7 +78,16 @@ def attention_forward(
 
 
 def dropout_seed(dropout: float) -> int:
-    """Which probabilities are dropped: drawn from torch's CPU generator, so ``torch.manual_seed`` repeats it."""
+    """Which probabilities are dropped: drawn from torch's CPU generator, so ``torch.manual_seed`` repeats it.
+
+    Raises:
+        UnsupportedModelError: a CUDA graph is being captured, which would drop the same ones for ever.
+    """
+    if dropout > 0.0 and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModelError(
+            "attn_implementation='xfast' draws its dropout on the host: it cannot be part of a CUDA graph; set "
+            "attention_probs_dropout_prob to 0"
+        )
     return int(torch.randint(0, 2**31 - 1, (), device="cpu")) if dropout > 0.0 else 0
 
 
@@ -98,10 +108,13 @@ def _kernel_runs(query: torch.Tensor) -> bool:
 def _torch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, scale: float
 ) -> torch.Tensor:
-    keep = None if mask is None else mask.bool()[:, None, None, :]
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout, scale=scale)
+    keep, some = None, None
     if mask is not None:
-        out = torch.where(mask.bool()[:, None, :, None], out, 0.0)
+        some = mask.bool().any(1)[:, None, None, None]  # where there is no key, softmax has nothing to divide by
+        keep = mask.bool()[:, None, None, :] | ~some
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout, scale=scale)
+    if some is not None:
+        out = torch.where(some, out, 0.0)
     return out.transpose(1, 2)
 
 
@@ -114,45 +127,43 @@ def _varlen(
     rows = [t.transpose(1, 2).reshape(batch * length, heads, head_dim) for t in (q, k, v)]
     # heads and columns must lie together, which a batch of one may not show
     rows = [t if t.stride()[1:] == (head_dim, 1) else t.contiguous() for t in rows]
+    cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=q.device)
+    cu_q = cu_k = cu_seqlens[: batch + 1]
+    if mask is not None:
+        source, cu_k = _packing(mask)
+        rows[1:] = [t[source] for t in rows[1:]]
     if rows[1].stride() != rows[2].stride():
         rows[1:] = [t.contiguous() for t in rows[1:]]
-    seed = dropout_seed(dropout)
-    if mask is None:
-        cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), dtype=torch.int32, device=q.device)
-        cu_seqlens = cu_seqlens[: batch + 1]
-        out = VarlenAttention.apply(*rows, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
-        return out.view(batch, length, heads, head_dim)
-    source, slot, real, cu_seqlens = _packing(mask)
-    packed = [t[source] for t in rows]
-    out = VarlenAttention.apply(*packed, cu_seqlens, cu_seqlens, length, scale, dropout, seed)
-    padded = torch.where(real[:, None, None], out[slot], 0.0)
-    return padded.view(batch, length, heads, head_dim)
+    out = VarlenAttention.apply(*rows, cu_q, cu_k, length, scale, dropout, dropout_seed(dropout))
+    return out.view(batch, length, heads, head_dim)
 
 
-_Packing = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Packing = tuple[torch.Tensor, torch.Tensor]
 
 
 def _packing(mask: torch.Tensor) -> _Packing:
-    """Of a mask, kept for the next layer: source of each packed row, packed row of each place, is a token, cu_seqlens.
+    """Of a mask, kept for the next layer: source of each packed row, cu_seqlens.
 
     Rows without a token point to themselves: backward would serialise tens of thousands that all point to one.
     """
     from xfast.kernels.packing import unpad
 
-    recent = getattr(_recent, "packing", None)
+    # torch.compile would take a mask of the same shape for the same mask
+    keeps = not torch.compiler.is_compiling() and not mask.is_inference()
+    recent = getattr(_recent, "packing", None) if keeps else None
     if recent is not None and recent[0]() is mask and recent[1] == mask._version:
         kept: _Packing = recent[2]
-        return kept
+        if torch.is_inference_mode_enabled() or not kept[0].is_inference():  # else backward could not save it
+            return kept
     batch, length = mask.shape
     dense = mask.contiguous()
     view = dense.view(torch.uint8) if dense.dtype == torch.bool else dense
     rows = unpad(batch, length, mask.device, None, view, None, None, pad_id=-1, vocab=1, positions=length, types=1)
     places = torch.arange(batch * length, device=mask.device)
-    real = rows.slot >= 0
     # Past the last token ``source`` is undefined; how many there are is known to the device alone.
     source = torch.where(places < rows.info[0], rows.source[: batch * length], places)
-    packing = (source.long(), torch.where(real, rows.slot, places).long(), real, rows.cu_seqlens)
-    if not mask.is_inference():
+    packing = (source.long(), rows.cu_seqlens)
+    if keeps:
         _recent.packing = (weakref.ref(mask), mask._version, packing)
     return packing
 
@@ -163,7 +174,8 @@ def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | 
     It never asks whether anything is masked, which would wait for the device.
 
     Raises:
-        UnsupportedModelError: some tokens may not see others: causal, windowed or otherwise restricted attention.
+        UnsupportedModelError: some tokens may not see others: causal, windowed or otherwise restricted attention; or
+            a mask for other queries than the keys, whose shape its user (SigLIP 2's pooling head) reckons with.
     """
     from transformers import masking_utils
 
@@ -171,6 +183,12 @@ def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | 
     if everyone is None or others.get("mask_function") is not everyone:
         raise UnsupportedModelError(
             "attn_implementation='xfast' is for encoders in which every token sees every other; this one restricts that"
+        )
+    steps = others.get("cache_position")  # what stands for q_length before transformers 5
+    queries = others.get("q_length") if steps is None else len(steps)
+    if queries is not None and int(queries) != kv_length:
+        raise UnsupportedModelError(
+            f"attn_implementation='xfast' is self-attention; got a mask for {int(queries)} queries and {kv_length} keys"
         )
     mask: torch.Tensor | None = others.get("attention_mask")
     return None if mask is None else mask[:, -kv_length:]

@@ -43,7 +43,8 @@ class HeadPatch(Patch):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self._encoder(), self.rule, self.previous)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`Patch`."""
         patch = self.encoder_patch
         if patch is None:
             return self.original(*args, **kwargs)
@@ -98,7 +99,8 @@ class HeadPatch(Patch):
 class TokenHeadPatch(HeadPatch):
     """On the module that turns every token's hidden state into outputs: runs it on real tokens only."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`Patch`."""
         patch = None if torch.compiler.is_compiling() else self.encoder_patch
         context = current_context(patch)
         if (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import threading
 import warnings
 import weakref
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from xfast import training
+from xfast import compiled, training
 from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedError
 from xfast.errors import BackendUnavailableError, ModelFreedError, UnsupportedModelError, WeightsFreedError
@@ -99,6 +98,11 @@ class Patch:
             state["forward"] = self.previous
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate's unwrap_model binds what it finds under ``forward`` as a method
+        return self.call(*(args[1:] if args and isinstance(args[0], nn.Module) else args), **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of the module's forward."""
         raise NotImplementedError
 
 
@@ -156,8 +160,7 @@ class EncoderPatch(Patch):
         self.traces_original = False  # set by a head for the time of a call that torch.compile traces
         self._freed_plan = freed_plan
         self._warned: set[str] = set()
-        self.handle = next(_handles)
-        ENCODERS[self.handle] = self
+        self.handle = compiled.register(self)
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -187,7 +190,8 @@ class EncoderPatch(Patch):
             raise WeightsFreedError(f"pickle: {self.freed}")
         return EncoderPatch, (self.module, self.options), {"installed": self.installed}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`Patch`."""
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
         module = self.module
@@ -208,7 +212,7 @@ class EncoderPatch(Patch):
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            warnings.warn(f"xfast: {text}", stacklevel=5)
+            warnings.warn(f"xfast: {text}", stacklevel=6)
 
     def encode(self, call: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """``last_hidden_state`` for tensors alone: what the custom operator behind ``torch.compile`` runs."""
@@ -272,7 +276,7 @@ class EncoderPatch(Patch):
 
     def _unusable_since(self, error: Exception) -> CannotRunError:
         self.unusable = f"this copy cannot be accelerated: {error} (after a change call xfast.accelerate again)"
-        warnings.warn(f"xfast: the original code runs: {self.unusable}", stacklevel=7)
+        warnings.warn(f"xfast: the original code runs: {self.unusable}", stacklevel=8)
         return CannotRunError(self.unusable)
 
     def _refusal(self, module: nn.Module, call: dict[str, Any], train: bool = False) -> str | None:
@@ -339,14 +343,17 @@ class EncoderPatch(Patch):
             raise CannotRunError(reason)
         plan = self._plan_of_a_copy()
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
-        if (reason := training.refusal(module, given.device) or plan.inner.refusal(module)) is not None:
+        spec = plan.weights.spec
+        if (reason := training.refusal(module, spec, given.device) or plan.inner.refusal(module)) is not None:
             raise CannotRunError(reason)
         _refuse_elsewhere(call, given.device)
-        packed = training.pack(plan.weights.spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        spec = training.current(module, spec)
+        packed = training.pack(spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
         pooler, context = getattr(module, "pooler", None), current_context(self)
-        _refuse_batch(packed, pooler is not None or (context is not None and context.rows == "first"))
+        reads_first = context is not None and (context.rows == "first" or context.needs_first)
+        _refuse_batch(packed, pooler is not None or reads_first)
         wanted = bool(_flag(module, call, "output_hidden_states"))
-        last, states = training.run(module, plan.weights.spec, packed, call.get("inputs_embeds"), wanted)
+        last, states = training.run(module, spec, packed, call.get("inputs_embeds"), wanted)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
@@ -424,13 +431,10 @@ def wrapped_since(modules: Iterable[nn.Module]) -> list[EncoderPatch]:
     }
     if not wrapped:
         return []
-    patches = (reference() for reference in ENCODERS.valuerefs())  # a list, whatever other threads do
-    return [patch for patch in patches if patch is not None and patch.installed and patch._module() in wrapped]
+    return [patch for patch in compiled.registered() if patch.installed and patch._module() in wrapped]
 
 
 _GRADIENTS = "gradients are enabled"
-_handles = itertools.count()
-ENCODERS: weakref.WeakValueDictionary[int, EncoderPatch] = weakref.WeakValueDictionary()
 
 
 def _flag(module: nn.Module, call: dict[str, Any], name: str, default: bool = False) -> Any:
@@ -454,45 +458,3 @@ def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False
         if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
             return f"{name} is given"
     return None
-
-
-def _tags() -> dict[str, Any]:
-    """It waits for the device and replays graphs of its own: no part of somebody else's CUDA graph."""
-    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-    known = "tags" in inspect.signature(torch.library.custom_op).parameters  # both newer than torch 2.6
-    return {"tags": (tag,)} if tag is not None and known else {}
-
-
-@torch.library.custom_op("xfast::encode", mutates_args=(), **_tags())
-def _encode(
-    handle: int,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    patch = ENCODERS.get(handle)
-    if patch is None:
-        raise ModelFreedError("the accelerated model behind this compiled graph has been freed")
-    call = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-    }
-    return patch.encode(call).to(dtype).clone()
-
-
-@_encode.register_fake
-def _(
-    handle: int,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return input_ids.new_empty((*input_ids.shape, hidden_size), dtype=dtype)

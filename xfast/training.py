@@ -8,6 +8,7 @@ from a random stream of its own (seeded by torch's, so ``torch.manual_seed`` rep
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,28 @@ if TYPE_CHECKING:
     from xfast.device_packing import DevicePacked
 
 
-def refusal(module: nn.Module, device: torch.device) -> str | None:
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+def refusal(module: nn.Module, spec: EncoderSpec, device: torch.device) -> str | None:
     """Why this encoder cannot train on packed tokens as it is now, or None."""
     if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
         return "gradient checkpointing is on"
     if any(parameter.device != device for parameter in module.parameters()):
         return f"the inputs are on {device}, not all parameters are"
-    return None
+    if wrong := {parameter.dtype for parameter in module.parameters()} - _DTYPES:
+        return f"parameters are {', '.join(sorted(map(str, wrong)))}"
+    return unavailable(spec, device)
+
+
+def current(module: Any, spec: EncoderSpec) -> EncoderSpec:
+    """The spec with the tables that the encoder has now: resize_token_embeddings replaces them."""
+    tables = module.embeddings
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    vocab, positions, types = (getattr(tables, name).weight.shape[0] for name in names)
+    if (vocab, positions, types) == (spec.vocab_size, spec.max_positions, spec.type_vocab_size):
+        return spec
+    return replace(spec, vocab_size=vocab, max_positions=positions, type_vocab_size=types)
 
 
 def unavailable(spec: EncoderSpec, device: torch.device) -> str | None:
@@ -88,9 +104,8 @@ def _layer(layer: Any, x: torch.Tensor, spec: EncoderSpec, cu_seqlens: torch.Ten
     normed = layer.attention.self_attn_layer_norm(x) if pre_norm else x
     q, k, v = (getattr(attention, name)(normed).view(shape) for name in ("query", "key", "value"))
     dropout = attention.dropout.p if attention.training else 0.0  # as the original asks
-    context = VarlenAttention.apply(
-        q, k, v, cu_seqlens, cu_seqlens, longest, spec.head_dim**-0.5, dropout, dropout_seed(dropout)
-    )
+    scale = getattr(attention, "scaling", spec.head_dim**-0.5)  # transformers 4 has none in some families
+    context = VarlenAttention.apply(q, k, v, cu_seqlens, cu_seqlens, longest, scale, dropout, dropout_seed(dropout))
     middle = layer.attention.output(context.reshape(x.shape), x)
     out: torch.Tensor = layer.output(layer.intermediate(layer.LayerNorm(middle) if pre_norm else middle), middle)
     return out

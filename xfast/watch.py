@@ -132,6 +132,8 @@ class InnerWatch:
     def __init__(self, encoder: nn.Module) -> None:
         inner = [module for module in encoder.modules() if module is not encoder]
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        # Modules that train on packed tokens are passed by, or see packed shapes
+        self._backward_hooks = [hooks for m in inner for hooks in (m._backward_hooks, m._backward_pre_hooks)]
         self._dropouts = [module.__dict__ for module in inner if isinstance(module, nn.Dropout)]
         self._bypassed = _bypassed(encoder)
 
@@ -148,6 +150,8 @@ class InnerWatch:
             return "a forward hook is registered inside the encoder"
         if training is None and any(map(_training, self._dropouts)):
             return "a module inside the encoder is in training mode"
+        if training is not None and (any(self._backward_hooks) or any(_global_backward_hooks())):
+            return "a backward hook is registered"
         if training is not None and self._wrapped(training):
             return "layers were wrapped or replaced since xfast.accelerate"
         return None
@@ -165,6 +169,10 @@ def _bypassed(encoder: Any) -> list[nn.Module]:
         return [encoder.encoder, *(module for part in parts for module in part)]
     except AttributeError:
         return []
+
+
+def _global_backward_hooks() -> tuple[Any, ...]:
+    return nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks
 
 
 _training = itemgetter("training")

@@ -158,7 +158,8 @@ def forward_kernel(
                 rows, head, seed, dropout, D_MAIN, D_REST, BLOCK_N, True, SHARED, DROPOUT, ACC,
             )  # fmt: skip
         # No key at all: the row is zero, as in FlashAttention.
-        inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        divisor = tl.where(total == 0.0, 1.0, total)
+        inverse = tl.where(total == 0.0, 0.0, 1.0 / divisor)
         if DROPOUT:
             inverse = inverse / kept_share(dropout)
         place = rows[:, None].to(tl.int64) * stride_out + offset
@@ -168,7 +169,7 @@ def forward_kernel(
             rest_place = out + place + D_MAIN + rest_columns[None, :]
             tl.store(rest_place, cast(acc_rest * inverse[:, None], dtype), mask=valid[:, None])
         if LSE:
-            tl.store(lse + head.to(tl.int64) * queries + rows, m + tl.log2(total), mask=valid)
+            tl.store(lse + head.to(tl.int64) * queries + rows, m + tl.log2(divisor), mask=valid)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
