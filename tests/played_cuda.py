@@ -58,6 +58,10 @@ class Played(torch.Tensor):
     def data_ptr(self) -> int:
         return self.memory.data_ptr()
 
+    def record_stream(self, stream: Any) -> None:
+        if not isinstance(stream, Stream):
+            raise TypeError(f"record_stream: expected a stream, got {stream!r}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         copied = self.detach().clone().requires_grad_(self.requires_grad)
         copied.__dict__.update({name: value for name, value in self.__dict__.items() if name != "memory"})

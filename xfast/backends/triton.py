@@ -16,7 +16,7 @@ import torch
 
 from xfast.architecture import EncoderSpec, EncoderWeights
 from xfast.backends.base import unusual_norms
-from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, Rebinder, Unpacker, dtype_of
+from xfast.backends.triton_weights import COMPUTED, Packer, Parameters, Rebinder, Unpacker, dtype_of, tensors_of
 from xfast.errors import BackendUnavailableError
 from xfast.recipe import QUANTISED, PackedWeights, Recipe, summary
 
@@ -151,6 +151,10 @@ class TritonEngine:
         self._forward: TritonForward = TritonForward(spec, made, dtype_of(self.precision), device)
         with on(device):  # its stream and memory pool belong to a device
             self._graphs = GraphCache(self._forward, capture=parameters is None)
+            self._packed = torch.cuda.Event() if device.type == "cuda" else None
+            if self._packed is not None:
+                self._packed.record()
+        self._streams: set[int] = set()
         self._copied_bytes = packer.copied_bytes
 
     def unpad(
@@ -180,7 +184,17 @@ class TritonEngine:
 
         layers = self.spec.num_layers if layers is None else layers
         with on(self.device), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._shared_with_stream()
             return self._graphs.run(packed, rows, layers, hidden_states)
+
+    def _shared_with_stream(self) -> None:
+        """Another stream than the one that packed waits for that, and memory is not reused before its work is done."""
+        if self._packed is None or (stream := torch.cuda.current_stream()).cuda_stream in self._streams:
+            return
+        stream.wait_event(self._packed)
+        for tensor in tensors_of(self._forward.parameters):
+            tensor.record_stream(stream)
+        self._streams.add(stream.cuda_stream)
 
     def for_copy(self, weights: EncoderWeights) -> TritonEngine:
         """See :class:`xfast.backends.base.Engine`."""

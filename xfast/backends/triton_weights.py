@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -64,6 +65,16 @@ class Parameters:
     type: torch.Tensor
     outer_norm: tuple[torch.Tensor, torch.Tensor]  # of the embeddings (post-norm), after the last layer (pre-norm)
     layers: tuple[Layer, ...]
+
+
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor in parameters."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    parts = [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else value
+    for part in parts if isinstance(parts, (list, tuple)) else ():
+        yield from tensors_of(part)
 
 
 class Packer:
