@@ -59,6 +59,8 @@ def test_a_study_from_the_command_line_to_its_report(tmp_path: Path) -> None:
         (["--baseline", "/nowhere"], "/nowhere is no folder"),
         (["--baseline", "/tmp", "--sizes", "large"], "a size of their own"),
         (["--data", "/nowhere"], "no folder"),
+        (["--profiles", "/nowhere.json"], "nowhere.json: cannot read the length profiles"),
+        (["--profiles", "p.json", "--data", "d"], "profiles: not accepted with data"),
         (["--margin", "2"], "margin: 2.0"),
         (["--quick", "--rounds", "5"], "sets --rounds itself"),
         (["--quick", "--batch-sizes", "8"], "sets --batch-sizes itself"),

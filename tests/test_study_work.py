@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS, get
 from xfast.study import factors, inputs, languages
 from xfast.study.factors import BUDGET, ONE_TASK, SINGLE, SORTED, TYPES, EngineName, Settings, cells_of, pairs_of
-from xfast.study.profiles import JOSHI_CLASS, load_profiles
+from xfast.study.profiles import JOSHI_CLASS, load_profiles, save_profiles
 from xfast.study.work import Texts, Work, batches_of, facts
 
 
 def work_of(lengths: list[list[int]], task: str = "panx") -> Work:
     examples = tuple(tuple(torch.full((length,), 7) for length in one) for one in lengths)
     return Work(task, "sw", examples, 10, None, 1.5)
+
+
+def test_profiles_of_ones_own(tmp_path: Path) -> None:
+    mine = [replace(one, mean=20.0, quantiles=(20.0,) * len(one.quantiles)) for one in load_profiles()[:2]]
+    save_profiles(mine, tmp_path / "mine.json", tokenizer="a", measured="b", date="2026-01-01")
+    texts = Texts(Settings(profiles=str(tmp_path / "mine.json"), samples=3))
+    assert texts.there == sorted((one.task, one.language) for one in mine)
+    assert texts.source == f"length profiles {tmp_path / 'mine.json'}"
+    work = texts.work(mine[0].task, mine[0].language, 3, workloads.XLMR)
+    assert {len(ids) for example in work.examples for ids in example} == {20}
 
 
 # --- languages and settings

@@ -35,7 +35,7 @@ class RunConfig:
     every 1000 steps on 500 English dev examples, patience 30). None means: as the task's own recipe says.
 
     Attributes:
-        model: checkpoint to start from, a folder or Hub id; its encoder is used, heads are new.
+        model: checkpoint to start from, a folder or Hub id; its encoder is used, heads are new but for mlm's.
         tasks: trained together; one name is single-task training. ``["mlm"]`` continues masked language modelling.
         output: folder for checkpoints, logs and the trained model.
         data: data folder, see :class:`xfast.stilts.data.Source`.

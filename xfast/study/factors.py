@@ -116,7 +116,8 @@ class Settings:
         responses: texts of a latency cell, answered one by one; a p95 takes 20, a p99 100, and 0 leaves latency out.
         rounds: visits to each cell.
         margin: of equivalence.
-        data: folder in XTREME's layout; None: lengths from the shipped profiles.
+        data: folder in XTREME's layout; None: lengths from profiles.
+        profiles: a file that ``xfast study profile`` wrote; None: the shipped ones.
         tokenizer: folder; None: the baseline checkpoint's own, else ``tokenizer/xlmr`` in ``data``.
         baseline, intermediate: checkpoints by task, "" for all others: folders of STILTs runs or of transformers
             models. Empty: seeded weights.
@@ -143,6 +144,7 @@ class Settings:
     rounds: int = 5
     margin: float = 0.02
     data: str | None = None
+    profiles: str | None = None
     tokenizer: str | None = None
     baseline: Mapping[str, str] = field(default_factory=dict)
     intermediate: Mapping[str, str] = field(default_factory=dict)
@@ -183,6 +185,8 @@ class Settings:
                 raise InvalidOptionError(f"{name}: {value}; accepted: {least} or more")
         if not 0 < self.margin < 1:
             raise InvalidOptionError(f"margin: {self.margin}; accepted: between 0 and 1, such as 0.02")
+        if self.data is not None and self.profiles is not None:
+            raise InvalidOptionError("profiles: not accepted with data, whose own lengths are used; give one of them")
         if self.intermediate and not self.baseline:
             raise InvalidOptionError("intermediate: a checkpoint is given and none for the baseline; give both or none")
         for task in (*self.baseline, *self.intermediate):

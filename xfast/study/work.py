@@ -86,7 +86,7 @@ def _unpickled(task: str, language: str, arrays: Any, *others: Any) -> Work:
 
 
 class Texts:
-    """Where work comes from: a data folder with a tokenizer, or the shipped profiles.
+    """Where work comes from: a data folder with a tokenizer, or length profiles.
 
     Attributes:
         source: which of these, in words.
@@ -94,18 +94,19 @@ class Texts:
         unread: tasks whose files cannot be read, and why, where no task was named.
 
     Raises:
-        DataFileError: the folder or its tokenizer cannot be used.
+        DataFileError: the folder, its tokenizer or the file of profiles cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.seed = settings.seed
         self.folder = None if settings.data is None else Path(settings.data)
-        self.source = "shipped length profiles" if self.folder is None else "data"
+        profiles = "shipped length profiles" if settings.profiles is None else f"length profiles {settings.profiles}"
+        self.source = profiles if self.folder is None else "data"
         self.unread: dict[str, str] = {}
         self._profiles: dict[tuple[str, str], LengthProfile] = {}
         self._samples: corpus.Samples = {}
         if self.folder is None:
-            self._profiles = {(one.task, one.language): one for one in load_profiles()}
+            self._profiles = {(one.task, one.language): one for one in load_profiles(settings.profiles)}
             return
         tasks = TYPES if settings.tasks == (ONE_TASK,) else settings.tasks
         folders = {task: tokenizer_of(settings, task) for task in tasks}
