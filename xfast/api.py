@@ -49,11 +49,13 @@ def accelerate(
     Args:
         model: a transformers model with or without a task head, a pipeline, a SentenceTransformer or CrossEncoder, or
             any ``nn.Module`` that holds a supported encoder.
-        backend, precision, layers, keep_weights, calibration, tolerance, training, recipe: see :class:`xfast.Options`.
+        backend, precision, layers, keep_weights, calibration, tolerance, training, recipe: see :class:`xfast.Options`,
+            whose attributes they are.
 
-    Calls that cannot be accelerated (gradients without ``training=True``, attention weights, 4-D masks, ...) run the
-    original code; ``explain(model)`` counts them. Hidden states at padded positions are zeros, the only difference in
-    outputs.
+    The model should be in eval mode and called under ``torch.inference_mode()``. Calls that cannot be accelerated
+    (gradients without ``training=True``, attention weights, 4-D masks, ...) run the original code, and raise
+    ``WeightsFreedError`` where ``keep_weights=False`` gave its weights up; ``explain(model)`` counts them. Hidden
+    states and token-level logits at padded positions are zeros, the only difference in outputs.
 
     Raises:
         UnsupportedModelError: no supported encoder inside, or one that differs from its family.
@@ -69,12 +71,7 @@ def accelerate(
         raise UnsupportedModelError(
             f"{type(model).__name__} holds no encoder that xfast accelerates; supported: {supported_families()}"
         )
-    for module in encoders:
-        if _unpatched(module) is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} cannot be accelerated: it has a forward of its own (model.forward = ...), "
-                "which would be passed by; call xfast.accelerate first and wrap its forward afterwards"
-            )
+    _refuse_own_forward(encoders)
     patches = [EncoderPatch(module, options) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
         if patch.plan.current_engine(patch.module) is None:
@@ -91,6 +88,15 @@ def accelerate(
     for installed in (*patches, *heads):
         installed.install()
     return model
+
+
+def _refuse_own_forward(encoders: Sequence[nn.Module]) -> None:
+    for module in encoders:
+        if _unpatched(module) is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} cannot be accelerated: it has a forward of its own (model.forward = ...), "
+                "which would be passed by; call xfast.accelerate first and wrap its forward afterwards"
+            )
 
 
 def restore(model: T) -> T:
@@ -112,10 +118,10 @@ def restore(model: T) -> T:
 def accelerated(model: T, **options: Any) -> Iterator[T]:
     """``with xfast.accelerated(model, precision="int8"): ...`` accelerates inside the block only.
 
-    A model that was accelerated before gets that acceleration back after the block.
+    Options are those of :func:`accelerate`. A model that was accelerated before gets that acceleration back afterwards.
 
     Raises:
-        InvalidOptionError: ``keep_weights=False``, which could not be undone.
+        InvalidOptionError: ``keep_weights=False``, which could not be undone; and as :func:`accelerate`.
     """
     if not options.get("keep_weights", True):
         raise InvalidOptionError("keep_weights: False cannot be undone at the end of a block; use xfast.accelerate")
@@ -137,6 +143,7 @@ def restored(model: T) -> Iterator[T]:
 
     Raises:
         WeightsFreedError: ``keep_weights=False`` gave up the originals.
+        UnsupportedModelError: an encoder's ``forward`` was wrapped since, so that it cannot be reached.
     """
     root = _module_of(model)
     patches = _patches(root)
@@ -151,7 +158,11 @@ def restored(model: T) -> Iterator[T]:
 
 
 def explain(model: Any) -> Explanation:
-    """What runs and why: print it. See :class:`xfast.Explanation`."""
+    """What runs and why: print it. See :class:`xfast.Explanation`, which is empty for a model that is not accelerated.
+
+    Raises:
+        UnsupportedModelError: ``model`` is no module and holds none.
+    """
     root = _module_of(model)
     patches = _patches(root)
     encoders = [patch for patch in patches if isinstance(patch, EncoderPatch)] + wrapped_since(root.modules())

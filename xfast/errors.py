@@ -32,7 +32,7 @@ class TokenIdError(InvalidInputError, IndexError):
 
 
 class UnsupportedModelError(XfastError, TypeError):
-    """The object holds no encoder that xfast can accelerate."""
+    """The object holds no encoder that xfast can accelerate, or one that differs from its family."""
 
 
 class InvalidWeightsError(XfastError, ValueError):
@@ -48,7 +48,7 @@ class ModelFreedError(XfastError, RuntimeError):
 
 
 class BackendUnavailableError(XfastError, RuntimeError):
-    """A backend that was asked for by name cannot run this model here; the message says why."""
+    """What was asked for cannot run here: a backend, a precision, a tolerance, a package; the message says why."""
 
 
 def in_short(error: BaseException) -> str:

@@ -14,7 +14,18 @@ from xfast.patch import EncoderPatch
 
 @dataclass(frozen=True)
 class EncoderExplanation:
-    """One encoder. ``fallbacks`` counts the calls that ran the original code, by reason."""
+    """One encoder.
+
+    Attributes:
+        name, family: its class, and the row of the table of families.
+        backend: "native", "triton" or "tensorrt"; "none": the original code runs.
+        precision: that it computes in, "original" without a backend.
+        layers, num_layers: how many run, of how many.
+        keep_weights, freed: whether the original weights are there, and why not.
+        details: hardware, what is fused, memory, remarks.
+        notes: why this backend and precision.
+        fallbacks: calls that ran the original code, by reason.
+    """
 
     name: str
     family: str
@@ -31,7 +42,12 @@ class EncoderExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A printable plan: ``print(xfast.explain(model))``."""
+    """A printable plan: ``print(xfast.explain(model))``.
+
+    Attributes:
+        encoders: one for each accelerated encoder inside the model; none: it is not accelerated.
+        heads: a line for each task head that tells its encoder which rows it reads.
+    """
 
     encoders: tuple[EncoderExplanation, ...]
     heads: tuple[str, ...]

@@ -20,16 +20,18 @@ class Options:
     """Settings of one accelerated model.
 
     Attributes:
-        backend: ``"auto"`` (first backend that supports the case) or a backend's name.
+        backend: ``"auto"`` (first backend that supports the case), ``"native"`` (CPU), ``"triton"`` or ``"tensorrt"``.
         precision: ``"model"`` computes in the weights' own dtype; ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``
             (weights in 8 or 4 bits; activations in 8 on the CPU and in TensorRT's int8, in bf16 in Triton), ``"fp16"``,
             ``"fp8"`` (GPU) by name; ``"auto"`` takes the first of fp8, int8 (not Triton), bf16, fp16, fp32 whose error
             on ``calibration`` is within ``tolerance``.
-        layers: run only the first ``layers`` encoder layers; ``last_hidden_state`` is then ``hidden_states[layers]``.
+        layers: run only the first ``layers`` encoder layers, 0 to all; ``last_hidden_state`` is then
+            ``hidden_states[layers]``.
         keep_weights: ``False`` frees the original linear weights after packing: no ``restore``, no ``save_pretrained``.
             With int8 and int4 on the CPU the word embeddings go too, replaced by 8 bits a value with one scale a row
             (which changes results a little), unless a masked-LM head is tied to them.
-        calibration: batches (mappings of keyword arguments of the model's forward) for ``precision="auto"``.
+        calibration: batches for ``precision="auto"``: mappings of keyword arguments of the model's forward, as a
+            tokenizer returns with ``return_tensors="pt"`` (int64 [batch, length], on any device).
         tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``, over
             all tokens of ``calibration``; on a GPU y_fp32 is what the original code gives in the weights' dtype.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on

@@ -11,10 +11,10 @@ _threads: int | None = None
 
 
 def set_num_threads(threads: int | None) -> None:
-    """Threads that xfast uses for one call; None (the default) follows ``torch.get_num_threads()``.
+    """Threads that xfast uses for one call, of every model; None (the default) follows ``torch.get_num_threads()``.
 
     Raises:
-        InvalidOptionError: not a positive int (or None).
+        InvalidOptionError: not an int from 1 to 256 (or None).
     """
     global _threads
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
