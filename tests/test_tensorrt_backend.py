@@ -218,6 +218,25 @@ def test_a_batch_larger_than_the_profiles_runs_in_parts(
     assert fallbacks(fast) == {} and simulated
 
 
+def test_a_long_text_does_not_pad_many_short_ones(
+    simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MAX_PADDED_AREA", 76)
+    areas, run = [], Simulated.run
+
+    def measured(self: Simulated, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
+        areas.append(inputs["padded_rows"].numel())
+        return run(self, inputs, profile)
+
+    monkeypatch.setattr(Simulated, "run", measured)
+    model = _model(head="base-no-pooler")
+    batch = _moved(ragged("xlm-roberta", (38, 3, 2, 5, 1, 4)))
+    want = model(**batch)[0]
+    fast = xfast.accelerate(model, backend="tensorrt")
+    _same(fast(**batch)[0], want, batch["attention_mask"])
+    assert fallbacks(fast) == {} and max(areas) <= 76 and areas[-3:] == [2 * 38, 2 * 5, 2 * 4]
+
+
 def test_what_fails_while_it_runs_is_left_to_the_original(
     simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

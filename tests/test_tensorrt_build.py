@@ -69,6 +69,23 @@ def test_default_profiles() -> None:
     )
     assert profiles(1, 1, 1) == (Profile((1, 1, 1), (1, 1, 1), (1, 1, 1)),)
     assert [profile.length[2] for profile in profiles(40, 2, 33)] == [33, 32, 33]
+    assert [profile.length[2] for profile in profiles(8192, 2, 8192)] == [8192, 32, 128, 512, 2048, 8192]
+
+
+def test_the_padded_area_is_limited() -> None:
+    made = profiles(32768, 256, 512, 16384, 2**21)
+    assert made == (
+        Profile((1, 32, 512), (1, 1, 1), (1, 32, 512)),
+        Profile((1, 3072, 8192), (1, 128, 256), (1, 32, 32)),
+        Profile((1, 3072, 16384), (1, 32, 128), (1, 128, 128)),  # 16384 / 128
+        Profile((1, 3072, 4096), (1, 8, 8), (1, 512, 512)),  # 2 ** 21 / 512 ** 2
+    )
+    assert profiles(32768, 256, 512, 512, 1) == made[:1]
+    assert [profile.batch[2] for profile in profiles(32768, 256, 512, 512)] == [1, 16, 4]  # 512: the first does it
+    assert profiles(512, 1, 512, 1, 1) == profiles(512, 1, 512)
+    for limits in ((0, 1), (1, 0), (True, 1), (1, 2.0)):
+        with pytest.raises(InvalidOptionError, match=r"max_(area|squares): .* or None"):
+            profiles(4, 4, 4, *limits)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,29 @@ def test_every_batch_within_the_limits_has_one_profile(data: st.DataObject) -> N
     assert all(area <= p.batch[2] * p.length[2] for p in made if p.fits(tokens, batch, length))
     beyond = [(max_tokens + 1, batch, length), (tokens, max_batch + 1, length), (tokens, batch, max_length + 1)]
     assert [choose(made, *sizes) for sizes in [*beyond, (0, 1, 1), (1, 0, 1), (1, 1, 0)]] == [None] * 6
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=40), area=st.integers(1, 500), squares=st.none())
+def test_parts_fit_a_profile(lengths: list[int], area: int, squares: int | None) -> None:
+    import torch
+
+    from xfast.backends.tensorrt_inputs import Sequences
+
+    made = profiles(100, 7, 60, area, squares)
+    total = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    ids = torch.arange(total, dtype=torch.int32)
+    whole = Sequences(ids, ids, ids, offsets, max(1, *lengths))
+    rows = ids[::3]
+    parts = list(whole.parts(rows, lambda *sizes: choose(made, *sizes) is not None))
+    assert torch.cat([part.ids for part, _ in parts]).tolist() == ids.tolist()
+    assert torch.cat([part.ids[wanted.long()] for part, wanted in parts]).tolist() == rows.tolist()  # type: ignore[union-attr]
+    assert sum(part.batch for part, _ in parts) == len(lengths)
+    for part, _ in parts:
+        assert part.longest == max(1, *part.offsets.diff().tolist())
+        index = choose(made, max(1, part.tokens), part.batch, part.longest)
+        assert index is not None and (part.batch == 1 or part.batch * part.longest <= area)
 
 
 def test_the_smallest_profile_is_chosen() -> None:
@@ -369,3 +409,21 @@ def test_an_encoder(rtx: Runtime, precision: str) -> None:
     assert set(INPUTS) <= {name for name in INPUTS if name.encode() in made}
     dtypes = {tensor["dtype"] for layer in builder.compiled_layers(log) for tensor in layer["constants"]}
     assert {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}[precision] in dtypes
+
+
+def test_a_long_context_in_fp32(rtx: Runtime) -> None:
+    """Its attention holds all scores: batches as large as those of short sequences would take terabytes."""
+    import models
+
+    from xfast.architecture import FAMILIES, describe
+    from xfast.backends.tensorrt import default_profiles
+
+    model = models.build(
+        "xlm-roberta", num_hidden_layers=1, hidden_size=128, num_attention_heads=16, max_position_embeddings=8194
+    )
+    weights = describe(model, FAMILIES[0])
+    made = default_profiles(weights.spec, "fp32", rtx)
+    assert (made[0].length[2], made[-1].length[2]) == (8192, 8192)
+    assert len(builder.build(weights, "fp32", None, made, "SM89", runtime=rtx)) > 10_000
+    with pytest.raises(EngineBuildError, match=r"(?i)out ?of ?memory"):  # the limits are needed
+        builder.build(weights, "fp32", None, profiles(32768, 256, 8192), "SM89", runtime=rtx)

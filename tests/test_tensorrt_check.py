@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
@@ -17,6 +19,13 @@ from xfast.backends.tensorrt_quantize import TOPS
 
 CPU = torch.device("cpu")
 SHAPES = ((1,), (9, 1, 17, 30, 2), (30,))
+# all that profiles depend on: a TensorRT with an attention layer
+FUSED: Any = SimpleNamespace(
+    module=SimpleNamespace(
+        INetworkDefinition=SimpleNamespace(add_attention_v2=None), IAttention=SimpleNamespace(key_value_lengths=None)
+    )
+)
+WITHOUT: Any = SimpleNamespace(module=SimpleNamespace(INetworkDefinition=SimpleNamespace()))
 
 
 def _weights(family: str, **changes: object) -> tuple[torch.nn.Module, EncoderWeights]:
@@ -139,10 +148,11 @@ def _wanted(case: judge.Case) -> torch.Tensor:
     return case.ids if case.rows is None else case.rows
 
 
-@pytest.mark.parametrize("positions", [40, 514])
-def test_every_profile_is_checked_and_a_choice_of_rows(positions: int) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("positions", [40, 514, 8194, 32770])
+def test_every_profile_is_checked_and_a_choice_of_rows(positions: int, precision: str) -> None:
     _, weights = _weights("xlm-roberta", max_position_embeddings=positions)
-    profiles = backend.default_profiles(weights.spec)
+    profiles = backend.default_profiles(weights.spec, precision, FUSED)
     cases = judge.cases(weights.spec, backend.checked_shapes(profiles), CPU)
     sizes = [(len(case.ids), len(case.lengths), max(case.lengths)) for case in cases]
     assert {builder.choose(profiles, *size) for size in sizes} == set(range(len(profiles)))
@@ -151,6 +161,25 @@ def test_every_profile_is_checked_and_a_choice_of_rows(positions: int) -> None:
         assert int(case.positions.max()) < weights.spec.max_positions and int(case.ids.max()) < weights.spec.vocab_size
     (chosen,) = [case for case in cases if case.rows is not None]
     assert 1 < len(_wanted(chosen)) < len(chosen.ids) and sum(chosen.lengths) == len(chosen.ids)
+
+
+def _largest(spec: Any, precision: str, runtime: Any) -> list[tuple[int, int]]:
+    return [(each.batch[2], each.length[2]) for each in backend.default_profiles(spec, precision, runtime)]
+
+
+def test_long_sequences_come_in_small_batches() -> None:
+    """Attention is padded: 256 sequences of 8192 tokens would be 2 million rows, and in fp32 a terabyte of scores."""
+    spec = _weights("xlm-roberta")[1].spec  # heads of 16, which the fused kernels take
+    usual, long = (replace(spec, num_heads=16, head_dim=64, max_positions=positions) for positions in (514, 8194))
+    everywhere = [(1, 512), (256, 32), (256, 128), (256, 512)]
+    assert _largest(usual, "bf16", FUSED) == _largest(usual, "fp32", FUSED) == everywhere
+    fused = [(1, 8192), (256, 32), (256, 128), (256, 512), (64, 2048), (16, 8192)]
+    decomposed = [(1, 8192), (256, 32), (256, 128), (256, 512), (32, 2048), (2, 8192)]
+    assert _largest(long, "bf16", FUSED) == _largest(long, "int8", FUSED) == fused
+    assert _largest(long, "fp32", FUSED) == _largest(long, "bf16", WITHOUT) == decomposed
+    assert _largest(replace(long, head_dim=65), "bf16", FUSED) == decomposed  # no fused kernel
+    # one sequence alone has a profile already
+    assert _largest(replace(long, num_heads=32), "fp32", FUSED)[-1] == (16, 2048)
 
 
 def test_an_engine_that_ignores_the_rows_is_refused() -> None:

@@ -93,7 +93,7 @@ def build_engine(
             raise InvalidOptionError(f"target: there is no GPU here, so one must be named; accepted: {known}")
         target = torch.cuda.get_device_name()
     chosen = named if named in runtime.targets() else None
-    profiles = backend.default_profiles(weights.spec)
+    profiles = backend.default_profiles(weights.spec, precision, runtime)
     started = time.perf_counter()
     blob = builder.build(weights, precision, layers, profiles, chosen, progress, runtime=runtime)
     seconds = time.perf_counter() - started

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 MAX_TOKENS, MAX_BATCH = 32768, 256
 """Limits of the default profiles: what a batch may have, padding not counted."""
 
+MAX_PADDED_AREA = 256 * 512
+"""Padded positions, B * L, of a default profile: attention alone computes them, but its inputs take memory for each."""
+
+MAX_SCORES = 2**31
+"""Attention scores of a default profile, B * heads * L * L, where attention is not fused: 8 GiB, and twice in memory.
+The builder of 1.7.1 refuses what takes more than 64 GiB."""
+
 MIN_FP8_CAPABILITY = (8, 9)
 
 
@@ -103,7 +110,7 @@ class TensorRTEngine:
         self.precision = precision
         self.spec = weights.spec
         self.device = weights.modules[-1, "word"].weight.device
-        self.profiles = default_profiles(self.spec)
+        self.profiles = default_profiles(self.spec, precision, runtimes.find())
         self._weights = weights
         self._store = store
         self._lock = threading.Lock()
@@ -154,11 +161,11 @@ class TensorRTEngine:
         profile = builder.choose(self.profiles, sequences.tokens, sequences.batch, sequences.longest)
         if profile is not None:
             return runner.run(sequences.inputs(rows), profile)
-        most = self.profiles[-1]
-        if sequences.longest > most.length[2]:
-            raise CannotRunError(f"TensorRT: a sequence is longer than {most.length[2]} tokens")
+        longest = max(each.length[2] for each in self.profiles)
+        if sequences.longest > longest:
+            raise CannotRunError(f"TensorRT: a sequence is longer than {longest} tokens")
         found = []
-        for part, wanted in sequences.parts(rows, most.tokens[2], most.batch[2]):
+        for part, wanted in sequences.parts(rows, lambda *sizes: builder.choose(self.profiles, *sizes) is not None):
             if part.tokens and (wanted is None or len(wanted)):
                 profile = builder.choose(self.profiles, part.tokens, part.batch, part.longest)
                 assert profile is not None
@@ -268,29 +275,40 @@ class TensorRTEngine:
 
     def describe(self) -> list[str]:
         """See :class:`xfast.backends.base.Engine`."""
-        largest = self.profiles[-1]
+        most = {name: max(getattr(each, name)[2] for each in self.profiles) for name in ("tokens", "batch")}
         return [
             f"device: {torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else self.device}",
             "fused: what TensorRT chooses, on packed tokens; attention alone is padded",
-            f"profiles: {len(self.profiles)}, up to {largest.tokens[2]} tokens, {largest.batch[2]} sequences",
+            f"profiles: {len(self.profiles)}, up to {most['tokens']} tokens, {most['batch']} sequences",
             *(self._notes or ["no engine yet: the first call builds it"]),
             *(line for runner in self._runners.values() for line in runner.describe()),
             *self._refused.values(),
         ]
 
 
-def default_profiles(spec: EncoderSpec) -> tuple[builder.Profile, ...]:
-    """For batches of up to ``MAX_BATCH`` sequences of any length the model takes, ``MAX_TOKENS`` tokens together."""
+def default_profiles(spec: EncoderSpec, precision: str, runtime: runtimes.Runtime) -> tuple[builder.Profile, ...]:
+    """For batches of up to ``MAX_BATCH`` sequences of any length the model takes, ``MAX_TOKENS`` tokens together.
+
+    Of long sequences fewer: as many as ``MAX_PADDED_AREA`` and, where attention is not fused, ``MAX_SCORES`` allow.
+    """
     longest = spec.usable_positions
-    return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest)
+    decomposed = networks.decomposes_attention(runtime.module, spec.head_dim, precision)
+    squares = max(1, MAX_SCORES // spec.num_heads) if decomposed else None
+    return builder.profiles(max(MAX_TOKENS, longest), MAX_BATCH, longest, MAX_PADDED_AREA, squares)
 
 
 def checked_shapes(profiles: Sequence[builder.Profile]) -> list[tuple[int, ...]]:
     """Lengths of sequences for each profile, whose kernels are its own: what a new engine is checked on."""
     shapes: list[tuple[int, ...]] = [(1,)]
     for profile in profiles:
-        longest = profile.length[2]
-        shapes.append((longest,) if profile.batch[2] == 1 else (min(9, longest), longest, 1, -(-longest // 2), 2))
+        longest, few = profile.length[2], min(9, profile.length[2])
+        if profile.batch[2] > 1:  # else it is the one for a single sequence that would take it
+            longest = min(longest, profile.tokens[2] - few)
+        lengths = [longest]
+        for length in (few, 1, -(-longest // 2), 2):
+            if profile.fits(sum(lengths) + length, len(lengths) + 1, longest):
+                lengths.append(length)
+        shapes.append((*lengths[1:2], longest, *lengths[2:]))  # the longest not where all begins
     return shapes
 
 
@@ -304,5 +322,5 @@ def key_of(
     digest: str, spec: EncoderSpec, precision: str, layers: int, runtime: runtimes.Runtime, target: str
 ) -> stores.Key:
     """The store's key of an engine with the default profiles."""
-    profiles = default_profiles(spec)
+    profiles = default_profiles(spec, precision, runtime)
     return stores.Key(digest, spec, precision, layers, profiles, runtime.name, runtime.version_text, target)

@@ -21,7 +21,7 @@ from xfast.errors import InvalidInputError, InvalidOptionError, XfastError
 NETWORK_VERSION = 2
 """Raised whenever the same weights and options would give another engine; part of the cache's key."""
 
-BUCKETS = (32, 128)
+BUCKETS = (32, 128, 512, 2048)
 """Upper lengths of the buckets below ``max_length``."""
 
 TYPICAL_TOKENS = 4096
@@ -94,24 +94,33 @@ def _is_range(sizes: Any) -> bool:
     return bool(1 <= least <= typical <= most < 2**31)
 
 
-def profiles(max_tokens: int, max_batch: int, max_length: int) -> tuple[Profile, ...]:
-    """Profiles by bucket of padded length, up to 32, 128 and ``max_length``, preceded by one for a single sequence.
+def profiles(
+    max_tokens: int, max_batch: int, max_length: int, max_area: int | None = None, max_squares: int | None = None
+) -> tuple[Profile, ...]:
+    """Profiles by bucket of padded length, up to each of ``BUCKETS`` and ``max_length``, and one for a single sequence.
 
     Each is tuned for sequences of its full length, three quarters of them tokens, as many as make ``TYPICAL_TOKENS``;
-    the one for single sequences, that latency is measured on, for 32 tokens. All of them begin at 1, so that a batch
-    that fits a bucket fits every longer one, and batches within the limits always fit one.
+    the one for single sequences, that latency is measured on, for 32 tokens. All of them begin at 1, so whatever fits
+    one, its parts do, too. A single sequence always fits one, and without a limit of the padded area every batch within
+    the other limits does.
 
     Args:
         max_tokens: most tokens of a batch, padding not counted.
         max_batch: most sequences.
         max_length: most columns, at most ``max_tokens``.
+        max_area: most padded positions, B * L, of more than one sequence; None: any number.
+        max_squares: most pairs of positions, B * L * L, of more than one sequence; None: any number.
 
     Raises:
         InvalidOptionError: a limit below 1, or ``max_length`` above ``max_tokens``.
     """
-    for name, value in (("max_tokens", max_tokens), ("max_batch", max_batch), ("max_length", max_length)):
+    limits = {"max_tokens": max_tokens, "max_batch": max_batch, "max_length": max_length}
+    for name, value in limits.items():
         if type(value) is not int or not 1 <= value < 2**31:
             raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: 1 to {2**31 - 1}")
+    for name, most in (("max_area", max_area), ("max_squares", max_squares)):
+        if most is not None and (type(most) is not int or most < 1):
+            raise InvalidOptionError(f"{name}: {most!r} is not accepted; accepted: 1 or more, or None")
     if max_length > max_tokens:
         raise InvalidOptionError(f"max_tokens: {max_tokens} is less than one sequence of max_length={max_length}")
     made = []
@@ -119,10 +128,15 @@ def profiles(max_tokens: int, max_batch: int, max_length: int) -> tuple[Profile,
         typical = min(BUCKETS[0], max_length)
         made.append(Profile((1, typical, max_length), (1, 1, 1), (1, typical, max_length)))
     for length in (*(bucket for bucket in BUCKETS if bucket < max_length), max_length):
-        batch = max(1, min(max_batch, TYPICAL_TOKENS // length))
-        most = min(max_tokens, max_batch * length)
-        tokens = min(most, -(-3 * batch * length // 4))
-        made.append(Profile((1, tokens, most), (1, batch, max_batch), (1, length, length)))
+        areas = max_batch if max_area is None else max_area // length
+        squares = max_batch if max_squares is None else max_squares // length**2
+        sequences = max(1, min(max_batch, areas, squares))
+        if sequences == 1 < max_batch:  # the first profile's
+            continue
+        batch = max(1, min(sequences, TYPICAL_TOKENS // length))
+        most_tokens = min(max_tokens, sequences * length)
+        tokens = min(most_tokens, -(-3 * batch * length // 4))
+        made.append(Profile((1, tokens, most_tokens), (1, batch, sequences), (1, length, length)))
     return tuple(made)
 
 

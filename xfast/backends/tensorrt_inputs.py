@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
     from xfast.device_packing import DevicePacked
+
+Fits: TypeAlias = Callable[[int, int, int], bool]
+"""``fits(tokens, batch, longest)``: whether a batch of these sizes may run in one go."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,15 @@ class Sequences:
             "rows": wanted.to(torch.int32).contiguous(),
         }
 
-    def parts(
-        self, rows: torch.Tensor | None, max_tokens: int, max_batch: int
-    ) -> Iterator[tuple[Sequences, torch.Tensor | None]]:
-        """Yields parts of at most so many tokens and sequences, with the rows wanted of each; waits for the device.
+    def parts(self, rows: torch.Tensor | None, fits: Fits) -> Iterator[tuple[Sequences, torch.Tensor | None]]:
+        """Yields parts as large as they may be, with the rows wanted of each; waits for the device.
 
         Args:
             rows: int32, ascending packed rows that are wanted, or None for all.
-            max_tokens: at least ``longest``.
-            max_batch: at least 1.
+            fits: what may run in one go: any single sequence, and with a batch all parts of it.
         """
         offsets = self.offsets.tolist()
-        ends = list(_ends(offsets, max_tokens, max_batch))
+        ends = list(_ends(offsets, fits))
         bounds = [0, *(offsets[end] for end in ends)]
         cuts = [0] * len(bounds)
         if rows is not None:
@@ -88,13 +88,15 @@ class Sequences:
             first = last
 
 
-def _ends(offsets: list[int], max_tokens: int, max_batch: int) -> Iterator[int]:
-    """Index after the last sequence of each part: as many sequences as fit."""
-    first = 0
+def _ends(offsets: list[int], fits: Fits) -> Iterator[int]:
+    """Index after the last sequence of each part: as many sequences as fit, padded to the longest of them."""
+    first, longest = 0, 1
     for index in range(1, len(offsets)):
-        if index - first > max_batch or offsets[index] - offsets[first] > max_tokens:
+        length = offsets[index] - offsets[index - 1]
+        longest = max(longest, length)
+        if index - first > 1 and not fits(max(1, offsets[index] - offsets[first]), index - first, longest):
             yield index - 1
-            first = index - 1
+            first, longest = index - 1, max(1, length)
     yield len(offsets) - 1
 
 

@@ -98,6 +98,11 @@ def has_fused_attention(trt: Any, network: Any, head_dim: int, precision: str) -
     return head_dim % 8 == 0 and 16 <= head_dim <= 256
 
 
+def decomposes_attention(trt: Any, head_dim: int, precision: str) -> bool:
+    """Whether an engine holds attention's scores, fp32 [B, heads, L, L], instead of computing them piece by piece."""
+    return precision == "fp32" or not has_fused_attention(trt, trt.INetworkDefinition, head_dim, precision)
+
+
 def build_network(
     trt: Any, network: Any, weights: EncoderWeights, precision: str, layers: int | None = None
 ) -> list[torch.Tensor]:
