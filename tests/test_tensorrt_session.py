@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from xfast.backends import cuda_graphs
 from xfast.backends.tensorrt_build import profiles
 from xfast.backends.tensorrt_graphs import GraphRunner, Key, buffers_of, fill, key_of
 from xfast.backends.tensorrt_network import INPUTS, OUTPUT
-from xfast.backends.tensorrt_runtime import Log
+from xfast.backends.tensorrt_runtime import DeviceMemoryError, Log
 from xfast.backends.tensorrt_session import Session
 from xfast.errors import BackendUnavailableError
 
@@ -88,7 +89,7 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert self.memory is not None and self.memory[1] >= self.update_device_memory_size_for_shapes()
         if "run" in self.engine.refuse:
-            self.engine.log.add("ERROR", "no such kernel")
+            self.engine.log.add("ERROR", self.engine.says)
             return False
         ids, rows = (_at(self.addresses[name], self.shapes[name][0]) for name in ("token_ids", "rows"))
         out = _at(self.addresses[OUTPUT], len(rows) * HIDDEN, torch.float32).view(-1, HIDDEN)
@@ -106,6 +107,7 @@ def _at(address: int, count: int, dtype: torch.dtype = torch.int32) -> torch.Ten
 class Engine:
     def __init__(self, log: Log) -> None:
         self.log, self.contexts, self.refuse = log, [], set()  # type: ignore[var-annotated]
+        self.says = "no such kernel"
 
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace()
@@ -227,6 +229,27 @@ def test_refusals(stream: Stream) -> None:
     runtime.log.add("ERROR", "another GPU's")
     with pytest.raises(BackendUnavailableError, match="stand-in does not load the engine: another GPU's"):
         session(runtime)
+
+
+def test_want_of_memory_has_a_type_of_its_own(stream: Stream) -> None:
+    """What TensorRT says decides: an engine for which there is no memory is not a bad one."""
+    for text, missing in (
+        ("[defaultAllocator.cpp::allocate::57] Error Code 1: Cuda Runtime (out of memory)", True),
+        ("Error Code 2: OutOfMemory (Requested size was 1024 bytes.)", True),
+        ("cudaErrorMemoryAllocation", True),
+        ("Engine deserialization failed: built for another GPU", False),
+    ):
+        for what in ("engine", "context", "profile", "run"):
+            runtime = Runtime()
+            loaded, engine = session(runtime), runtime.engine
+            assert engine is not None
+            engine.refuse, engine.says = {what}, text
+            runtime.log.add("ERROR", text)
+            if what == "engine":
+                runtime.engine = None
+            with pytest.raises(BackendUnavailableError, match=re.escape(text)) as caught:
+                session(runtime) if what == "engine" else loaded.run(inputs_of((3, 5)), 1)
+            assert isinstance(caught.value, DeviceMemoryError) is missing
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -23,7 +24,7 @@ from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
-from xfast.backends.base import CannotRunError
+from xfast.backends.base import CannotRunError, EngineRefusedError
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
@@ -35,7 +36,9 @@ class Machine:
     """A GPU and a TensorRT that "build" the word good; an engine is what its bytes say."""
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
-        self.builds, self.folder, self.failure = 0, folder, None
+        self.builds, self.loads, self.folder = 0, 0, folder
+        self.failure: Exception | None = None  # of a check
+        self.load_failure: Exception | None = None
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
         patch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
         patch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
@@ -48,6 +51,9 @@ class Machine:
         return GOOD
 
     def _load(self, _: Any, blob: bytes, layers: int) -> Any:
+        self.loads += 1
+        if self.load_failure is not None:
+            raise self.load_failure
         if blob == STALE:
             raise BackendUnavailableError("tensorrt_rtx does not load the engine: built for another driver")
         return blob
@@ -120,15 +126,84 @@ def test_a_full_disk_is_said_and_costs_nothing_else(machine: Machine, monkeypatc
     assert any("No space left" in note for note in made._notes)
 
 
-def test_a_failure_that_is_not_the_engines_does_not_lose_it(machine: Machine) -> None:
-    machine.failure = torch.OutOfMemoryError("CUDA out of memory")
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    runtimes.DeviceMemoryError("tensorrt_rtx does not load the engine: CUDA out of memory"),
+]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the time is, in one element."""
+    now = [1000.0]
+    monkeypatch.setattr(backend.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("failure", NO_MEMORY, ids=["torch", "tensorrt"])
+@pytest.mark.parametrize("while_it", ["loading", "checked"])
+def test_a_failure_that_is_not_the_engines_does_not_lose_it(
+    while_it: str, failure: Exception, machine: Machine, clock: list[float]
+) -> None:
+    setattr(machine, {"loading": "load_failure", "checked": "failure"}[while_it], failure)
     made = machine.engine()
-    for _ in range(3):  # it passes: tried again, but what was built (minutes) is kept
-        with pytest.raises(CannotRunError, match="TensorRT: CUDA out of memory"):
+    for number in range(3):  # it passes: tried again, but what was built (minutes) is kept
+        warned = pytest.warns(
+            RuntimeWarning, match="CUDA out of memory; the original code runs; tried again after 30 s"
+        )
+        with contextlib.nullcontext() if number else warned, pytest.raises(CannotRunError, match="CUDA out of memory"):
             made._runner(1)
-    assert machine.builds == 1
-    machine.failure = None
+        clock[0] += backend.MIN_PAUSE * 2**number
+    assert machine.builds == 1 and any("CUDA out of memory" in line for line in made.describe())
+    machine.failure = machine.load_failure = None
     assert made._runner(1) == machine.engine()._runner(1) == GOOD and machine.builds == 1
+    assert made._pauses == {}
+
+
+@pytest.mark.filterwarnings("ignore:TensorRT. .* out of memory:RuntimeWarning")
+@pytest.mark.parametrize("failure", NO_MEMORY, ids=["torch", "tensorrt"])
+def test_want_of_memory_is_no_reason_to_build(failure: Exception, machine: Machine, clock: list[float]) -> None:
+    """A stored engine stays, and is tried when some time has passed: longer each time, and not at every call."""
+    stores.Store(machine.folder).save(machine.keys()[0], GOOD)
+    machine.load_failure = failure
+    made, tries = machine.engine(), []
+    for _ in range(4000):
+        before = machine.loads
+        with pytest.raises(CannotRunError) as caught:
+            made._runner(1)
+        assert not isinstance(caught.value, EngineRefusedError)
+        if machine.loads > before:
+            tries.append(clock[0] - 1000)
+        clock[0] += 1
+    assert tries == [0, 30, 90, 210, 450, 930, 1890, 3690] and machine.builds == 0
+    machine.load_failure = None
+    clock[0] += backend.MAX_PAUSE
+    assert made._runner(1) == GOOD and machine.builds == 0
+
+
+@pytest.mark.parametrize(("bytes_", "passes"), [(10**9, True), (10**15, False)])
+def test_a_build_without_memory_is_tried_again_where_memory_can_be_enough(
+    bytes_: int, passes: bool, machine: Machine, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> bytes:
+        raise builder.EngineBuildError("no engine was built", [f"OutOfMemory (Requested size was {bytes_} bytes.)"])
+
+    made = machine.engine()
+    made.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10**12))
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "build", fail)
+        for warned in (passes, False):
+            said = pytest.warns(RuntimeWarning, match="tried again after") if warned else contextlib.nullcontext()
+            with said, pytest.raises(CannotRunError, match="OutOfMemory") as caught:
+                made._runner(1)
+            assert isinstance(caught.value, EngineRefusedError) is not passes
+    clock[0] += backend.MIN_PAUSE
+    if passes:
+        assert made._runner(1) == GOOD
+    else:
+        with pytest.raises(EngineRefusedError):
+            made._runner(1)
 
 
 def test_a_wrong_engine_that_was_just_built_is_refused_and_not_stored(

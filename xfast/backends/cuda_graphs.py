@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,12 @@ def bucket_for(tokens: int) -> int | None:
 
 
 _capturing = threading.Lock()  # torch allows one capture at a time in a process
+
+
+def empty_cache() -> None:
+    """Hands torch's unused memory back to the device, for libraries that allocate on their own."""
+    with _capturing, suppress(RuntimeError):  # torch's own refusal, while the program captures something
+        torch.cuda.empty_cache()
 
 
 def capture_cuda() -> Capture:

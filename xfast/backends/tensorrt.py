@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,6 +25,7 @@ from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError, EngineRefusedError
+from xfast.backends.cuda_graphs import empty_cache
 from xfast.backends.parameters import ParameterReader
 from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.backends.tensorrt_inputs import Sequences
@@ -43,6 +46,9 @@ MAX_SCORES = 2**31
 The builder of 1.7.1 refuses what takes more than 64 GiB."""
 
 MIN_FP8_CAPABILITY = (8, 9)
+
+MIN_PAUSE, MAX_PAUSE = 30, 1800
+"""Seconds before an engine for which there was no memory is tried again: twice as many each time. Calls wait for it."""
 
 
 class Runner(Protocol):
@@ -103,6 +109,20 @@ class TensorRTBackend:
         return TensorRTEngine(weights, precision)
 
 
+@dataclass(frozen=True)
+class _Pause:
+    """After a failure for want of memory: why, for how many seconds, and until when on the monotonic clock."""
+
+    reason: str
+    seconds: float
+    until: float
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether it says that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | runtimes.DeviceMemoryError)
+
+
 class TensorRTEngine:
     """An encoder whose engines, one for each number of layers asked for, are built or found when first needed."""
 
@@ -116,6 +136,7 @@ class TensorRTEngine:
         self._lock = threading.Lock()
         self._runners: dict[int, Runner] = {}
         self._refused: dict[int, str] = {}
+        self._pauses: dict[int, _Pause] = {}
         self._notes: list[str] = []
 
     def for_copy(self, weights: EncoderWeights) -> TensorRTEngine:
@@ -174,18 +195,43 @@ class TensorRTEngine:
 
     def _runner(self, layers: int) -> Runner:
         with self._lock:
+            if layers in self._runners:
+                return self._runners[layers]
             if layers in self._refused:
                 raise EngineRefusedError(self._refused[layers])
-            if layers not in self._runners:
-                try:
-                    self._runners[layers] = self._made(layers)
-                except torch.OutOfMemoryError as error:  # passes, so it is tried again
-                    raise CannotRunError(f"TensorRT: {in_short(error)}") from error
-                except Exception as error:  # remembered: a failed build is not repeated at every call
-                    kind = "" if isinstance(error, XfastError) else f"{type(error).__name__}: "
-                    self._refused[layers] = f"TensorRT: {kind}{error}"
-                    raise EngineRefusedError(self._refused[layers]) from error
+            pause = self._pauses.get(layers)
+            if pause is not None and time.monotonic() < pause.until:
+                raise CannotRunError(pause.reason)
+            try:
+                self._runners[layers] = self._made(layers)
+            except Exception as error:
+                raise self._failed(layers, error) from error
+            self._pauses.pop(layers, None)
             return self._runners[layers]
+
+    def _failed(self, layers: int, error: Exception) -> CannotRunError:
+        """Remembers why there is no engine: for good, or where memory was missing until it is tried again."""
+        if not self._passes(error):  # a failed build is not repeated at every call
+            kind = "" if isinstance(error, XfastError) else f"{type(error).__name__}: "
+            self._refused[layers] = f"TensorRT: {kind}{error}"
+            return EngineRefusedError(self._refused[layers])
+        before = self._pauses.get(layers)
+        seconds = MIN_PAUSE if before is None else min(2 * before.seconds, MAX_PAUSE)
+        # the same words each time: fallbacks are counted by reason
+        reason = f"TensorRT: {in_short(error)}; tried again later"
+        self._pauses[layers] = _Pause(reason, seconds, time.monotonic() + seconds)
+        if before is None:
+            text = f"the original code runs; tried again after {MIN_PAUSE} s, then at growing intervals"
+            warnings.warn(f"TensorRT: {in_short(error)}; {text}", RuntimeWarning, stacklevel=2)
+        return CannotRunError(reason)
+
+    def _passes(self, error: Exception) -> bool:
+        """Whether it is memory that is missing, and not more of it than the device has."""
+        if isinstance(error, builder.EngineBuildError):
+            cuda = self.device.type == "cuda"
+            total = torch.cuda.get_device_properties(self.device).total_memory if cuda else None
+            return runtimes.wants_memory(error.messages, total)
+        return _is_memory(error)
 
     def _made(self, layers: int) -> Runner:
         """From the cache or built, and checked in either case: a file cannot prove that it computes the right thing."""
@@ -198,14 +244,17 @@ class TensorRTEngine:
                 return runner
         target = "CURRENT" if "CURRENT" in runtime.targets() else None
         with torch.cuda.device(self.device):
+            empty_cache()
             blob = builder.build(self._weights, self.precision, layers, self.profiles, target, runtime=runtime)
-        runner = self._load(runtime, blob, layers)
+        runner = None
         try:
+            runner = self._load(runtime, blob, layers)
             report = self._check(runner, layers)
         except judge.EngineRejectedError:
             raise
-        except Exception:
-            store.save(keys[0], blob)  # no fault of the engine's: the next process checks it, and need not build it
+        except Exception as error:
+            if runner is not None or _is_memory(error):
+                store.save(keys[0], blob)  # no fault of the engine's: whoever is next checks it, and need not build it
             raise
         self._notes.append(f"engine of {layers} layers: built, {report}")
         if store.save(keys[0], blob) is None:
@@ -224,6 +273,8 @@ class TensorRTEngine:
         try:
             runner = self._load(runtime, blob, key.layers)
             report = self._check(runner, key.layers)
+        except runtimes.DeviceMemoryError:
+            raise  # building takes more memory, and the engine is none the worse
         except XfastError as error:
             self._notes.append(f"the stored engine for {key.target} was not used: {error}")
             return None
@@ -257,6 +308,7 @@ class TensorRTEngine:
         from xfast.backends.tensorrt_session import Session
 
         with torch.cuda.device(self.device):  # the graphs' stream and memory pool belong to a device
+            empty_cache()
             dtype = networks.output_dtype(self.spec, self.precision, layers)
             session = Session(runtime, blob, dtype, self.spec.hidden_size, self.device)
             return GraphRunner(session, self.profiles)
@@ -283,6 +335,7 @@ class TensorRTEngine:
             *(self._notes or ["no engine yet: the first call builds it"]),
             *(line for runner in self._runners.values() for line in runner.describe()),
             *self._refused.values(),
+            *(pause.reason for pause in self._pauses.values()),
         ]
 
 

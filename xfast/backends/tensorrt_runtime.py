@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -25,8 +25,28 @@ VARIABLE = "XFAST_TENSORRT"
 """Environment variable that names the runtime to use."""
 
 MAX_MESSAGES, MAX_VERBOSE_MESSAGES = 200, 200_000
+_NO_MEMORY = re.compile(r"out ?of ?memory|no memory left|MemoryAllocation|bad_alloc", re.IGNORECASE)
+_REQUESTED = re.compile(r"requested size was (\d+) bytes", re.IGNORECASE)
 _SEVERE = ("INTERNAL_ERROR", "ERROR")
 _LOUD = (*_SEVERE, "WARNING")
+
+
+class DeviceMemoryError(BackendUnavailableError):
+    """TensorRT found no memory on the device: no fault of an engine's, and it passes."""
+
+
+def wants_memory(messages: Iterable[str], there_is: int | None = None) -> bool:
+    """Whether TensorRT's errors say that memory is missing, and not more than all the bytes that ``there_is``."""
+    text = "\n".join(messages)
+    if there_is is not None and any(int(size) > there_is for size in _REQUESTED.findall(text)):
+        return False
+    return _NO_MEMORY.search(text) is not None
+
+
+def unavailable(text: str, log: Log) -> BackendUnavailableError:
+    """What TensorRT refused, with the errors that it logged; of its own type where these say that memory is missing."""
+    kind = DeviceMemoryError if wants_memory(log.errors()) else BackendUnavailableError
+    return kind(f"{text}: {'; '.join(log.errors()) or 'TensorRT gives no reason'}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from xfast.backends.tensorrt_network import INPUTS, OUTPUT
-from xfast.backends.tensorrt_runtime import Log, Runtime
+from xfast.backends.tensorrt_runtime import DeviceMemoryError, Log, Runtime, unavailable
 from xfast.errors import BackendUnavailableError
 
 ALIGNMENT = 256
@@ -34,6 +34,7 @@ class Session:
 
     Raises:
         BackendUnavailableError: TensorRT does not take the engine on this device; its messages say why.
+        DeviceMemoryError: there is no memory for it.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Session:
             self._runtime = runtime.module.Runtime(runtime.logger)
             self._engine = self._runtime.deserialize_cuda_engine(blob)
             if self._engine is None:
-                raise BackendUnavailableError(f"{runtime.name} does not load the engine: {'; '.join(log.errors())}")
+                raise unavailable(f"{runtime.name} does not load the engine", log)
         self._contexts: dict[int, Any] = {}
         self._messages = runtime
         self._done: torch.cuda.Event | None = None
@@ -66,7 +67,7 @@ class Session:
                 stream.wait_event(self._done)
             if profile not in self._contexts:
                 # kept: switching the profile of one between calls would wait for the device
-                self._contexts[profile] = self._context(profile, stream)
+                self._contexts[profile] = self._context(profile, stream, log)
             scratch = self._bind(self._contexts[profile], inputs, output)
             _enqueue(self._contexts[profile], stream, log)
             self._done = torch.cuda.Event()
@@ -85,8 +86,8 @@ class Session:
             BackendUnavailableError: no memory; the function raises it, too, where TensorRT cannot be captured.
         """
         output = self._output(inputs)
-        with torch.cuda.device(self.device):
-            context = self._context(profile, torch.cuda.current_stream(self.device), final=True)
+        with torch.cuda.device(self.device), self._messages.collecting() as log:
+            context = self._context(profile, torch.cuda.current_stream(self.device), log, final=True)
             scratch = self._bind(context, inputs, output)
 
         def enqueue(kept: tuple[Any, ...] = (inputs, scratch)) -> torch.Tensor:
@@ -118,7 +119,7 @@ class Session:
             context.device_memory = scratch.data_ptr()
         return scratch
 
-    def _context(self, profile: int, stream: torch.cuda.Stream, final: bool = False) -> Any:
+    def _context(self, profile: int, stream: torch.cuda.Stream, log: Log, final: bool = False) -> Any:
         """An execution context without memory; ``final``: kernels for its shapes are compiled before they run."""
         trt = self._messages.module
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -131,7 +132,9 @@ class Session:
         else:
             context = self._engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(profile, stream.cuda_stream):
-            raise BackendUnavailableError("TensorRT has no memory left for another execution context")
+            if log.errors():
+                raise unavailable("TensorRT makes no execution context", log)
+            raise DeviceMemoryError("TensorRT has no memory left for another execution context")
         return context
 
 
@@ -148,4 +151,4 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _enqueue(context: Any, stream: torch.cuda.Stream, log: Log) -> None:
     if not context.execute_async_v3(stream.cuda_stream):
-        raise BackendUnavailableError(f"TensorRT did not run the engine: {'; '.join(log.errors())}")
+        raise unavailable("TensorRT did not run the engine", log)
