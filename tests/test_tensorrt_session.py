@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -200,6 +201,33 @@ def test_what_is_recorded_has_a_context_of_its_own(rtx: bool, stream: Stream) ->
         assert how == "user"
 
 
+def test_scratch_of_a_graph_is_taken_when_it_is_captured(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory taken in a capture comes from the graphs' pool, and goes back to it: they share it."""
+    alive: list[Any] = []
+    empty = torch.empty
+
+    def counted(*size: Any, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        if options.get("dtype") is torch.uint8:
+            alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(torch, "empty", counted)
+    runtime = Runtime()
+    loaded, inputs = session(runtime), inputs_of((3, 5))
+    enqueue = loaded.recorded(inputs, 1)
+    assert not alive and runtime.engine is not None
+    execute, held = Context.execute_async_v3, []
+    monkeypatch.setattr(
+        Context,
+        "execute_async_v3",
+        lambda self, stream: (held.append([made() is not None for made in alive]), execute(self, stream))[1],
+    )
+    for _ in range(2):  # in a trial run, and in the capture
+        assert torch.equal(enqueue(), wanted(inputs))
+    assert held == [[True], [False, True]] and [made() for made in alive] == [None, None]
+
+
 def test_older_releases_take_memory_without_its_size(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Context, "set_device_memory")
     device_memory = property(fset=lambda self, address: setattr(self, "memory", (address, 10**9)))
@@ -317,6 +345,8 @@ def test_large_batches_run_without(runner: tuple[GraphRunner, Captures, Engine])
         ((32,) * 3, None, Key(96, 4, 32, 96, 1)),
         ((33,) * 3, (0, 33, 66), Key(128, 4, 48, 16, 2)),
         ((1,) * 65, None, None),  # more sequences than a profile takes
+        ((16, *[1] * 13), None, Key(32, 16, 16, 32, 1)),
+        ((17, *[1] * 13), None, None),  # 16 x 24 are more than eight times 32
         ((500,) * 9, None, None),
     ],
 )

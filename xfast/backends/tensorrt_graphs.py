@@ -19,6 +19,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Steps of B and L: attention alone computes B * L positions, of which those added are wasted."""
 
+MAX_PADDING = 8
+"""Times T that B * L may be in a graph: its scratch memory stays as long as graphs do, and is that of its padding."""
+
 
 class Recordable(Protocol):
     """What runs an engine: :class:`xfast.backends.tensorrt_session.Session`."""
@@ -79,13 +82,15 @@ class GraphRunner:
 
 
 def key_of(inputs: Mapping[str, torch.Tensor], profiles: Sequence[Profile]) -> Key | None:
-    """The smallest sizes that hold a batch, or None when it is larger than all or no profile takes them."""
+    """The smallest sizes that hold a batch, or None: larger than all, mostly padding, or no profile takes them."""
     batch, length = inputs["padded_rows"].shape
     tokens, rows = bucket_for(len(inputs["token_ids"])), bucket_for(len(inputs["rows"]))
     batch = next((step for step in BATCHES if step >= batch), None)
     longest = max(profile.length[2] for profile in profiles)
     length = next((min(step, longest) for step in LENGTHS if step >= length), None)
     if tokens is None or rows is None or batch is None or length is None:
+        return None
+    if batch * length > MAX_PADDING * tokens:
         return None
     profile = choose(profiles, tokens, batch, length)
     return None if profile is None else Key(tokens, batch, length, rows, profile)

@@ -68,7 +68,8 @@ class Session:
             if profile not in self._contexts:
                 # kept: switching the profile of one between calls would wait for the device
                 self._contexts[profile] = self._context(profile, stream, log)
-            scratch = self._bind(self._contexts[profile], inputs, output)
+            size = self._bind(self._contexts[profile], inputs, output)
+            scratch = self._scratch(self._contexts[profile], size)
             _enqueue(self._contexts[profile], stream, log)
             self._done = torch.cuda.Event()
             self._done.record(stream)
@@ -80,23 +81,26 @@ class Session:
         """What enqueues the engine on the stream that is current when it is called, for a capture.
 
         It reads ``inputs`` and returns the same tensor each time. A graph fixes shapes and addresses, so it has an
-        execution context of its own, with kernels compiled for these very shapes.
+        execution context of its own, with kernels compiled for these very shapes. Each call takes scratch memory and
+        lets go of it: in a capture that is memory of the graphs' pool, which they share, as they take turns.
 
         Raises:
             BackendUnavailableError: no memory; the function raises it, too, where TensorRT cannot be captured.
         """
         output = self._output(inputs)
-        with torch.cuda.device(self.device), self._messages.collecting() as log:
+        with self._lock, torch.cuda.device(self.device), self._messages.collecting() as log:
             context = self._context(profile, torch.cuda.current_stream(self.device), log, final=True)
-            scratch = self._bind(context, inputs, output)
+            size = self._bind(context, inputs, output)
 
-        def enqueue(kept: tuple[Any, ...] = (inputs, scratch)) -> torch.Tensor:
+        def enqueue(kept: Mapping[str, torch.Tensor] = inputs) -> torch.Tensor:
             stream = torch.cuda.current_stream(self.device)
-            with self._messages.collecting() as log:
+            with self._lock, self._messages.collecting() as log:
                 # not in older releases, which find out in the capture
                 if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(stream.cuda_stream):
                     raise BackendUnavailableError("TensorRT cannot be captured in a CUDA graph with these shapes")
+                scratch = self._scratch(context, size)
                 _enqueue(context, stream, log)
+            del scratch  # for what comes later on this stream, or in a capture's pool
             return output
 
         return enqueue
@@ -104,14 +108,17 @@ class Session:
     def _output(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.empty(len(inputs["rows"]), self.hidden_size, dtype=self.dtype, device=self.device)
 
-    def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        """Tells a context shapes and addresses; returns its scratch memory."""
+    def _bind(self, context: Any, inputs: Mapping[str, torch.Tensor], output: torch.Tensor) -> int:
+        """Tells a context shapes and addresses; returns the bytes of scratch memory that it needs."""
         for name in INPUTS:
             shape = tuple(inputs[name].shape)
             _accepted(context.set_input_shape(name, shape), f"{name} of shape {shape}")
             _accepted(context.set_tensor_address(name, inputs[name].data_ptr()), f"the address of {name}")
         _accepted(context.set_tensor_address(OUTPUT, output.data_ptr()), "the address of the output")
-        size = max(1, context.update_device_memory_size_for_shapes())
+        return max(1, context.update_device_memory_size_for_shapes())
+
+    def _scratch(self, context: Any, size: int) -> torch.Tensor:
+        """Gives a context memory; what is enqueued reads and writes it."""
         scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(scratch.data_ptr(), size)
