@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -207,4 +208,35 @@ def test_settings_of_the_program_do_not_matter() -> None:
         assert report.accepted and matmul.fp32_precision == "tf32"
     finally:
         torch.set_default_dtype(torch.float32)
+        matmul.fp32_precision = before
+
+
+def test_checks_on_several_threads_keep_the_setting() -> None:
+    """It is the process's: while one compares nobody else may put it back, and in the end it is what it was."""
+    matmul = torch.backends.cuda.matmul
+    before, seen, entered, leave = matmul.fp32_precision, [], threading.Event(), threading.Event()
+
+    def first() -> None:
+        with judge.true_fp32():
+            entered.set()
+            leave.wait(10)
+
+    def second() -> None:
+        with judge.true_fp32(), judge.true_fp32():  # one inside another, too
+            seen.append(first_one.is_alive() and not leave.is_set())
+            first_one.join(10)
+            seen.append(matmul.fp32_precision == "ieee")
+
+    first_one, second_one = threading.Thread(target=first), threading.Thread(target=second)
+    try:
+        matmul.fp32_precision = "tf32"
+        first_one.start()
+        assert entered.wait(10)
+        second_one.start()
+        second_one.join(0.3)
+        leave.set()
+        second_one.join(10)
+        assert seen == [False, True] and matmul.fp32_precision == "tf32"
+    finally:
+        leave.set()
         matmul.fp32_precision = before

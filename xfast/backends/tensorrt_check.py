@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -103,20 +104,24 @@ def _case(spec: EncoderSpec, lengths: tuple[int, ...], generator: torch.Generato
     return Case(ids, positions, types, lengths)
 
 
+_setting = threading.RLock()  # of the whole process: whoever came second would put back what the first had set
+
+
 @contextlib.contextmanager
 def true_fp32() -> Iterator[None]:
-    """No TF32 in fp32 products: an engine computes none, so what it is held to must not either.
+    """No TF32 in fp32 products: an engine computes none, so what it is held to must not either. One thread at a time.
 
     torch refuses to be asked in its older words where a program has used the newer ones, so the newer come first.
     """
     matmul = torch.backends.cuda.matmul
     name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+    with _setting:
+        before = getattr(matmul, name)
+        setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
 
 
 def reference(weights: EncoderWeights, case: Case, precision: str, layers: int) -> torch.Tensor:
