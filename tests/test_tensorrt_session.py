@@ -132,7 +132,7 @@ class Runtime:
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
         )
         if rtx:
-            self.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+            self.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", NONE="none")
 
     @contextmanager
     def collecting(self) -> Iterator[Log]:
@@ -177,7 +177,9 @@ def test_one_context_a_profile_with_memory_for_each_batch(stream: Stream) -> Non
         inputs = inputs_of(lengths, rows)
         assert torch.equal(loaded.run(inputs, profile), wanted(inputs))
     contexts = runtime.engine.contexts
-    assert [(each.profile, each.how) for each in contexts] == [(1, "user"), (0, "user")]
+    assert [(each.profile, each.how.allocation) for each in contexts] == [(1, "user"), (0, "user")]
+    # what was checked goes on running: nothing is compiled for shapes that come up
+    assert {each.how.dynamic_shapes_kernel_specialization_strategy for each in contexts} == {"none"}
     assert contexts[0].memory is not None and contexts[0].memory[1] == 100 * 41
     assert len(stream.waited) == 2  # each call waits for the one before
 
@@ -288,7 +290,7 @@ def runner(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> tuple[GraphRunner
     monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
     runtime = Runtime()
     made, captures = GraphRunner(session(runtime), PROFILES), Captures()
-    made.graphs.capture = captures
+    made.graphs.capture, made.bound = captures, 0.01
     assert runtime.engine is not None
     return made, captures, runtime.engine
 
@@ -302,9 +304,10 @@ def test_batches_of_like_sizes_share_a_graph(runner: tuple[GraphRunner, Captures
             assert torch.equal(got, wanted(inputs)) and len(got) == sum(lengths)
     assert (captures.count, captures.replays) == (1, 8)
     assert made.describe() == ["CUDA graphs: 1 captured, token buckets 32"]
-    # in a context of its own, whose memory is for these very sizes
+    # in a context of its own, whose memory is for these very sizes; its first result was compared with another's
     assert [(each.shapes["padded_rows"], each.memory) for each in engine.contexts] == [
-        ((4, 16), (engine.contexts[0].memory[0], 3200))  # type: ignore[index]
+        ((4, 16), (engine.contexts[0].memory[0], 3200)),  # type: ignore[index]
+        ((3, 9), (engine.contexts[1].memory[0], 1700)),  # type: ignore[index]
     ]
 
 
@@ -328,6 +331,40 @@ def test_what_cannot_be_captured_runs_without_and_says_so(runner: tuple[GraphRun
     other = inputs_of((40,))
     assert torch.equal(made.run(other, 0), wanted(other))
     assert "no graph for 64 tokens: CUDA out of memory" in made.describe()[2]
+
+
+def test_nothing_is_captured_before_the_check(runner: tuple[GraphRunner, Captures, Engine]) -> None:
+    made, captures, _ = runner
+    made.bound = None
+    assert torch.equal(made.run(inputs_of((9, 5)), 1), wanted(inputs_of((9, 5)))) and captures.count == 0
+    made.bound = 0.01
+    assert torch.equal(made.run(inputs_of((9, 5)), 1), wanted(inputs_of((9, 5)))) and captures.count == 1
+
+
+@pytest.mark.parametrize(("factor", "good"), [(1.0, True), (1.015, True), (1.03, False), (float("nan"), False)])
+def test_a_graph_is_compared_with_the_kernels_that_were_checked(
+    factor: float, good: bool, runner: tuple[GraphRunner, Captures, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph has kernels of its own. What they make of its first batch may be two roundings away."""
+    made, captures, engine = runner
+    execute = Context.execute_async_v3
+
+    def other_kernels(self: Context, stream: int) -> bool:
+        done = execute(self, stream)
+        if self.how.dynamic_shapes_kernel_specialization_strategy == "eager":
+            _at(self.addresses[OUTPUT], self.shapes["rows"][0] * HIDDEN, torch.float32).mul_(factor)
+        return done
+
+    monkeypatch.setattr(Context, "execute_async_v3", other_kernels)
+    for seed in range(3):
+        inputs = inputs_of((9, 5), seed=seed)
+        got = made.run(inputs, 1)
+        assert torch.equal(got, wanted(inputs) * factor if good else wanted(inputs))
+    assert captures.count == 1 and captures.replays == (3 if good else 1)
+    assert len(engine.contexts) == 2  # the graph's, and that of its first comparison
+    assert bool(made.graphs.keys) is good
+    refusal = [line for line in made.describe() if "differs from that of the checked kernels by" in line]
+    assert len(refusal) == (not good)
 
 
 def test_large_batches_run_without(runner: tuple[GraphRunner, Captures, Engine]) -> None:

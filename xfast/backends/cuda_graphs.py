@@ -49,6 +49,7 @@ class _Graph:
     replay: Replay
     output: torch.Tensor
     used: int = 0
+    verified: bool = False
 
 
 def bucket_for(tokens: int) -> int | None:
@@ -113,6 +114,7 @@ class Graphs:
         prepare: Callable[[], tuple[Any, Callable[[], torch.Tensor]]],
         fill: Callable[[Any], object],
         rows: int,
+        verify: Callable[[torch.Tensor], str | None] | None = None,
     ) -> torch.Tensor | None:
         """The first ``rows`` rows of what the key's graph computes, or None: there is none (yet), run without.
 
@@ -121,6 +123,7 @@ class Graphs:
             prepare: makes input buffers, filled with something harmless, and a function that computes from them.
             fill: copies a batch into such buffers.
             rows: of the result.
+            verify: says what is wrong with the result of a graph's first replay, if anything: then it is not used.
         """
         if self.capture is None:
             return None
@@ -138,6 +141,13 @@ class Graphs:
             if cuda:
                 self._done = torch.cuda.Event()
                 self._done.record()
+            if verify is not None and not graph.verified:
+                reason = verify(out)
+                if reason is not None:
+                    self.refused[key] = reason
+                    del self._graphs[key]
+                    return None
+                graph.verified = True
             return out
 
     def describe(self, tokens: Callable[[Any], int]) -> list[str]:

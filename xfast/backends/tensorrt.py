@@ -54,6 +54,8 @@ MIN_PAUSE, MAX_PAUSE = 30, 1800
 class Runner(Protocol):
     """What runs a built engine: :class:`xfast.backends.tensorrt_graphs.GraphRunner`."""
 
+    bound: float | None
+
     def run(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size]."""
         ...
@@ -319,7 +321,9 @@ class TensorRTEngine:
 
         cases = judge.cases(self.spec, checked_shapes(self.profiles), self.device)
         with torch.autocast(self.device.type, enabled=False), judge.true_fp32():
-            return judge.check(run, self._weights, self.precision, layers, cases)
+            report = judge.check(run, self._weights, self.precision, layers, cases)
+        runner.bound = report.bound
+        return report
 
     def own_word_table(self) -> bool:
         """See :class:`xfast.backends.base.Engine`: the engine has its own copy, but a rebuild needs the original."""

@@ -53,21 +53,34 @@ class Key:
 
 
 class GraphRunner:
-    """Runs batches through graphs where they pay, else through the session as they are."""
+    """Runs batches through graphs where they pay, else through the session as they are.
+
+    Attributes:
+        bound: how far the engine may be from fp32, once it was checked; until then nothing is captured. The kernels of
+            a graph may be compiled for its shapes, others than those that were checked. So its first result may be
+            twice as far from what these make of the same batch, or the graph is not used.
+    """
 
     def __init__(self, session: Recordable, profiles: Sequence[Profile]) -> None:
         self._session, self._profiles = session, profiles
+        self.bound: float | None = None
         self.graphs = Graphs(session.device)
 
     def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size] on the device; ``profile`` takes the inputs as they are."""
         from xfast.kernels.launch import on  # not before triton is known to be there
 
-        key = key_of(inputs, self._profiles)
-        if key is not None:
+        bound, key = self.bound, key_of(inputs, self._profiles)
+        if bound is not None and key is not None:
+
+            def verify(found: torch.Tensor) -> str | None:
+                return difference(found, self._session.run(inputs, profile), 2 * bound)
+
             rows = len(inputs["rows"])
             with on(self._session.device):
-                out = self.graphs.replay(key, lambda: self._prepared(key), lambda buffers: fill(buffers, inputs), rows)
+                out = self.graphs.replay(
+                    key, lambda: self._prepared(key), lambda buffers: fill(buffers, inputs), rows, verify
+                )
             if out is not None:
                 return out
         return self._session.run(inputs, profile)
@@ -79,6 +92,16 @@ class GraphRunner:
     def _prepared(self, key: Key) -> tuple[dict[str, torch.Tensor], Callable[[], torch.Tensor]]:
         buffers = buffers_of(key, self._session.device)
         return buffers, self._session.recorded(buffers, key.profile)
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> str | None:
+    """What is wrong with a graph's result, by relative error, or None; waits for the device."""
+    error, scale = float((found.float() - wanted.float()).norm()), float(wanted.float().norm())
+    if error <= limit * scale:  # not so with NaN
+        return None
+    return (
+        f"its first result differs from that of the checked kernels by {error / (scale or 1):.1e} (allowed {limit:.1e})"
+    )
 
 
 def key_of(inputs: Mapping[str, torch.Tensor], profiles: Sequence[Profile]) -> Key | None:

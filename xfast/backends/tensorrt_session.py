@@ -127,17 +127,21 @@ class Session:
         return scratch
 
     def _context(self, profile: int, stream: torch.cuda.Stream, log: Log, final: bool = False) -> Any:
-        """An execution context without memory; ``final``: kernels for its shapes are compiled before they run."""
+        """An execution context without memory; ``final``: kernels for its shapes are compiled before they run.
+
+        Others run the engine's own kernels for any shape: those that were checked. By default ``tensorrt_rtx`` would
+        compile new ones in the background, and go over to them whenever they are ready.
+        """
         trt = self._messages.module
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         specialised = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
-        if final and specialised is not None:  # tensorrt_rtx would go on compiling, and the graph keep what it found
+        if specialised is None:
+            context = self._engine.create_execution_context(strategy)
+        else:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.dynamic_shapes_kernel_specialization_strategy = specialised.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = specialised.EAGER if final else specialised.NONE
             context = self._engine.create_execution_context(config)
-        else:
-            context = self._engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(profile, stream.cuda_stream):
             if log.errors():
                 raise unavailable("TensorRT makes no execution context", log)
