@@ -415,6 +415,41 @@ def test_prune_also_removes_damaged_files(store: Store) -> None:
     assert not path.exists()
 
 
+def test_prune_leaves_what_is_not_the_stores(store: Store) -> None:
+    """TensorRT's own tools name their files like that, too."""
+    saved(store)
+    plan = store.folder / ("model" + stores.SUFFIX)
+    plan.write_bytes(bytes(10_000))
+    assert store.prune(5000) == () and store.prune(0) == (KEY.name,) and plan.exists()
+
+
+def test_prune_can_leave_what_this_process_uses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = _three(store)
+    monkeypatch.setattr(stores, "_held", set())
+    assert store.load(keys[1]) is not None
+    paths = {key: store.path(key) for key in keys}
+    os.utime(paths[keys[1]], (1e8, 1e8))  # the least recently used: another process's clock may be late
+    size = max(entry.bytes for entry in store.entries())
+    assert Store(store.folder).prune(2 * size, held=False) == (keys[0].name,)
+    assert store.prune(0, held=False) == (keys[2].name,) and paths[keys[1]].exists()
+    other = dataclasses.replace(KEY, layers=4)
+    saved(store, other)
+    assert store.prune(0, held=False) == ()
+    assert set(store.prune(0)) == {keys[1].name, other.name}
+
+
+def test_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XFAST_CACHE_BYTES", raising=False)
+    assert stores.size_limit() == stores.DEFAULT_BYTES == 32 * 2**30
+    for value, size in (("", stores.DEFAULT_BYTES), ("0", 0), ("1000", 1000)):
+        monkeypatch.setenv("XFAST_CACHE_BYTES", value)
+        assert stores.size_limit() == size
+    for wrong in ("-1", "1e9", "20 GiB", "\u0663"):
+        monkeypatch.setenv("XFAST_CACHE_BYTES", wrong)
+        with pytest.raises(InvalidOptionError, match=r"XFAST_CACHE_BYTES: .* a number of bytes"):
+            stores.size_limit()
+
+
 # --- the default folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -213,6 +214,26 @@ def test_a_wrong_engine_that_was_just_built_is_refused_and_not_stored(
     with pytest.raises(CannotRunError, match=r"TensorRT: the engine was refused: relative error 5\.00e-01"):
         machine.engine()._runner(1)
     assert stores.Store(machine.folder).load(machine.keys()[0]) is None
+
+
+def test_the_cache_is_kept_within_its_size(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, old = stores.Store(machine.folder), machine.keys()[0]
+    ours = dataclasses.replace(old, weights="cd" * 32)
+    other = dataclasses.replace(old, weights="ab" * 32)
+    for key in (ours, other):
+        assert store.save(key, bytes(1000)) is not None
+    monkeypatch.setattr(stores, "_held", set())
+    assert store.load(ours) is not None  # in use by this process, however long ago
+    for age, key in enumerate((ours, other)):
+        os.utime(store.path(key), (1e9 + age, 1e9 + age))
+    monkeypatch.setenv("XFAST_CACHE_BYTES", "1500")
+    made = machine.engine()
+    assert made._runner(1) == GOOD
+    assert store.load(old) == GOOD and store.path(ours).exists() and not store.path(other).exists()
+    assert any("may hold 1500 bytes (XFAST_CACHE_BYTES)" in note and other.name in note for note in made._notes)
+    monkeypatch.setenv("XFAST_CACHE_BYTES", "much")
+    with pytest.raises(InvalidOptionError, match="XFAST_CACHE_BYTES: 'much'"):  # before anything is built
+        machine.engine()
 
 
 @pytest.mark.parametrize("target", ["SM90", "sm89", "A100", "SM86,SM89"])

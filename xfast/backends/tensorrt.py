@@ -135,6 +135,7 @@ class TensorRTEngine:
         self.profiles = default_profiles(self.spec, precision, runtimes.find())
         self._weights = weights
         self._store = store
+        self._cache_bytes = stores.size_limit()
         self._lock = threading.Lock()
         self._runners: dict[int, Runner] = {}
         self._refused: dict[int, str] = {}
@@ -256,13 +257,24 @@ class TensorRTEngine:
             raise
         except Exception as error:
             if runner is not None or _is_memory(error):
-                store.save(keys[0], blob)  # no fault of the engine's: whoever is next checks it, and need not build it
+                self._save(store, keys[0], blob)  # no fault of the engine's: it is checked again, but not built again
             raise
         self._notes.append(f"engine of {layers} layers: built, {report}")
-        if store.save(keys[0], blob) is None:
-            self._notes.append(f"it is not in the cache, so every process builds it: {store.notes[-1]}")
+        reason = self._save(store, keys[0], blob)
+        if reason is not None:
+            self._notes.append(f"it is not in the cache, so every process builds it: {reason}")
             warnings.warn(f"TensorRT: {self._notes[-1]}", RuntimeWarning, stacklevel=2)
         return runner
+
+    def _save(self, store: stores.Store, key: stores.Key, blob: bytes) -> str | None:
+        """Puts an engine into the store, and makes room for it; says why it could not."""
+        if store.save(key, blob) is None:
+            return store.notes[-1]
+        removed = store.prune(self._cache_bytes, held=False)
+        if removed:
+            limit = f"{self._cache_bytes} bytes ({stores.SIZE_VARIABLE})"
+            self._notes.append(f"the cache may hold {limit}, so least recently used engines went: {', '.join(removed)}")
+        return None
 
     def _from_store(self, runtime: runtimes.Runtime, store: stores.Store, key: stores.Key) -> Runner | None:
         """A stored engine; None where there is none that loads and computes what it should: then it is built anew."""

@@ -35,6 +35,9 @@ from xfast.errors import InvalidInputError, InvalidOptionError, InvalidWeightsEr
 VARIABLE = "XFAST_CACHE"
 """Environment variable with the folder to use instead of the user's cache folder."""
 
+SIZE_VARIABLE, DEFAULT_BYTES = "XFAST_CACHE_BYTES", 32 << 30
+"""Environment variable with the most bytes of engines that a folder may hold after a save, and what else it may."""
+
 MAGIC, VERSION = b"xfastTRT", 1
 SUFFIX = ".engine"
 MAX_HEADER = 1 << 20
@@ -42,6 +45,7 @@ STALE_SECONDS = 3600
 """A temporary file that was not written to for so long belongs to a process that died."""
 
 _PREFIX = struct.Struct("<8sII")
+_OWN_NAME = re.compile(r".+-[0-9a-f]{32}")
 _CHUNK = 16 << 20
 _NOTES = 50
 
@@ -185,6 +189,22 @@ def default_folder() -> Path:
     return base / "xfast" / "tensorrt"
 
 
+def size_limit() -> int:
+    """``$XFAST_CACHE_BYTES``, else ``DEFAULT_BYTES``.
+
+    Raises:
+        InvalidOptionError: the variable holds no size.
+    """
+    given = os.environ.get(SIZE_VARIABLE) or str(DEFAULT_BYTES)
+    if not re.fullmatch(r"[0-9]{1,18}", given):
+        raise InvalidOptionError(f"{SIZE_VARIABLE}: {given!r} is not accepted; accepted: a number of bytes, 0 or more")
+    return int(given)
+
+
+_held: set[Path] = set()
+"""Files whose engines this process has loaded or saved."""
+
+
 class _Refusal(Exception):
     """Why a file is not used; ``kind`` is the key in ``Store.reasons``."""
 
@@ -235,6 +255,7 @@ class Store:
             return None
         with suppress(OSError):  # a folder that is only read has no least recently used file
             os.utime(path)
+        _held.add(path.absolute())
         return blob
 
     def save(self, key: Key, blob: bytes | memoryview) -> Path | None:
@@ -269,6 +290,7 @@ class Store:
             self._note("unwritable", f"{path.name} was not saved: {type(error).__name__}: {error}")
             return None
         _sync_folder(self.folder)
+        _held.add(path.absolute())
         return path
 
     def entries(self) -> tuple[Entry, ...]:
@@ -290,8 +312,14 @@ class Store:
         """Whether the key's file was there and is gone now."""
         return self._unlink(self.path(key))
 
-    def prune(self, max_bytes: int) -> tuple[str, ...]:
+    def prune(self, max_bytes: int, *, held: bool = True) -> tuple[str, ...]:
         """Removes the least recently used files until at most ``max_bytes`` are left, and what dead processes left.
+
+        Files that are not named as the store names them stay, and count for nothing.
+
+        Args:
+            max_bytes: 0 or more.
+            held: whether engines that this process has loaded or saved may go, too.
 
         Returns:
             Names of the files that were removed.
@@ -302,10 +330,12 @@ class Store:
         if max_bytes < 0:
             raise InvalidOptionError(f"max_bytes: {max_bytes} is not accepted; accepted: 0 or more")
         self._sweep()
-        entries = sorted(self.entries(), key=lambda entry: (entry.used, entry.name))
-        total, removed = sum(entry.bytes for entry in entries), []
-        for entry in entries:
-            if total > max_bytes and self._unlink(entry.path):
+        own = [entry for entry in self.entries() if _OWN_NAME.fullmatch(entry.name)]
+        total, removed = sum(entry.bytes for entry in own), []
+        for entry in sorted(own, key=lambda entry: (entry.used, entry.name)):
+            if total <= max_bytes:
+                break
+            if (held or entry.path.absolute() not in _held) and self._unlink(entry.path):
                 total -= entry.bytes
                 removed.append(entry.name)
         return tuple(removed)
