@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from models import build
 from rich.console import Console
 from typer.testing import CliRunner
 
+import xfast
 from xfast.benchmarks import gpu_battery, gpu_kernels, gpu_models, gpu_time
 from xfast.benchmarks.gpu_battery import Report, app, run_section
 from xfast.benchmarks.gpu_time import Clock
@@ -167,6 +169,39 @@ def test_the_sections_are_known_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.output
     report.reload()
     assert report.document["rows"] == [{"left": True}]
+
+
+def test_a_precision_that_a_card_lacks_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stock:
+        def to(self, *_: Any) -> Stock:
+            return self
+
+    def accelerate(model: Any, backend: str, precision: str) -> str:
+        if precision == "fp8":
+            raise xfast.BackendUnavailableError("fp8 needs 8.9 or later")
+        return f"{backend} {precision}"
+
+    monkeypatch.setattr(gpu_models, "find", lambda: SimpleNamespace(name="rtx", version_text="1", targets=list))
+    monkeypatch.setattr(gpu_models, "random_model", lambda size: Stock())
+    monkeypatch.setattr(xfast, "accelerate", accelerate)
+    monkeypatch.setattr(xfast, "explain", lambda model: SimpleNamespace(fallbacks={}))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("_batch", "_runner"):
+        monkeypatch.setattr(gpu_models, name, lambda *_: lambda: None)
+    for name in ("_latency", "_throughput"):
+        monkeypatch.setattr(gpu_models, name, lambda stock, engines, *_: {"engines": list(engines)})
+    rows = [row for row in gpu_models.tensorrt(Clock(1000)) if isinstance(row, dict)]
+    failed = [row["failed"] for row in rows if row.get("failed")]
+    assert failed == 2 * [{"tensorrt fp8": "fp8 needs 8.9 or later"}]
+    measured = [row["engines"] for row in rows if "engines" in row]
+    names = ["xfast bf16", "tensorrt bf16", "tensorrt int8", "tensorrt fp16"]
+    assert measured == 2 * (len(gpu_models.WORKLOADS) + 1) * [names]
+
+
+def test_graphs_are_told_of_all_of_xfasts_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xfast, "explain", lambda model: f"graphs of {model}")
+    engines = {"xfast bf16": 1, "tensorrt bf16": 2, "stock + xfast attention": 3, "torch.compile bf16": 4}
+    assert gpu_models._explained(engines) == {"xfast bf16": "graphs of 1", "tensorrt bf16": "graphs of 2"}
 
 
 @pytest.fixture
