@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import threading
 import types
 from typing import Any
@@ -338,6 +339,23 @@ def test_what_needs_a_gpu(rtx: Runtime, blob: bytes) -> None:
     facts = builder.inspect(rtx, blob)
     assert facts["engine"] is None and "cudaError" in facts["reason"]
     assert facts["validity"] == "INVALID" and "MALFORMED_ENGINE" not in facts["diagnostics"]
+
+
+def test_a_runtime_that_needs_a_gpu() -> None:
+    class Logger:
+        ERROR = types.SimpleNamespace(name="ERROR")
+
+        def log(self, severity: Any, message: str) -> None: ...
+
+    def nothing(logger: Any) -> None:
+        logger.log(logger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = types.ModuleType("tensorrt without a GPU")
+    module.__dict__.update(Runtime=nothing, ILogger=Logger)
+    facts = builder.inspect(Runtime(runtimes.KINDS[0], (10, 9, 0, 34), module), b"any bytes")
+    assert facts["engine"] is None and facts["validity"] is None and facts["bytes"] == 9
+    assert re.fullmatch(r"CUDA initialization failure with error: 35; TypeError: .*returned nullptr", facts["reason"])
 
 
 def test_what_is_no_engine(rtx: Runtime, blob: bytes) -> None:

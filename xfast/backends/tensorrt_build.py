@@ -429,7 +429,11 @@ def inspect(runtime: Runtime, blob: bytes) -> dict[str, Any]:
         raise InvalidInputError(f"the engine was built by {header['version']}, this is {runtime.version_text}")
     facts: dict[str, Any] = {"bytes": len(blob), "header": header}
     with runtime.collecting() as log:
-        reader = trt.Runtime(runtime.logger)
+        try:
+            reader = trt.Runtime(runtime.logger)
+        except Exception as error:  # pybind11's, where no GPU is: a factory that returned nullptr
+            log.add("ERROR", f"{type(error).__name__}: {error}")
+            reader = None
         facts |= dict(zip(("validity", "diagnostics"), _validity(trt, reader, blob), strict=True))
         engine = None if reader is None else reader.deserialize_cuda_engine(blob)
         facts["engine"] = None if engine is None else _read_engine(trt, engine)
