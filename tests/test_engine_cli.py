@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 import torch
 import transformers
 from models import alt_clip, build, text_tower
+from tensorrt_stub import BLOB, KEY
 from typer.testing import CliRunner
 
 from xfast.architecture import describe, find_encoders
@@ -131,3 +136,99 @@ def test_what_needs_a_gpu_says_so(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "there is no GPU here" in done.stderr and "SM89" in done.stderr
     done = _run("verify", model, tmp_path)
     assert done.exit_code == 2 and "there is no GPU here" in done.stderr
+
+
+def test_folders_that_look_like_markup(model: Path, tmp_path: Path) -> None:
+    for name in ("engines[v2]", "x[", "[bold]", "end[/b]"):  # a closing tag without its beginning is an error of Rich's
+        folder = tmp_path / name
+        done = _run("build", model, folder, "--target", "SM89", "--precision", "fp16")
+        assert done.exit_code == 0 and f"/{name}/" in done.stdout, done.output
+        (file,) = folder.iterdir()
+        (folder / "junk[red].engine").write_bytes(b"xfastTRT" + b"[/b]" * 9)
+        done = _run("inspect", folder)
+        assert done.exit_code == 0 and "".join(done.stdout.split()).count("junk[red].engine") == 1, done.output
+        done = _run("prune", folder, "--max-bytes", "0")
+        assert done.exit_code == 0 and f"removed {file.stem}" in done.stdout and f"/{name}: 1 " in done.stdout
+
+
+def test_headers_that_look_like_anything(tmp_path: Path) -> None:
+    """Whatever a file says of itself is shown, and nothing of it is obeyed."""
+    for number, text in enumerate(("[/red]", "\x1b[31m", "\ud800", "x" * 300, "[link=a]b")):
+        values = {"bytes": text, "key": {"weights": text}, "sha256": ""}
+        header = json.dumps(values).encode()
+        (tmp_path / f"{number}.engine").write_bytes(b"xfastTRT" + struct.pack("<II", 1, len(header)) + header)
+    spec = dataclasses.replace(KEY.spec, family="[/family]")
+    for target in ("[/b]", "\ud800", "\x1b[2J"):
+        assert stores.Store(tmp_path).save(dataclasses.replace(KEY, spec=spec, target=target), BLOB) is not None
+    done = _run("inspect", tmp_path)
+    assert done.exit_code == 0 and "[/family]" in done.stdout and "\x1b" not in done.stdout, done.output
+    rows = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert len(rows) == 8 and {row["target"] for row in rows if "target" in row} == {"[/b]", "\ud800", "\x1b[2J"}
+
+
+def test_damage_is_told_of_each_file_alone(tmp_path: Path) -> None:
+    store = stores.Store(tmp_path)
+    for layers in (1, 2):
+        path = store.save(dataclasses.replace(KEY, layers=layers), BLOB)
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        os.utime(path, (1e9, 1e9))
+    rows = json.loads(_run("inspect", tmp_path, "--json").stdout)
+    assert [row["state"] for row in rows] == [f"damaged: {row['file']}: its checksum is wrong" for row in rows]
+
+
+def test_looking_is_no_use(tmp_path: Path) -> None:
+    """Else the engine that was looked at last would be the last to be pruned."""
+    path = stores.Store(tmp_path).save(KEY, BLOB)
+    assert path is not None
+    os.utime(path, (1e9, 1e9))
+    assert _run("inspect", tmp_path).exit_code == 0 and path.stat().st_mtime == 1e9
+
+
+def test_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, keys = stores.Store(tmp_path), [dataclasses.replace(KEY, layers=layers) for layers in (1, 2, 3)]
+    for age, key in enumerate(keys):
+        path = store.save(key, BLOB)
+        assert path is not None
+        os.utime(path, (1e9 - age, 1e9 - age))
+    size = store.entries()[0].bytes
+    monkeypatch.setenv("XFAST_CACHE", str(tmp_path))
+    done = _run("prune", "--max-bytes", 2 * size + 10, "--json")
+    assert json.loads(done.stdout) == {"folder": str(tmp_path), "max_bytes": 2 * size + 10, "removed": [keys[2].name]}
+    monkeypatch.setenv("XFAST_CACHE_BYTES", str(size + 10))
+    done = _run("prune", tmp_path)
+    assert done.stdout.splitlines() == [f"removed {keys[1].name}", f"{tmp_path}: 1 engines removed, 1 left"]
+    for arguments, words in (
+        ((tmp_path / "none",), "no such folder"),
+        ((tmp_path, "--max-bytes", "-1"), "max_bytes: -1"),
+    ):
+        done = _run("prune", *arguments)
+        assert done.exit_code == 2 and words in done.stderr
+
+
+def test_bad_input_is_found_before_the_checkpoint_is_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", never)
+    (tmp_path / "file").write_bytes(b"")
+    for arguments, words in (
+        ((tmp_path, "--precision", "int3", "--target", "SM89"), "precision: 'int3' is not accepted; accepted: fp32, "),
+        ((tmp_path, "--target", "SM12"), "target: SM12 is not accepted"),
+        ((tmp_path, "--target", "SM89", "--layers", "3"), "layers: 3 is not accepted; accepted: 0 to 2"),
+        ((tmp_path, "--target", "SM89", "--layers", "-1"), "layers: -1 is not accepted"),
+        ((tmp_path / "file", "--target", "SM89"), "engines could not be written: NotADirectoryError"),
+        ((tmp_path / "file" / "below", "--target", "SM89"), "engines could not be written: NotADirectoryError"),
+    ):
+        done = _run("build", model, *arguments)
+        assert done.exit_code == 2 and words in done.stderr, (arguments, done.output)
+    monkeypatch.setattr(os, "open", lambda *_, **__: _raise(OSError(errno.EROFS, "Read-only file system")))
+    done = _run("build", model, tmp_path / "new", "--target", "SM89")
+    assert done.exit_code == 2 and "Read-only file system" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was left behind
+
+
+def _raise(error: Exception) -> Any:
+    raise error

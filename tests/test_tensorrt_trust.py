@@ -257,6 +257,22 @@ def test_the_gpu_that_is_there_is_found_by_its_name(
     assert asked == ["CURRENT"] and made["target"] == "Some GPU"
 
 
+@pytest.mark.parametrize("target", [None, "CURRENT"])
+def test_the_data_centre_runtime_builds_for_the_gpu_that_is_there(
+    target: str | None, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    kind, module = runtimes.KINDS[0], SimpleNamespace(INetworkDefinition=SimpleNamespace())
+    monkeypatch.setattr(runtimes, "find", lambda: runtimes.Runtime(kind, (10, 9), module))  # type: ignore[arg-type]
+    monkeypatch.setattr(builder, "build", lambda *given, **__: (asked.append(given[4]), GOOD)[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1).save_pretrained(tmp_path / "m")
+    made = command.build_engine(str(tmp_path / "m"), machine.folder, target=target)
+    assert asked == [None] and made["target"] == "Some GPU"  # it names no targets: there is no other
+    with pytest.raises(InvalidOptionError, match="target: SM89 is not accepted; tensorrt builds for the GPU"):
+        command.build_engine(str(tmp_path / "m"), machine.folder, target="SM89")
+
+
 def test_engines_of_another_release_are_listed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     stores.Store(machine.folder).save(machine.keys()[0], GOOD)
 

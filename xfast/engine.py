@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from xfast.architecture import EncoderWeights, describe, find_encoders, supported_families
 from xfast.backends import tensorrt as backend
 from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
+from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
 from xfast.checkpoint import loading
@@ -28,8 +30,9 @@ from xfast.errors import (
     UnsupportedModelError,
     XfastError,
 )
+from xfast.pages import printable
 
-app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify. Not yet run on a GPU.")
+app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify, prune. Not yet run on a GPU.")
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers model.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of engines; XFAST_CACHE=FOLDER makes accelerate use it.")]
@@ -38,15 +41,20 @@ LayersOption = Annotated[int | None, typer.Option(help="Run the first LAYERS lay
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
-def load_weights(model: str) -> EncoderWeights:
-    """The encoder's weights of a checkpoint, on the CPU.
+def load_weights(model: str, layers: int | None = None) -> EncoderWeights:
+    """The encoder's weights of a checkpoint, on the CPU; ``layers``: how many will be asked for, checked first.
 
     Raises:
         DataFileError: there is no such checkpoint.
+        InvalidOptionError: so many layers it has not.
         UnsupportedModelError: it is none of the supported families.
     """
     with loading(model):
         config = transformers.AutoConfig.from_pretrained(model)
+    there_are = getattr(getattr(config, "text_config", config), "num_hidden_layers", None)
+    if layers is not None and there_are is not None and not 0 <= layers <= there_are:
+        raise InvalidOptionError(f"layers: {layers} is not accepted; accepted: 0 to {there_are}")
+    with loading(model):
         if config.model_type == "altclip_text_model":  # in no table of the Auto classes
             loaded = transformers.AltCLIPTextModel.from_pretrained(model)
         elif config.model_type == "altclip":  # no pooler to leave out
@@ -60,6 +68,23 @@ def load_weights(model: str) -> EncoderWeights:
     return describe(module, family)
 
 
+def _check_precision(precision: str) -> None:
+    if precision not in networks.PRECISIONS:
+        accepted = ", ".join(networks.PRECISIONS)
+        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
+
+
+def _targets(runtime: runtimes.Runtime, target: str | None) -> tuple[str | None, str]:
+    """What TensorRT is told to build for, and the name that ``accelerate`` finds the engine by."""
+    if target not in (None, "CURRENT"):
+        (name,) = runtime.check_target(target)
+        return name, name
+    if not torch.cuda.is_available():
+        known = ", ".join(runtime.targets()[:-1]) or "none: this runtime builds on the GPU only"
+        raise InvalidOptionError(f"target: there is no GPU here, so one must be named; accepted: {known}")
+    return "CURRENT" if "CURRENT" in runtime.targets() else None, torch.cuda.get_device_name()
+
+
 def build_engine(
     model: str,
     folder: Path,
@@ -68,7 +93,7 @@ def build_engine(
     target: str | None = None,
     progress: builder.Progress | None = None,
 ) -> dict[str, Any]:
-    """Build an engine and put it into a store.
+    """Build an engine and put it into a store. What can be checked is checked before the weights are read.
 
     Args:
         model: folder or Hub id.
@@ -85,35 +110,37 @@ def build_engine(
         XfastError: no TensorRT, no such model, not supported, not built, or the folder cannot be written.
     """
     runtime = runtimes.find()
-    weights = load_weights(model)
-    named = "CURRENT" if target is None else runtime.check_target(target)[0]
-    if named == "CURRENT":  # accelerate finds it by the GPU's name
-        if not torch.cuda.is_available():
-            known = ", ".join(runtime.targets()[:-1]) or "none: this runtime builds on the GPU only"
-            raise InvalidOptionError(f"target: there is no GPU here, so one must be named; accepted: {known}")
-        target = torch.cuda.get_device_name()
-    chosen = named if named in runtime.targets() else None
+    _check_precision(precision)
+    chosen, name = _targets(runtime, target)
+    store = stores.Store(folder)
+    if (refusal := store.refusal()) is not None:
+        raise DataFileError(f"{folder}: engines could not be written: {refusal}")
+    weights = load_weights(model, layers)
     profiles = backend.default_profiles(weights.spec, precision, runtime)
     started = time.perf_counter()
     blob = builder.build(weights, precision, layers, profiles, chosen, progress, runtime=runtime)
     seconds = time.perf_counter() - started
-    store = stores.Store(folder)
     count = weights.spec.num_layers if layers is None else layers
-    key = backend.key_of(stores.digest(weights), weights.spec, precision, count, runtime, target or named)
+    key = backend.key_of(stores.digest(weights), weights.spec, precision, count, runtime, name)
     path = store.save(key, blob)
     if path is None:
-        raise DataFileError(f"{folder}: the engine could not be written: {'; '.join(map(str, store.notes))}")
+        raise DataFileError(f"{folder}: the engine could not be written: {store.notes[-1]}")
     return {
         "path": str(path),
         "bytes": len(blob),
         "seconds": round(seconds, 2),
-        "target": target,
+        "target": name,
         "runtime": f"{runtime.name} {runtime.version_text}",
     }
 
 
 def _console() -> Console:
     return Console(stderr=True)
+
+
+def _say(text: str, width: int) -> None:
+    """On stdout, as it is: names of folders may look like markup."""
+    Console(width=width).print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -128,7 +155,7 @@ def build(
     as_json: JsonFlag = False,
 ) -> None:
     """Build an engine into a folder, for the GPU that is there or a named compute capability."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = _console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         phases: dict[str, Any] = {}
@@ -144,11 +171,7 @@ def build(
         typer.echo(json.dumps(made, indent=1))
         return
     size = made["bytes"] / 2**20
-    Console(width=200).print(
-        f"{made['path']}: {size:.1f} MiB for {made['target']} by {made['runtime']} in {made['seconds']:.1f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"{made['path']}: {size:.1f} MiB for {made['target']} by {made['runtime']} in {made['seconds']:.1f} s", 200)
 
 
 @app.command()
@@ -165,11 +188,9 @@ def inspect(folder: Folder, as_json: JsonFlag = False) -> None:
     for heading in ("engine", "MiB", "family", "layers", "precision", "for", "by", "state"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(
-            row["file"],
-            f"{row['bytes'] / 2**20:.1f}",
-            *(str(row.get(name, "-")) for name in ("family", "layers", "precision", "target", "runtime", "state")),
-        )
+        names = ("family", "layers", "precision", "target", "runtime", "state")
+        cells = (row["file"], f"{row['bytes'] / 2**20:.1f}", *(str(row.get(name, "-")) for name in names))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     Console(width=140).print(table, highlight=False)
 
 
@@ -186,9 +207,9 @@ def _entry(store: stores.Store, entry: stores.Entry) -> dict[str, Any]:
         "runtime": f"{key.runtime} {key.version}",
         "profiles": [profile.to_json() for profile in key.profiles],
     }
-    blob = store.load(key)
+    blob = store.load(key, use=False)
     if blob is None:
-        return {**row, "state": f"damaged: {'; '.join(map(str, store.notes)) or 'refused'}"}
+        return {**row, "state": f"damaged: {store.notes[-1]}"}
     try:
         facts = builder.inspect(runtimes.find(key.runtime), blob)
     except XfastError as error:  # not installed, or another release's
@@ -208,7 +229,8 @@ def verify(
     """Compare the folder's engine for this model and GPU with PyTorch: finite, within its precision, same labels."""
     if not torch.cuda.is_available():
         raise BackendUnavailableError("verify runs the engine, and there is no GPU here")
-    weights = load_weights(model)
+    _check_precision(precision)
+    weights = load_weights(model, layers)
     for module in weights.modules.values():
         module.to("cuda")
     engine = backend.TensorRTEngine(weights, precision, stores.Store(folder))
@@ -218,4 +240,31 @@ def verify(
         facts = {"error": report.error, "bound": report.bound, "agreement": report.agreement}
         typer.echo(json.dumps({**facts, "accepted": report.accepted}, indent=1))
         return
-    Console(width=140).print(f"{'accepted' if report.accepted else 'refused'}: {report}", highlight=False)
+    _say(f"{'accepted' if report.accepted else 'refused'}: {report}", 140)
+
+
+@app.command()
+def prune(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of engines. Default: the cache.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Bytes that may stay. Default: {stores.SIZE_VARIABLE}, else {stores.DEFAULT_BYTES >> 30} GiB."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove the least recently used engines until the others are small enough together."""
+    limit = stores.size_limit() if max_bytes is None else max_bytes
+    store = stores.Store(folder)
+    if not store.folder.is_dir():
+        raise DataFileError(f"{store.folder}: no such folder")
+    removed = store.prune(limit)
+    if store.reasons["unwritable"]:
+        raise DataFileError(f"{store.folder}: {store.notes[-1]}")
+    if as_json:
+        typer.echo(json.dumps({"folder": str(store.folder), "max_bytes": limit, "removed": removed}, indent=1))
+        return
+    for name in removed:
+        _say(f"removed {name}", 200)
+    _say(f"{store.folder}: {len(removed)} engines removed, {len(store.entries())} left", 200)

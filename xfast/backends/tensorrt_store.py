@@ -239,8 +239,13 @@ class Store:
         """Where the key's engine is or would be."""
         return self.folder / (key.name + SUFFIX)
 
-    def load(self, key: Key) -> bytes | None:
-        """The key's engine, exactly as it was saved, or None; ``reasons`` and ``notes`` say why."""
+    def load(self, key: Key, *, use: bool = True) -> bytes | None:
+        """The key's engine, exactly as it was saved, or None; ``reasons`` and ``notes`` say why.
+
+        Args:
+            key: of the engine.
+            use: whether it counts as used now.
+        """
         path = self.path(key)
         try:
             blob = _read(path, key)
@@ -253,10 +258,22 @@ class Store:
         except (OSError, MemoryError) as error:
             self._note("unreadable", f"{path.name}: {type(error).__name__}: {error}")
             return None
-        with suppress(OSError):  # a folder that is only read has no least recently used file
-            os.utime(path)
-        _held.add(path.absolute())
+        if use:
+            with suppress(OSError):  # a folder that is only read has no least recently used file
+                os.utime(path)
+            _held.add(path.absolute())
         return blob
+
+    def refusal(self) -> str | None:
+        """Why nothing can be saved, as far as the folder, or the nearest one above it that exists, tells; or None."""
+        place = next((each for each in (self.folder, *self.folder.parents) if os.path.lexists(each)), self.folder)
+        probe = place / f".xfast.{os.getpid()}.{os.urandom(8).hex()}.tmp"
+        try:
+            os.close(os.open(probe, _WRITE, 0o600))
+            probe.unlink()
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def save(self, key: Key, blob: bytes | memoryview) -> Path | None:
         """Writes the key's engine, in place of whatever lies there, whole or not at all.
