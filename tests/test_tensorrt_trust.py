@@ -216,6 +216,32 @@ def test_a_wrong_engine_that_was_just_built_is_refused_and_not_stored(
     assert stores.Store(machine.folder).load(machine.keys()[0]) is None
 
 
+@pytest.mark.parametrize("failure", [None, torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.filterwarnings("ignore:TensorRT. CUDA out of memory:RuntimeWarning")
+def test_an_engine_of_weights_that_changed_is_not_stored(
+    failure: Exception | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the digest of the old ones it would be found, and refused, wherever these are used."""
+    model = models.build("xlm-roberta", "base-no-pooler", num_hidden_layers=1)
+    weights = describe(*find_encoders(model)[0][1:])
+    made = backend.TensorRTEngine(weights, "bf16", stores.Store(machine.folder))
+
+    def build(*_: Any, **__: Any) -> bytes:
+        with torch.no_grad():
+            model.encoder.layer[0].output.dense.weight[0, 0] += 1
+        return GOOD
+
+    monkeypatch.setattr(builder, "build", build)
+    machine.failure = failure
+    if failure is None:
+        with pytest.warns(RuntimeWarning, match="not in the cache.*: the weights changed while it was built"):
+            assert made._runner(1) == GOOD
+    else:
+        with pytest.raises(CannotRunError):
+            made._runner(1)
+    assert stores.Store(machine.folder).entries() == ()
+
+
 def test_the_cache_is_kept_within_its_size(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     store, old = stores.Store(machine.folder), machine.keys()[0]
     ours = dataclasses.replace(old, weights="cd" * 32)

@@ -268,6 +268,8 @@ class TensorRTEngine:
 
     def _save(self, store: stores.Store, key: stores.Key, blob: bytes) -> str | None:
         """Puts an engine into the store, and makes room for it; says why it could not."""
+        if stores.digest(self._weights) != key.weights:  # it was built from both, or from the new ones
+            return "the weights changed while it was built"
         if store.save(key, blob) is None:
             return store.notes[-1]
         removed = store.prune(self._cache_bytes, held=False)
