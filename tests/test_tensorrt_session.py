@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,15 +40,20 @@ class Stream:
 
 
 class Event:
+    waited: ClassVar[int] = 0  # for any of them, by the host
+
     def record(self, stream: Any = None) -> None:
         self.stream = stream
+
+    def synchronize(self) -> None:
+        Event.waited += 1
 
 
 class Context:
     """An execution context: computes [R, HIDDEN] from the token ids of the rows, reading nothing but addresses."""
 
     def __init__(self, engine: Engine, how: Any) -> None:
-        self.engine, self.how = engine, how
+        self.engine, self.how, self.nvtx_verbosity = engine, how, "detailed"
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.memory: tuple[int, int] | None = None
@@ -130,6 +135,7 @@ class Runtime:
         self.module = SimpleNamespace(
             Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda blob: self.engine),
             ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user"),
+            ProfilingVerbosity=SimpleNamespace(NONE="quiet"),
         )
         if rtx:
             self.module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", NONE="none")
@@ -178,6 +184,7 @@ def test_one_context_a_profile_with_memory_for_each_batch(stream: Stream) -> Non
         assert torch.equal(loaded.run(inputs, profile), wanted(inputs))
     contexts = runtime.engine.contexts
     assert [(each.profile, each.how.allocation) for each in contexts] == [(1, "user"), (0, "user")]
+    assert {each.nvtx_verbosity for each in contexts} == {"quiet"}
     # what was checked goes on running: nothing is compiled for shapes that come up
     assert {each.how.dynamic_shapes_kernel_specialization_strategy for each in contexts} == {"none"}
     assert contexts[0].memory is not None and contexts[0].memory[1] == 100 * 41
@@ -228,6 +235,51 @@ def test_scratch_of_a_graph_is_taken_when_it_is_captured(stream: Stream, monkeyp
     for _ in range(2):  # in a trial run, and in the capture
         assert torch.equal(enqueue(), wanted(inputs))
     assert held == [[True], [False, True]] and [made() for made in alive] == [None, None]
+
+
+def test_letting_go_waits_for_what_runs(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any stream: TensorRT frees what its kernels are reading."""
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for waits, runs, capture in ((0, 0, False), (1, 1, False), (1, 3, False), (0, 1, True)):
+        loaded = session(Runtime())
+        for _ in range(runs):
+            loaded.run(inputs_of((3, 5)), 1)
+        Event.waited, capturing[0] = 0, capture
+        del loaded
+        assert Event.waited == waits
+    graphs = cuda_graphs.Graphs(CPU)
+    graphs._done = Event()  # type: ignore[assignment]
+    capturing[0], Event.waited = False, 0
+    del graphs
+    assert Event.waited == 1
+
+
+def test_a_graph_that_makes_room_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 1)
+    monkeypatch.setattr(cuda_graphs, "QUIET_CALLS", 0)
+    monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    graphs = cuda_graphs.Graphs(CPU, Captures())
+    for key, waits in (("first", 0), ("second", 1)):
+        Event.waited = 0
+        assert graphs.replay(key, lambda: (None, lambda: torch.ones(2, 2)), lambda _: None, 2) is not None
+        graphs._done = Event()  # type: ignore[assignment]
+        assert Event.waited == waits and graphs.keys == [key]
+
+
+def test_a_context_is_made_while_no_other_call_runs(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, held = session(Runtime()), []
+    create = Engine.create_execution_context
+
+    def watched(self: Engine, how: Any) -> Context | None:
+        held.append(loaded._lock.locked())
+        return create(self, how)
+
+    monkeypatch.setattr(Engine, "create_execution_context", watched)
+    loaded.run(inputs_of((3, 5)), 1)
+    loaded.recorded(inputs_of((3, 5)), 1)()
+    assert held == [True, True]
 
 
 def test_older_releases_take_memory_without_its_size(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,22 @@ def test_a_full_disk_is_said_and_costs_nothing_else(machine: Machine, monkeypatc
     assert any("No space left" in note for note in made._notes)
 
 
+def test_an_engine_is_described_while_another_is_made(machine: Machine) -> None:
+    """explain on one thread, and the first call of other layers on another."""
+    made = machine.engine()
+
+    class Telling:
+        def __init__(self, layers: int) -> None:
+            self.layers = layers
+
+        def describe(self) -> list[str]:
+            made._runners[self.layers + 10] = Telling(self.layers + 10)  # type: ignore[assignment]
+            return [f"{self.layers} layers"]
+
+    made._runners.update({1: Telling(1), 2: Telling(2)})  # type: ignore[dict-item]
+    assert [line for line in made.describe() if line.endswith(" layers")] == ["1 layers", "2 layers"]
+
+
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     runtimes.DeviceMemoryError("tensorrt_rtx does not load the engine: CUDA out of memory"),

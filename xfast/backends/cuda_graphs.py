@@ -66,6 +66,13 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+def finish(event: torch.cuda.Event | None) -> None:
+    """Waits for what an event was recorded after, before its memory goes; not in a capture, which that would end."""
+    with suppress(Exception):  # the interpreter may be ending
+        if event is not None and not torch.cuda.is_current_stream_capturing():
+            event.synchronize()
+
+
 def capture_cuda() -> Capture:
     """Captures on a side stream, after a run elsewhere that compiles kernels and loads libraries.
 
@@ -94,6 +101,7 @@ class Graphs:
     """The captured graphs of one engine, by a key that names all that a graph depends on."""
 
     def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
+        self._done: torch.cuda.Event | None = None
         self.device = device
         self.capture = capture_cuda() if capture is None and device.type == "cuda" else capture
         self.refused: dict[Hashable, str] = {}
@@ -101,7 +109,9 @@ class Graphs:
         self._met: Counter[Hashable] = Counter()
         self._calls = 0
         self._lock = threading.Lock()
-        self._done: torch.cuda.Event | None = None
+
+    def __del__(self) -> None:
+        finish(self._done)  # of replays on other streams than that of whoever lets go
 
     @property
     def keys(self) -> list[Any]:
@@ -191,5 +201,6 @@ class Graphs:
         key, oldest = next(iter(self._graphs.items()))
         if self._calls - oldest.used < QUIET_CALLS:
             return False
+        finish(self._done)
         del self._graphs[key], self._met[key]  # to be captured again it has to come up again as often
         return True

@@ -346,14 +346,16 @@ class TensorRTEngine:
     def describe(self) -> list[str]:
         """See :class:`xfast.backends.base.Engine`."""
         most = {name: max(getattr(each, name)[2] for each in self.profiles) for name in ("tokens", "batch")}
+        # copies: a call on another thread may be adding to them, and holds the lock for as long as a build takes
+        runners, refused, pauses = list(self._runners.values()), self._refused.copy(), list(self._pauses.values())
         return [
             f"device: {torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else self.device}",
             "fused: what TensorRT chooses, on packed tokens; attention alone is padded",
             f"profiles: {len(self.profiles)}, up to {most['tokens']} tokens, {most['batch']} sequences",
             *(self._notes or ["no engine yet: the first call builds it"]),
-            *(line for runner in self._runners.values() for line in runner.describe()),
-            *self._refused.values(),
-            *(pause.reason for pause in self._pauses.values()),
+            *(line for runner in runners for line in runner.describe()),
+            *refused.values(),
+            *(pause.reason for pause in pauses),
         ]
 
 

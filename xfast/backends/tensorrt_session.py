@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xfast.backends.cuda_graphs import finish
 from xfast.backends.tensorrt_network import INPUTS, OUTPUT
 from xfast.backends.tensorrt_runtime import DeviceMemoryError, Log, Runtime, unavailable
 from xfast.errors import BackendUnavailableError
@@ -40,6 +41,7 @@ class Session:
     def __init__(
         self, runtime: Runtime, blob: bytes, dtype: torch.dtype, hidden_size: int, device: torch.device
     ) -> None:
+        self._done: torch.cuda.Event | None = None
         self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
         self._lock = threading.Lock()
         with torch.cuda.device(device), runtime.collecting() as log:
@@ -50,7 +52,9 @@ class Session:
                 raise unavailable(f"{runtime.name} does not load the engine", log)
         self._contexts: dict[int, Any] = {}
         self._messages = runtime
-        self._done: torch.cuda.Event | None = None
+
+    def __del__(self) -> None:
+        finish(self._done)  # contexts and the engine's weights are freed without waiting for other streams
 
     def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size] on the device.
@@ -146,6 +150,8 @@ class Session:
             if log.errors():
                 raise unavailable("TensorRT makes no execution context", log)
             raise DeviceMemoryError("TensorRT has no memory left for another execution context")
+        if hasattr(context, "nvtx_verbosity"):  # as detailed as the engine by default, which enqueueing pays for
+            context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         return context
 
 
