@@ -233,7 +233,7 @@ class TensorRTEngine:
         if isinstance(error, builder.EngineBuildError):
             cuda = self.device.type == "cuda"
             total = torch.cuda.get_device_properties(self.device).total_memory if cuda else None
-            return runtimes.wants_memory(error.messages, total)
+            return runtimes.wants_memory([str(error)], total)  # torch's, while weights were read, is in its text alone
         return _is_memory(error)
 
     def _made(self, layers: int) -> Runner:
