@@ -129,7 +129,7 @@ def test_parts_fit_a_profile(lengths: list[int], area: int, squares: int | None)
     rows = ids[::3]
     parts = list(whole.parts(rows, lambda *sizes: choose(made, *sizes) is not None))
     assert torch.cat([part.ids for part, _ in parts]).tolist() == ids.tolist()
-    assert torch.cat([part.ids[wanted.long()] for part, wanted in parts]).tolist() == rows.tolist()  # type: ignore[union-attr]
+    assert torch.cat([part.ids[wanted.long()] for part, wanted in parts]).tolist() == rows.tolist()
     assert sum(part.batch for part, _ in parts) == len(lengths)
     for part, _ in parts:
         assert part.longest == max(1, *part.offsets.diff().tolist())

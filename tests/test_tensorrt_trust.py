@@ -24,12 +24,14 @@ from xfast.backends import tensorrt as backend
 from xfast.backends import tensorrt_build as builder
 from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_runtime as runtimes
+from xfast.backends import tensorrt_session
 from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError, EngineRefusedError
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
 pytestmark = NO_NUMPY_WARNINGS
+LOAD = backend.TensorRTEngine._load
 GOOD, WRONG, STALE = b"good engine", b"wrong engine", b"stale engine"
 
 
@@ -125,6 +127,36 @@ def test_a_full_disk_is_said_and_costs_nothing_else(machine: Machine, monkeypatc
         with pytest.warns(RuntimeWarning, match="not in the cache, so every process builds it: .*No space left"):
             assert made._runner(1) == GOOD
     assert any("No space left" in note for note in made._notes)
+
+
+def test_torchs_unused_memory_is_there_for_tensorrt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which allocates on its own, and cannot have what torch keeps for later."""
+    happened: list[str] = []
+
+    def note(what: str) -> Any:
+        return lambda *_, **__: (happened.append(what), GOOD)[1]
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", note("emptied"))
+    monkeypatch.setattr(builder, "build", note("built"))
+    monkeypatch.setattr(tensorrt_session, "Session", note("loaded"))
+    monkeypatch.setattr(backend, "GraphRunner", lambda session, profiles: session)
+    monkeypatch.setattr(backend.TensorRTEngine, "_load", LOAD)
+    assert machine.engine()._runner(1) == GOOD
+    assert happened == ["emptied", "built", "emptied", "loaded"]
+
+    def capturing() -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", capturing)  # the program's own capture, on another thread
+    assert machine.engine()._runner(1) == GOOD
+
+
+def test_an_engine_keeps_its_runtime(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine.engine()
+    monkeypatch.setenv(runtimes.VARIABLE, "none of them")  # of which later engines are
+    assert made._runner(1) == GOOD and made.verify(1).accepted
+    with pytest.raises(InvalidOptionError, match="XFAST_TENSORRT"):
+        machine.engine()
 
 
 def test_an_engine_is_described_while_another_is_made(machine: Machine) -> None:

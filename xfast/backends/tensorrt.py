@@ -132,7 +132,8 @@ class TensorRTEngine:
         self.precision = precision
         self.spec = weights.spec
         self.device = weights.modules[-1, "word"].weight.device
-        self.profiles = default_profiles(self.spec, precision, runtimes.find())
+        self._runtime = runtimes.find()  # once: profiles depend on it, and a variable may name another later
+        self.profiles = default_profiles(self.spec, precision, self._runtime)
         self._weights = weights
         self._store = store
         self._cache_bytes = stores.size_limit()
@@ -238,7 +239,7 @@ class TensorRTEngine:
 
     def _made(self, layers: int) -> Runner:
         """From the cache or built, and checked in either case: a file cannot prove that it computes the right thing."""
-        runtime = runtimes.find()
+        runtime = self._runtime
         store = self._store or stores.Store()
         keys = self._keys(runtime, layers)
         for key in keys:
@@ -313,7 +314,7 @@ class TensorRTEngine:
             BackendUnavailableError: the store has none, or it does not load.
             EngineRejectedError: it differs by more than its precision explains.
         """
-        runtime = runtimes.find()
+        runtime = self._runtime
         store = self._store or stores.Store()
         blob = next(filter(None, map(store.load, self._keys(runtime, layers))), None)
         if blob is None:
