@@ -40,7 +40,7 @@ from xfast.backends.tensorrt_graphs import GraphRunner
 from xfast.backends.tensorrt_inputs import places
 from xfast.errors import BackendUnavailableError, InvalidOptionError, InvalidWeightsError
 
-trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
+trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT: pip install tensorrt-rtx-cu13")
 pytestmark = NO_NUMPY_WARNINGS
 _settings = pytest.fixture(autouse=True)(quick_settings)
 

@@ -26,7 +26,7 @@ PROFILE = Profile((1, 8, 32), (1, 2, 4), (1, 4, 8))
 
 @pytest.fixture(scope="module")
 def rtx() -> Runtime:
-    pytest.importorskip("tensorrt_rtx", reason="builds engines with TensorRT for RTX: pip install xfast[tensorrt-rtx]")
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with TensorRT for RTX: pip install tensorrt-rtx-cu13")
     return find("tensorrt_rtx")
 
 

@@ -19,7 +19,7 @@ from xfast.errors import BackendUnavailableError, InvalidOptionError
 
 @pytest.fixture(scope="module")
 def rtx() -> Runtime:
-    pytest.importorskip("tensorrt_rtx", reason="builds engines with TensorRT for RTX: pip install xfast[tensorrt-rtx]")
+    pytest.importorskip("tensorrt_rtx", reason="builds engines with TensorRT for RTX: pip install tensorrt-rtx-cu13")
     return find("tensorrt_rtx")
 
 
@@ -77,7 +77,7 @@ def test_unknown_names(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (None, r"tensorrt: not installed: pip install \"xfast\[tensorrt\]\""),
+        (None, r"tensorrt: not installed: pip install tensorrt"),
         (ImportError("libnvinfer.so.10: cannot open shared object file"), r"cannot be imported: .*libnvinfer.so.10"),
         (ModuleNotFoundError("No module named 'tensorrt_libs'", name="tensorrt_libs"), "cannot be imported: .*_libs"),
         (OSError("libcudart"), r"cannot be imported: OSError: libcudart; install it again"),

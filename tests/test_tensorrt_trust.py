@@ -29,7 +29,7 @@ from xfast.backends import tensorrt_store as stores
 from xfast.backends.base import CannotRunError, EngineRefusedError
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
-trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT: pip install "xfast[tensorrt-rtx]"')
+trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT: pip install tensorrt-rtx-cu13")
 pytestmark = NO_NUMPY_WARNINGS
 LOAD = backend.TensorRTEngine._load
 GOOD, WRONG, STALE = b"good engine", b"wrong engine", b"stale engine"

@@ -79,7 +79,7 @@ class TensorRTBackend:
         if device.type != "cuda":
             return f"the model is on {device}, this backend runs on cuda"
         if importlib.util.find_spec("triton") is None:
-            return 'triton, which drops the padding, is not installed: pip install "xfast[triton]"'
+            return "triton, which drops the padding, is not installed: pip install triton"
         reason = networks.refusal(spec, precision)
         if reason is not None:
             return reason

@@ -70,10 +70,10 @@ class Kind:
 
 # Preferred first. 1.7 is the first TensorRT for RTX that this was tried with.
 KINDS = (
-    Kind("tensorrt", 'pip install "xfast[tensorrt]"', ((10, 0), None), needs_gpu_to_build=True, names_targets=False),
+    Kind("tensorrt", "pip install tensorrt", ((10, 0), None), needs_gpu_to_build=True, names_targets=False),
     Kind(
         "tensorrt_rtx",
-        'pip install "xfast[tensorrt-rtx]"',
+        "pip install tensorrt-rtx-cu13",
         ((1, 7), None),
         needs_gpu_to_build=False,
         names_targets=True,
