@@ -2,6 +2,10 @@
 
 #include <stdexcept>
 
+#ifdef XFAST_X86
+#include <cpuid.h>
+#endif
+
 namespace xfast {
 
 namespace portable {
@@ -32,9 +36,13 @@ struct Target {
 
 bool always() { return true; }
 #ifdef XFAST_X86
-// __builtin_cpu_supports also checks that the operating system saves the wide registers (XGETBV). Every CPU with AVX2
-// has the conversions of halves (F16C) too; older compilers cannot ask for them.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Conversions of halves. Every CPU with AVX2 has them, but a virtual one may hide them, and clang 14 cannot ask by name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+// __builtin_cpu_supports also checks that the operating system saves the wide registers (XGETBV).
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

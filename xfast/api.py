@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,16 @@ from torch import nn
 from xfast import attention_interface
 from xfast.architecture import find_encoders, supported_families
 from xfast.backends.native import NativeEngine
-from xfast.errors import BackendUnavailableError, InvalidOptionError, UnsupportedModelError, WeightsFreedError
+from xfast.errors import (
+    BackendUnavailableError,
+    InvalidOptionError,
+    UnsupportedModelError,
+    WeightsFreedError,
+    XfastError,
+)
 from xfast.explain import Explanation, explain_patches
 from xfast.head_patch import HeadPatch, TokenHeadPatch
-from xfast.heads import head_module, rule_for
+from xfast.heads import head_module, places_of_encoder, rule_for
 from xfast.options import Options
 from xfast.packed_model import BACKENDS as PACKED_BACKENDS
 from xfast.packed_model import check_saveable, parameters_outside, put_under
@@ -127,12 +133,13 @@ def accelerated(model: T, **options: Any) -> Iterator[T]:
         raise InvalidOptionError("keep_weights: False cannot be undone at the end of a block; use xfast.accelerate")
     before = _patches(_module_of(model))
     accelerate(model, **options)
-    try:
-        yield model
-    finally:
+
+    def undo() -> None:
         restore(model)
-        for patch in before:
-            patch.install()
+        _install(before)
+
+    with _then(undo):
+        yield model
 
 
 @contextmanager
@@ -150,10 +157,26 @@ def restored(model: T) -> Iterator[T]:
     _refuse_wrapped("restored", root)
     _refuse_freed("restored", patches)
     _uninstall(patches)
-    try:
+    with _then(lambda: _install(patches)):
         yield model
-    finally:
-        for patch in patches:
+
+
+@contextmanager
+def _then(undo: Callable[[], None]) -> Iterator[None]:
+    """Runs ``undo`` after a block; an error of the block's own is what its user must see."""
+    try:
+        yield
+    except BaseException:
+        with suppress(XfastError):
+            undo()
+        raise
+    undo()
+
+
+def _install(patches: Sequence[Patch]) -> None:
+    """Puts patches back, but those of modules that were replaced and are gone."""
+    for patch in patches:
+        if patch.alive:
             patch.install()
 
 
@@ -302,9 +325,8 @@ def _head_patches(root: nn.Module, encoders: list[nn.Module]) -> list[HeadPatch]
     patches: list[HeadPatch] = []
     for module in root.modules():
         rule = rule_for(module)
-        # AltCLIP's text model is its own base_model in transformers 4
-        read = (getattr(module, "base_model", None), *module.children())
-        encoder = next((e for e in encoders if any(e is candidate for candidate in read)), None)
+        places = places_of_encoder(module)
+        encoder = next((e for e in encoders if any(e is candidate for candidate in places)), None)
         if rule is None or encoder is None:
             continue
         patches.append(HeadPatch(module, encoder, rule, _unpatched(module)))

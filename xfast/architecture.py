@@ -5,8 +5,10 @@ A backend only ever sees :class:`EncoderSpec` and :class:`EncoderWeights`. A new
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -290,6 +292,8 @@ def _refuse(module: nn.Module, family: Family) -> None:
     base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
     if getattr(type(module), "forward", None) is not getattr(base, "forward", None):
         reasons.append(f"{type(module).__name__} overrides forward")
+    elif not is_stock(base):
+        reasons.append(f"the forward of the class {base.__name__} was replaced")
     if reasons:
         more = len(reasons) - _REASONS
         told = [*reasons[:_REASONS], *([f"and {more} more like these"] if more > 0 else [])]
@@ -306,9 +310,13 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
             continue
         if "forward" in module.__dict__:
             found.append(f"{name} has a forward of its own")
-        if not type(module).__module__.startswith(("transformers.", "torch.nn.modules.")):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            found.append(f"{name} is a {kind}; merge adapters first, as merge_and_unload() does")
+        kind = type(module)
+        if not is_stock(kind):
+            if kind.__module__.startswith(_STOCK):
+                found.append(f"{name}: the forward of the class {kind.__name__} was replaced")
+            else:
+                place = f"{kind.__module__}.{kind.__name__}"
+                found.append(f"{name} is a {place}; merge adapters first, as merge_and_unload() does")
             continue
         if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_eps:
             found.append(f"{name}.eps is {module.eps}, not the config's {config.layer_norm_eps}")
@@ -317,7 +325,31 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         activation = getattr(module, "intermediate_act_fn", None)
         if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
+    for name, table in position_buffers(encoder):
+        usual = torch.zeros_like(table) if name == "token_type_ids" else torch.arange(table.shape[-1]).to(table)
+        if not table.is_meta and not torch.equal(table, usual.expand_as(table)):
+            found.append(f"embeddings.{name} holds other values than transformers gives it")
     return found
+
+
+def position_buffers(encoder: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What positions and token types are where a call gives none, by name."""
+    tables: Any = encoder.embeddings
+    named = [(name, getattr(tables, name, None)) for name in ("position_ids", "token_type_ids")]
+    return [(name, table) for name, table in named if isinstance(table, torch.Tensor)]
+
+
+_STOCK = ("transformers.", "torch.nn.modules.")
+
+
+def is_stock(kind: type) -> bool:
+    """Whether a module's class and its forward are transformers' or torch's own: some libraries replace the forward."""
+    return _is_stock(kind, getattr(kind, "forward", None))
+
+
+@functools.lru_cache(4096)  # asked for every part of a head in every call
+def _is_stock(kind: type, forward: object) -> bool:
+    return all((getattr(one, "__module__", None) or "").startswith(_STOCK) for one in (kind, forward))
 
 
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "xfast")

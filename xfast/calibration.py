@@ -34,6 +34,7 @@ from xfast.errors import (
     InvalidWeightsError,
     UnsupportedModelError,
 )
+from xfast.locks import ThreadLock
 from xfast.packing import Packed, PositionOverflowError, unpad
 from xfast.recipe import LINEARS, LinearFormat
 
@@ -186,9 +187,9 @@ def evaluated(module: nn.Module) -> Iterator[None]:
 
     One thread at a time: another would take the first one's eval mode for the user's.
     """
-    with _registering:
-        turn = _turns.setdefault(module, threading.RLock())
-    with turn:
+    with _registering.held():
+        turn = _turns.setdefault(module, ThreadLock())
+    with turn.held():
         modes = [(part, part.training) for part in module.modules()]
         module.eval()
         try:
@@ -198,8 +199,8 @@ def evaluated(module: nn.Module) -> Iterator[None]:
                 part.training = training
 
 
-_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_registering = threading.Lock()
+_turns: WeakKeyDictionary[nn.Module, ThreadLock] = WeakKeyDictionary()
+_registering = ThreadLock()
 
 
 def engine_output(engine: Engine, batches: Sequence[dict[str, torch.Tensor]], layers: int) -> torch.Tensor:

@@ -123,8 +123,10 @@ def _changed(patch: EncoderPatch, error: str) -> EncoderExplanation:
     )
 
 
-def _head(patch: HeadPatch) -> str:
+def _head(patch: HeadPatch) -> str | None:
     name = type(patch.module).__name__
+    if not patch.rule.modules:  # known for its losses alone
+        return None
     encoder = patch.encoder_patch
     if encoder is None or not patch.reads_as_ruled(encoder):
         return f"{name} or what it reads was replaced, wrapped or hooked: it gets every row"

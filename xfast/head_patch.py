@@ -12,7 +12,16 @@ from torch import nn
 
 from xfast import lm_head
 from xfast.backends.native import NativeEngine
-from xfast.heads import HeadRule, head_module, is_followed, is_observed, is_plain, selects_first
+from xfast.heads import (
+    HeadRule,
+    head_module,
+    is_followed,
+    is_observed,
+    is_plain,
+    places_of_encoder,
+    rule_for,
+    selects_first,
+)
 from xfast.packing import Packed
 from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context, wrapped_since
 
@@ -61,18 +70,22 @@ class HeadPatch(Patch):
     def reads_as_ruled(self, patch: EncoderPatch) -> bool:
         """Whether this head reads no more rows than its rule says: nothing was replaced, hooked or wrapped."""
         reader = head_module(self.module, self.rule)
-        if self.previous is not None or not is_plain(reader):
+        if self.previous is not None or not is_plain(reader) or not self._is_as_it_was(patch):
             return False
         if self.rule.rows != "first":
             return True
-        pooler = getattr(patch.module, "pooler", None)
-        return selects_first(reader if pooler is None else pooler) and not _is_watched(patch)
+        return selects_first(patch.module.pooler if self.rule.pooled else reader) and not _is_watched(patch)
+
+    def _is_as_it_was(self, patch: EncoderPatch) -> bool:
+        """Whether the head's class has the same rule, and the encoder its place in the head."""
+        model, encoder = self.module, patch.module
+        return rule_for(model) == self.rule and any(one is encoder for one in places_of_encoder(model))
 
     def _traced(self, patch: EncoderPatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile no value can be looked at: every loss over a masked batch might read padding."""
         call = dict(zip(self._names, args, strict=False), **kwargs)
         loss = any(call.get(name) is not None for name in ("labels", "start_positions"))
-        if not loss or self.rule.rows != "all" or call.get("attention_mask") is None:
+        if not loss or not self.rule.token_labels or call.get("attention_mask") is None:
             return self.original(*args, **kwargs)
         patch.traces_original = True
         try:
@@ -84,16 +97,18 @@ class HeadPatch(Patch):
         """A loss that reads outputs at padded positions needs the original's values there."""
         call = dict(zip(self._names, args, strict=False), **kwargs)
         mask, labels, starts = (call.get(name) for name in ("attention_mask", "labels", "start_positions"))
-        if self.rule.rows != "all" or (labels is None and starts is None) or not isinstance(mask, torch.Tensor):
+        if not self.rule.token_labels or (labels is None and starts is None) or not isinstance(mask, torch.Tensor):
             return None
         padded = mask == 0
         if starts is not None and bool(padded.any()):  # its softmax runs over all positions
             return "a question-answering loss over a padded batch is asked for"
-        if isinstance(labels, torch.Tensor) and labels.shape == mask.shape:
-            at_padding = labels[padded.to(labels.device)]  # which may be the CPU beside a model on a GPU
-            if bool((at_padding != -100).any()):
-                return "labels at padded positions are not -100"
-        return None
+        if not isinstance(labels, torch.Tensor):
+            return None
+        if self.rule.shifted or labels.numel() != mask.numel():
+            return "a loss over a padded batch is asked for" if bool(padded.any()) else None
+        # any shape: the originals flatten them; the mask's device may be another
+        at_padding = labels.reshape(-1)[padded.reshape(-1).to(labels.device)]
+        return "labels at padded positions are not -100" if bool((at_padding != -100).any()) else None
 
 
 class TokenHeadPatch(HeadPatch):

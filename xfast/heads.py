@@ -9,48 +9,82 @@ every row of the padded batch, as it would from the original encoder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from xfast.architecture import is_stock
+
 
 @dataclass(frozen=True)
 class HeadRule:
-    """One row: class-name ending, rows read, and the names of the modules that read hidden states.
+    """One row of the table of heads.
 
-    ``pools``: column 0 of an ``all`` head's output is used whatever its mask says, as a pooler does.
+    Attributes:
+        ending: of the class's name.
+        rows: that are read, "first" or "all".
+        modules: names of those that read hidden states; none: nothing but the rest of the row is known.
+        pooled: a ``first`` head reads the encoder's pooler, not hidden states.
+        pools: column 0 of an ``all`` head's output is used whatever its mask says, as a pooler does.
+        token_labels: labels are of tokens, so that a loss may read outputs at padding.
+        shifted: each label is compared with the token before it.
     """
 
     ending: str
     rows: str
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    pooled: bool = False
     pools: bool = False
+    token_labels: bool = False
+    shifted: bool = False
 
 
+# The first that fits counts
 HEAD_RULES = (
+    HeadRule("BertForSequenceClassification", "first", ("classifier",), pooled=True),
     HeadRule("ForSequenceClassification", "first", ("classifier",)),
-    HeadRule("ForMultipleChoice", "first", ("classifier",)),
-    HeadRule("ForNextSentencePrediction", "first", ("cls",)),
-    HeadRule("ForTokenClassification", "all", ("classifier",)),
-    HeadRule("ForQuestionAnswering", "all", ("qa_outputs",)),
-    HeadRule("ForMaskedLM", "all", ("lm_head", "cls")),
+    HeadRule("ForMultipleChoice", "first", ("classifier",), pooled=True),
+    HeadRule("ForNextSentencePrediction", "first", ("cls",), pooled=True),
+    HeadRule("ForTokenClassification", "all", ("classifier",), token_labels=True),
+    HeadRule("ForQuestionAnswering", "all", ("qa_outputs",), token_labels=True),
+    HeadRule("ForMaskedLM", "all", ("lm_head", "cls"), token_labels=True),
+    HeadRule("ForPreTraining", "all", token_labels=True),
+    HeadRule("ForCausalLM", "all", token_labels=True, shifted=True),
+    HeadRule("LMHeadModel", "all", token_labels=True, shifted=True),
     HeadRule("AltCLIPTextModel", "all", ("pre_LN",), pools=True),
+    HeadRule("DPREncoder", "all", pools=True),
 )
 
 
 def rule_for(model: nn.Module) -> HeadRule | None:
-    """The rule of a transformers head whose ``forward`` has not been overridden, else None."""
-    for cls in type(model).__mro__:
+    """The rule of a transformers head, else None.
+
+    Of one whose ``forward`` was overridden or replaced nothing is known but what its losses and column 0 need.
+    """
+    kind: type = type(model)
+    return _rule_for(kind, getattr(kind, "forward", None))
+
+
+@functools.lru_cache(4096)  # asked in every call
+def _rule_for(kind: type, forward: object) -> HeadRule | None:
+    for cls in kind.__mro__:
         if not cls.__module__.startswith("transformers.models."):
             continue
-        overridden = getattr(type(model), "forward", None) is not getattr(cls, "forward", None)
         for rule in HEAD_RULES:
-            if cls.__name__.endswith(rule.ending) and not overridden:
-                return rule
+            if cls.__name__.endswith(rule.ending):
+                own = forward is getattr(cls, "forward", None) and is_stock(cls)
+                pools = rule.pools or rule.rows == "first"
+                return rule if own else replace(rule, rows="all", modules=(), pools=pools)
     return None
+
+
+def places_of_encoder(model: nn.Module) -> tuple[nn.Module | None, ...]:
+    """Where a head has its encoder: AltCLIP's text model is its own base_model in transformers 4."""
+    return (getattr(model, "base_model", None), *model.children())
 
 
 def head_module(model: nn.Module, rule: HeadRule) -> nn.Module | None:
@@ -71,7 +105,9 @@ def is_plain(module: nn.Module | None) -> bool:
     if module is None:
         return True
     for part in module.modules():
-        if type(part) not in _ROWWISE and not type(part).__module__.startswith("transformers."):
+        if not is_stock(type(part)) or (
+            type(part) not in _ROWWISE and not type(part).__module__.startswith("transformers.")
+        ):
             return False
         if part._forward_hooks or part._forward_pre_hooks:
             return False
@@ -84,14 +120,14 @@ def is_plain(module: nn.Module | None) -> bool:
 def selects_first(module: nn.Module | None) -> bool:
     """Whether a plain ``module``, a pooler or head, reads column 0, whatever other rows there are.
 
-    A bare ``nn.Linear`` or ``nn.Identity`` in its place would pass all of them on.
+    A bare ``nn.Linear`` or ``nn.Identity`` in its place would pass all of them on, a summary may take their mean.
     """
-    return module is not None and type(module) not in _ROWWISE
+    return type(module).__name__.endswith(("ClassificationHead", "Pooler"))
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether a hook sees, and may change, what ``module`` returns."""
-    return bool(module._forward_hooks)
+    """Whether a hook sees what ``module`` is given or returns, and may change it or call the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_transformed() -> bool:

@@ -1,6 +1,7 @@
-"""One process at a time in a folder. The system gives a lock back when its process ends, however it does.
+"""Locks between processes and between threads: one process at a time in a folder, one thread at a time in a block.
 
-(And the processes that it has forked meanwhile, which share its open files; a lock that is given up is theirs no more.)
+The system gives a folder's lock back when its process ends, however it does (and the processes that it has forked
+meanwhile, which share its open files; a lock that is given up is theirs no more).
 """
 
 from __future__ import annotations
@@ -8,6 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import IO, Any
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -34,3 +39,37 @@ def unlock(file: IO[Any] | int) -> None:
     """Gives a lock up, for forked processes that still have the file open, too."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+class ThreadLock:
+    """A lock between threads that a forked child finds open: whoever held it is not there to open it.
+
+    ``with lock.held(): ...``; the same thread may hold it twice. What it guards must be whole whenever a fork may come:
+    built aside, and put in place at the end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _thread_locks.add(self)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Waits for its turn."""
+        lock = self._lock  # of this process: a fork within the block replaces the other
+        with lock:
+            yield
+
+    def renew(self) -> None:
+        """In a child that was forked."""
+        self._lock = threading.RLock()
+
+
+_thread_locks: weakref.WeakSet[ThreadLock] = weakref.WeakSet()
+
+
+def _renew() -> None:
+    for lock in list(_thread_locks):
+        lock.renew()
+
+
+os.register_at_fork(after_in_child=_renew)

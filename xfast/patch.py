@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -62,6 +62,11 @@ class Patch:
                 "this forward belongs to a model that has been freed (copy.copy leaves it behind; use copy.deepcopy)"
             )
         return module
+
+    @property
+    def alive(self) -> bool:
+        """Whether the module is still there."""
+        return self._module() is not None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Runs what this patch replaced."""
@@ -252,7 +257,7 @@ class EncoderPatch(Patch):
         engine = self._packed(module)
         if engine is None:
             raise CannotRunError("no backend runs this model")
-        if (reason := self.plan.inner.refusal()) is not None:
+        if (reason := self.plan.inner.refusal(module)) is not None:
             raise CannotRunError(reason)
         _refuse_elsewhere(call, engine.device)
         return engine
@@ -321,8 +326,9 @@ class EncoderPatch(Patch):
         rows = packed.first_rows() if first and not want_states else None
         # of this engine: another thread may have made a plan for another number of layers meanwhile
         layers = self.options.layers_of(engine.spec)
-        hidden, states = engine.run(packed, rows=rows, layers=layers, hidden_states=want_states)
-        last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
+        with _countable(context is not None and rows is None):
+            hidden, states = engine.run(packed, rows=rows, layers=layers, hidden_states=want_states)
+            last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:
             context.padded, context.packed, context.hidden = last, packed, hidden
         output = BaseModelOutputWithPoolingAndCrossAttentions(
@@ -344,7 +350,7 @@ class EncoderPatch(Patch):
         plan = self._plan_of_a_copy()
         given = next(t for name in ("input_ids", "inputs_embeds") if (t := call.get(name)) is not None)
         spec = plan.weights.spec
-        if (reason := training.refusal(module, spec, given.device) or plan.inner.refusal(module)) is not None:
+        if (reason := training.refusal(module, spec, given.device) or plan.inner.refusal(module, True)) is not None:
             raise CannotRunError(reason)
         _refuse_elsewhere(call, given.device)
         spec = training.current(module, spec)
@@ -386,6 +392,7 @@ class EncoderPatch(Patch):
             or getattr(torch.compiler, "is_exporting", bool)()  # newer than torch 2.6
             or _flag(module, call, "output_hidden_states")
             or self.traces_original
+            or (torch.is_autocast_enabled(ids.device.type) and self.options.precision == "model")
         ):
             return self._original_layers(args, kwargs)
         dtype = output_dtype(module)
@@ -401,6 +408,17 @@ class EncoderPatch(Patch):
         pooled = module.pooler(hidden) if getattr(module, "pooler", None) is not None else None
         output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
         return self._as_asked(module, call, output)
+
+
+@contextmanager
+def _counting_changes() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _countable(wanted: bool) -> AbstractContextManager[None]:
+    """Tensors count their changes, also in inference mode: a token head must know whether it gets them as they were."""
+    return _counting_changes() if wanted and torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

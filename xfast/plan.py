@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -24,6 +23,7 @@ from xfast.errors import (
     UnsupportedModelError,
     WeightsFreedError,
 )
+from xfast.locks import ThreadLock
 from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.options import Options
 from xfast.recipe import QUANTISED, LinearFormat, Recipe
@@ -50,7 +50,7 @@ class Plan:
         self.notes: list[str] = []
         self.freed = ""  # why the original weights are gone
         self._mixture: dict[Product, LinearFormat] | None = None  # that "auto" found last
-        self._lock = threading.Lock()
+        self._lock = ThreadLock()
         self._watch: WeightWatch | None = None
         self.inner = InnerWatch(module)
         layers = options.layers
@@ -79,7 +79,7 @@ class Plan:
         watch = self._watch
         if watch is not None and not watch.changed():
             return self.engine
-        with self._lock:
+        with self._lock.held():
             if self._watch is None or self._watch.changed():
                 self._compile(module)
             return self.engine
@@ -262,6 +262,8 @@ def _changed(freed: str) -> str:
 
 
 def _free(leaf: nn.Module) -> None:
+    if leaf.weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
+        return
     leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
     refuse_state_dict(leaf, FREED)
 

@@ -22,7 +22,8 @@ from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from xfast import _C
-from xfast.architecture import EncoderWeights, is_plain_tensor, layers_of
+from xfast.architecture import EncoderWeights, is_plain_tensor, layers_of, position_buffers
+from xfast.locks import ThreadLock
 
 
 class WeightWatch:
@@ -38,6 +39,7 @@ class WeightWatch:
         watched = [(module, getattr(module, name)) for _, module, name in weights.parameters()]
         owners = list({id(module): module._parameters for module, _ in watched}.values())
         tensors: list[torch.Tensor] = [parameter for _, parameter in watched]
+        tensors += [table for _, table in position_buffers(encoder)]
         plain = [tensor for tensor in tensors if is_plain_tensor(tensor)]  # the others are told by their identity
         dicts = [*children, *owners]
         # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
@@ -76,19 +78,19 @@ def _sampled(tensor: torch.Tensor) -> bool:
 
 
 _watching: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
-_hooked, _lock = threading.Lock(), threading.Lock()
+_hooked, _lock = threading.Lock(), ThreadLock()
 
 
 def _watch_optimizers(watch: WeightWatch) -> None:
     """Tell this watch of every optimizer's step."""
     if _hooked.acquire(blocking=False):  # once in a process, and never let go
         register_optimizer_step_post_hook(_after_step)
-    with _lock:
+    with _lock.held():
         _watching.add(watch)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    with _lock:
+    with _lock.held():
         watches = list(_watching)
     if watches:
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -114,7 +116,8 @@ def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int
         yield tensor._cdata, _LINE, _LINE  # its storage and its version lie behind the first pointers
 
 
-_SCALARS = ("eps", "scaling", "max_norm")  # of LayerNorms, of attention and of embeddings
+# Of LayerNorms, of attention, of embeddings and of activations
+_SCALARS = ("eps", "scaling", "max_norm", "padding_idx", "act", "approximate")
 _LINE = 64
 _HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
@@ -136,23 +139,28 @@ class InnerWatch:
         self._backward_hooks = [hooks for m in inner for hooks in (m._backward_hooks, m._backward_pre_hooks)]
         self._dropouts = [module.__dict__ for module in inner if isinstance(module, nn.Dropout)]
         self._bypassed = _bypassed(encoder)
+        self._type = type(encoder)
+        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in encoder.modules()}]
 
-    def refusal(self, training: nn.Module | None = None) -> str | None:
+    def refusal(self, encoder: nn.Module, training: bool = False) -> str | None:
         """Why the original code must run, or None.
 
         Args:
-            training: the encoder, where it trains on packed tokens: then its parts run themselves, dropout included,
-                but not the modules that hold them.
+            encoder: that this was made of.
+            training: it trains on packed tokens: then its parts run themselves, dropout included, but not the modules
+                that hold them.
         """
+        if type(encoder) is not self._type or any(kind.forward is not forward for kind, forward in self._forwards):
+            return "the forward of a class was replaced since the weights were packed"
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "a forward hook is registered for every module"
         if any(self._hooks) and any(not _is_recorder(hook) for hooks in self._hooks for hook in hooks.values()):
             return "a forward hook is registered inside the encoder"
-        if training is None and any(map(_training, self._dropouts)):
+        if not training and any(map(_training, self._dropouts)):
             return "a module inside the encoder is in training mode"
-        if training is not None and (any(self._backward_hooks) or any(_global_backward_hooks())):
+        if training and (any(self._backward_hooks) or any(_global_backward_hooks())):
             return "a backward hook is registered"
-        if training is not None and self._wrapped(training):
+        if training and self._wrapped(encoder):
             return "layers were wrapped or replaced since xfast.accelerate"
         return None
 
