@@ -36,7 +36,8 @@ struct Target {
 
 bool always() { return true; }
 #ifdef XFAST_X86
-// Conversions of halves. Every CPU with AVX2 has them, but a virtual one may hide them, and clang 14 cannot ask by name.
+// Conversions of halves. Every CPU with AVX2 has them, but a virtual one may hide them, and clang 14 cannot ask by
+// name.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
