@@ -275,9 +275,9 @@ def test_edits_in_place_between_encoder_and_head(head: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("change", ["positions", "types", "padding", "activation"])
+@pytest.mark.parametrize("change", ["positions", "other positions", "types", "padding", "activation"])
 def test_attributes_that_decide_values(change: str, before: bool) -> None:
-    family = "bert" if change in ("positions", "types") else "xlm-roberta"
+    family = "xlm-roberta" if change in ("padding", "activation") else "bert"
     model, batch = build(family), {name: v for name, v in ragged(family).items() if name != "token_type_ids"}
     real = batch["attention_mask"].bool()
     xfast.accelerate(model)
@@ -286,6 +286,8 @@ def test_attributes_that_decide_values(change: str, before: bool) -> None:
         xfast.restore(model)
     if change == "positions":
         model.embeddings.position_ids.add_(3).clamp_(max=39)
+    elif change == "other positions":
+        model.embeddings.position_ids = torch.arange(40).flip(0)[None]
     elif change == "types":
         model.embeddings.token_type_ids.fill_(1)
     elif change == "padding":

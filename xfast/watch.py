@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,7 +39,9 @@ class WeightWatch:
         watched = [(module, getattr(module, name)) for _, module, name in weights.parameters()]
         owners = list({id(module): module._parameters for module, _ in watched}.values())
         tensors: list[torch.Tensor] = [parameter for _, parameter in watched]
-        tensors += [table for _, table in position_buffers(encoder)]
+        if buffers := position_buffers(encoder):
+            tensors += [table for _, table in buffers]
+            owners.append(cast("Any", encoder).embeddings._buffers)
         plain = [tensor for tensor in tensors if is_plain_tensor(tensor)]  # the others are told by their identity
         dicts = [*children, *owners]
         # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
