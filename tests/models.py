@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,23 @@ ALTCLIP_VISION = {
 }
 
 
-def quick_settings() -> Iterator[None]:
-    """For ``pytest.fixture(autouse=True)(quick_settings)``: no gradients, xfast on two threads, torch on one.
+def one_thread() -> Iterator[None]:
+    """For ``pytest.fixture(autouse=True)(one_thread)``: torch on one thread.
 
-    Torch's OpenMP barriers make tiny models some 50 times slower when another process keeps a core busy.
+    Its OpenMP barriers make tiny models some 50 times slower when another process keeps a core busy.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quick_settings() -> Iterator[None]:
+    """For ``pytest.fixture(autouse=True)(quick_settings)``: no gradients, xfast on two threads, torch on one."""
     xfast.set_num_threads(2)
     with torch.no_grad():
-        yield
+        yield from one_thread()
     xfast.set_num_threads(None)
-    torch.set_num_threads(threads)
 
 
 def make_config(family: str, **changes: Any) -> transformers.PretrainedConfig:
@@ -228,6 +234,24 @@ def outputs_of(output: Any) -> dict[str, torch.Tensor]:
 def at_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The values at real tokens when ``values`` has one per token, else all of them."""
     return values[mask.bool()] if values.shape[: mask.dim()] == mask.shape else values
+
+
+def assert_alike(got: Any, want: Any, limit: float = 1e-5) -> int:
+    """The same structure, texts and whole numbers; floats within ``limit``. Returns how many floats there were."""
+    if isinstance(want, Mapping):
+        assert list(got) == list(want)
+        return sum(assert_alike(got[key], value, limit) for key, value in want.items())
+    if isinstance(want, list | tuple):
+        assert len(got) == len(want)
+        return sum(assert_alike(ours, theirs, limit) for ours, theirs in zip(got, want, strict=True))
+    if isinstance(want, float | np.floating):
+        assert math.isclose(got, want, rel_tol=limit, abs_tol=limit)
+        return 1
+    if isinstance(want, np.ndarray | torch.Tensor):
+        assert error(torch.as_tensor(got), torch.as_tensor(want)) <= limit
+        return torch.as_tensor(want).numel()
+    assert got == want
+    return 0
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from models import one_thread as one_thread  # what its users take from here
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from xfast.stilts.config import RunConfig
@@ -93,14 +94,6 @@ def checkpoint(folder: Path, vocabulary: int, *, seed: int = 0, **changes: Any) 
     torch.manual_seed(seed)
     transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
     return folder
-
-
-def one_thread() -> Iterator[None]:
-    """For ``pytest.fixture(autouse=True)(one_thread)``: tiny models are faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,23 +9,14 @@ import pytest
 import torch
 import transformers
 from gpu import DEVICE
-from models import PAD, arguments, at_tokens, build, fallbacks, labels, left_padded, norm_error, ragged
+from models import PAD, arguments, at_tokens, build, fallbacks, labels, left_padded, norm_error, one_thread, ragged
+from triton_models import moved
 
 import xfast
 from xfast import attention_interface, watch
 from xfast.attention_interface import attention_forward
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(DEVICE) for name, value in batch.items()}
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def model_of(family: str = "xlm-roberta", head: str = "base-no-pooler", **changes: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import HEADS, build, error, fallbacks, quick_settings
+from models import HEADS, assert_alike, build, error, fallbacks, quick_settings
 from words import TEXTS, make_tokenizer
 
 import xfast
@@ -32,24 +31,6 @@ TASKS = {
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return make_tokenizer()
-
-
-def assert_alike(got: Any, want: Any, limit: float = 1e-5) -> None:
-    """The same structure, texts and whole numbers; floats within ``limit``."""
-    if isinstance(want, Mapping):
-        assert list(got) == list(want)
-        for key, value in want.items():
-            assert_alike(got[key], value, limit)
-    elif isinstance(want, list | tuple):
-        assert len(got) == len(want)
-        for ours, theirs in zip(got, want, strict=True):
-            assert_alike(ours, theirs, limit)
-    elif isinstance(want, float | np.floating):
-        assert math.isclose(got, want, rel_tol=limit, abs_tol=limit)
-    elif isinstance(want, np.ndarray | torch.Tensor):
-        assert error(torch.as_tensor(got), torch.as_tensor(want)) <= limit
-    else:
-        assert got == want
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import build, fallbacks, quick_settings
+from models import assert_alike, build, fallbacks, quick_settings
 from torch import nn
 from words import TEXTS, make_tokenizer
 
@@ -25,7 +25,6 @@ import xfast
 _settings = pytest.fixture(autouse=True)(quick_settings)
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
-LIMIT = 1e-5
 PAIRS = [(a, b) for a in TEXTS for b in TEXTS]
 SEGMENTS = [{"src": a, "mt": b, "ref": c} for a, b in PAIRS for c in TEXTS[:2]]
 
@@ -186,32 +185,15 @@ USES = (bge_m3, flag_model, flag_reranker, splade, bert_score, setfit, merged_lo
 USES += (gliner, span_marker, comet, comet_kiwi, xcomet)
 
 
-def assert_same(got: Any, want: Any) -> int:
-    """The same nesting, texts and whole numbers; floats within ``LIMIT`` of the largest. Returns how many floats."""
-    if isinstance(want, dict):
-        assert list(got) == list(want)
-        return sum(assert_same(got[key], value) for key, value in want.items())
-    if isinstance(want, float | np.floating | np.ndarray | torch.Tensor):
-        a, b = (np.asarray(one, dtype=np.float64) for one in (got, want))
-        assert a.shape == b.shape
-        assert np.abs(a - b).max(initial=0) <= LIMIT * max(1.0, np.abs(b).max(initial=0))
-        return int(b.size)
-    if isinstance(want, Sequence) and not isinstance(want, str):
-        assert len(got) == len(want)
-        return sum(assert_same(ours, theirs) for ours, theirs in zip(got, want, strict=True))
-    assert got == want
-    return 0
-
-
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_answers_stay(use: Callable[[Path], Use], tmp_path: Path) -> None:
     used = use(tmp_path)
     want = used.run()
     xfast.accelerate(used.model)
-    assert assert_same(used.run(), want) > len(TEXTS) - 1
+    assert assert_alike(used.run(), want) > len(TEXTS) - 1
     assert list(fallbacks(used.model)) == ([] if used.reason is None else [used.reason])
     xfast.restore(used.model)
-    assert_same(used.run(), want)
+    assert_alike(used.run(), want)
 
 
 def test_lora_that_is_not_merged_is_refused(tmp_path: Path) -> None:
@@ -236,7 +218,7 @@ def test_lora_beside_an_accelerated_model_is_seen(tmp_path: Path) -> None:
     got = around(**batch).logits
     assert len(fallbacks(around)) == 1
     xfast.restore(around)
-    assert_same(got, around(**batch).logits)
+    assert_alike(got, around(**batch).logits)
 
 
 def test_several_processes_of_sentence_transformers(tmp_path: Path) -> None:
@@ -246,7 +228,7 @@ def test_several_processes_of_sentence_transformers(tmp_path: Path) -> None:
     xfast.accelerate(model)
     pool = model.start_multi_process_pool(["cpu", "cpu"])
     try:
-        assert_same(model.encode(TEXTS, pool=pool), want)
+        assert_alike(model.encode(TEXTS, pool=pool), want)
     finally:
         model.stop_multi_process_pool(pool)
 
@@ -257,7 +239,7 @@ def test_copies_of_comet(tmp_path: Path) -> None:
     xfast.accelerate(used.model)
     for twin in (copy.deepcopy(used.model), pickle.loads(pickle.dumps(used.model))):  # noqa: S301
         found = twin.predict(SEGMENTS, batch_size=8, gpus=0, progress_bar=False, num_workers=0)
-        assert_same(found.scores, want[0])
+        assert_alike(found.scores, want[0])
         assert fallbacks(twin) == {}
 
 

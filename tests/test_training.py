@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from gpu import DEVICE
-from models import build, fallbacks, labels, left_padded, norm_error, ragged, text_tower
+from models import build, fallbacks, labels, left_padded, norm_error, one_thread, ragged, text_tower
+from triton_models import moved
 
 import xfast
 from xfast import training
@@ -19,16 +19,7 @@ from xfast.attention_interface import dropout_seed
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.to(DEVICE) for name, value in batch.items()}
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def model_of(head: str = "base-no-pooler", **changes: Any) -> Any:

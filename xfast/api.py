@@ -21,6 +21,7 @@ from xfast.errors import (
     UnsupportedModelError,
     WeightsFreedError,
     XfastError,
+    require_one_of,
 )
 from xfast.explain import Explanation, explain_patches
 from xfast.head_patch import HeadPatch, TokenHeadPatch
@@ -252,9 +253,7 @@ def load(
     """
     if verify is not None and not isinstance(verify, bool):
         raise InvalidOptionError(f"verify: expected True, False or None, got {verify!r}")
-    accepted = ("auto", *(one.name for one in PACKED_BACKENDS))
-    if backend not in accepted:
-        raise InvalidOptionError(f"backend: {backend!r} is not accepted; accepted: {', '.join(accepted)}")
+    require_one_of("backend", backend, ("auto", *(one.name for one in PACKED_BACKENDS)))
     level = {None: "checksum", True: "full", False: "size"}[verify]
     loaded = load_model(Path(folder), level, _device(device), backend)
     root = loaded.model if head is None else put_under(head, loaded)

@@ -106,6 +106,8 @@ FAMILIES = (
 
 LINEAR_ROLES = ("query", "key", "value", "attention_out", "ffn_in", "ffn_out")
 QKV_ROLES = LINEAR_ROLES[:3]
+PRECISION_OF = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The dtypes that weights may have, by the precision that computes in them."""
 NORM_ROLES = ("attention_norm", "ffn_norm")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from xfast.architecture import (
+    PRECISION_OF,
     EncoderSpec,
     EncoderWeights,
     Family,
@@ -45,7 +46,6 @@ Product = tuple[int, str]
 _TOKENS = 256
 _OUTPUTS = 256
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
 
@@ -105,7 +105,7 @@ def find_target(model: Any, *, gpu: bool = False) -> Target:
             raise BackendUnavailableError(
                 f'model: {name} is on {tensor.device}; this runs {places}: use model.to("cpu")'
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in PRECISION_OF:
             raise BackendUnavailableError(
                 f"model: {name} is {tensor.dtype}; supported: float32, bfloat16, float16: use model.float()"
             )

@@ -21,7 +21,7 @@ from xfast.architecture import FAMILIES, describe, find_encoders, supported_fami
 from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint, Tensors
-from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError
+from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError, require_one_of
 from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
 from xfast.tensor_files import DTYPES, Entry, as_array, as_bytes
 from xfast.threads import get_num_threads
@@ -101,9 +101,7 @@ def _require_same(checkpoint: Tensors, identity: list[list[Any]]) -> None:
 
 
 def _recipe(precision: str, group_size: int) -> Recipe:
-    if precision not in PRECISIONS:
-        accepted = ", ".join(PRECISIONS)
-        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
+    require_one_of("precision", precision, PRECISIONS)
     if group_size != DEFAULT_GROUP_SIZE and precision != "int4":
         raise InvalidOptionError(f"group-size: {group_size} is only accepted with int4, not with {precision}")
     return Recipe(group_size)

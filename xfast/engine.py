@@ -29,6 +29,7 @@ from xfast.errors import (
     InvalidOptionError,
     UnsupportedModelError,
     XfastError,
+    require_one_of,
 )
 from xfast.pages import printable
 
@@ -68,12 +69,6 @@ def load_weights(model: str, layers: int | None = None) -> EncoderWeights:
     return describe(module, family)
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in networks.PRECISIONS:
-        accepted = ", ".join(networks.PRECISIONS)
-        raise InvalidOptionError(f"precision: {precision!r} is not accepted; accepted: {accepted}")
-
-
 def _targets(runtime: runtimes.Runtime, target: str | None) -> tuple[str | None, str]:
     """What TensorRT is told to build for, and the name that ``accelerate`` finds the engine by."""
     if target not in (None, "CURRENT"):
@@ -110,7 +105,7 @@ def build_engine(
         XfastError: no TensorRT, no such model, not supported, not built, or the folder cannot be written.
     """
     runtime = runtimes.find()
-    _check_precision(precision)
+    require_one_of("precision", precision, networks.PRECISIONS)
     chosen, name = _targets(runtime, target)
     store = stores.Store(folder)
     if (refusal := store.refusal()) is not None:
@@ -229,7 +224,7 @@ def verify(
     """Compare the folder's engine for this model and GPU with PyTorch: finite, within its precision, same labels."""
     if not torch.cuda.is_available():
         raise BackendUnavailableError("verify runs the engine, and there is no GPU here")
-    _check_precision(precision)
+    require_one_of("precision", precision, networks.PRECISIONS)
     weights = load_weights(model, layers)
     for module in weights.modules.values():
         module.to("cuda")

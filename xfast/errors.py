@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class XfastError(Exception):
     """Base class: ``except xfast.XfastError`` catches everything xfast raises on purpose."""
@@ -54,3 +56,9 @@ class BackendUnavailableError(XfastError, RuntimeError):
 def in_short(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters: drivers and libraries write pages."""
     return " ".join(str(error).split())[:200]
+
+
+def require_one_of(name: str, value: object, accepted: Collection[str]) -> None:
+    """Raises InvalidOptionError where an option is none of the values that are accepted."""
+    if not isinstance(value, str) or value not in accepted:
+        raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from xfast import _C
-from xfast.architecture import is_exact_gelu, is_plain_tensor
+from xfast.architecture import PRECISION_OF, is_exact_gelu, is_plain_tensor
 from xfast.backends.native import NativeEngine
 from xfast.packing import Packed
 from xfast.tensor_files import as_array
@@ -46,7 +46,6 @@ _LAYOUTS = (
         "predictions.transform.transform_act_fn",
     ),
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def usable(head: LmHead) -> bool:
     tensors = list(head.parameters())
     dtype = head.decoder.weight.dtype
     return (
-        dtype in _DTYPES
+        dtype in PRECISION_OF
         and not torch.is_autocast_enabled("cpu")
         and all(is_plain_tensor(t) and t.device.type == "cpu" for t in tensors)
         and all(t.dtype == dtype and t.is_contiguous() for t in tensors)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import xfast
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, require_one_of
 
 CEILINGS = ("fp32", "bf16", "int8", "read")
 """What ``ceilings`` measures: multiply-accumulate by precision in GOP/s, and reading memory in GB/s."""
@@ -87,13 +87,12 @@ def ceiling(
     from xfast import _C
     from xfast.backends.native import requested_isa
 
-    if kind not in CEILINGS:
-        raise InvalidOptionError(f"kind: {kind!r} is not accepted; accepted: {', '.join(CEILINGS)}")
+    require_one_of("kind", kind, CEILINGS)
     count = xfast.get_num_threads() if threads is None else threads
     if not 1 <= count <= _C.max_threads:
         raise InvalidOptionError(f"threads: {count} is not accepted; accepted: 1 to {_C.max_threads}")
-    if isa is not None and isa not in xfast.available_isas():
-        raise InvalidOptionError(f"isa: {isa!r} is not accepted; accepted: {', '.join(xfast.available_isas())}")
+    if isa is not None:
+        require_one_of("isa", isa, xfast.available_isas())
     return _C.ceiling(kind, isa or requested_isa(), count, seconds)
 
 

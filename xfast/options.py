@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from xfast.architecture import EncoderSpec
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, require_one_of
 from xfast.recipe import Recipe
 
 PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "int4", "fp8", "auto")
@@ -53,8 +53,8 @@ class Options:
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
-        _one_of("backend", self.backend, BACKENDS)
-        _one_of("precision", self.precision, PRECISIONS)
+        require_one_of("backend", self.backend, BACKENDS)
+        require_one_of("precision", self.precision, PRECISIONS)
         if self.layers is not None and (isinstance(self.layers, bool) or not isinstance(self.layers, int)):
             raise InvalidOptionError(f"layers: expected an int or None, got {self.layers!r}")
         if not isinstance(self.keep_weights, bool):
@@ -100,8 +100,3 @@ class Options:
         real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
         if not real or not self.tolerance > 0:  # type: ignore[operator]
             raise InvalidOptionError(f'precision="auto" needs tolerance > 0, got {self.tolerance!r}')
-
-
-def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")

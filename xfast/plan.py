@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfast.architecture import EncoderWeights, Family, describe, parameter_dtype
+from xfast.architecture import PRECISION_OF, EncoderWeights, Family, describe, parameter_dtype
 from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend, NativeEngine
 from xfast.backends.tensorrt import TensorRTBackend
@@ -33,7 +33,6 @@ from xfast.watch import InnerWatch, WeightWatch
 BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
 FREED = "the original weights were given up with keep_weights=False"
-_DTYPE_PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Fastest first. bf16 stands behind int8 even where it is native; fp32 always meets a tolerance above rounding.
 _AUTO_ORDER = ("fp8", "int8", "bf16", "fp16", "fp32")
 
@@ -115,7 +114,7 @@ class Plan:
         engine = source.engine
         if engine is not None:
             left = [tensor for tensor in _tensors(self.weights) if not tensor.is_meta]
-            if any(tensor.device != engine.device or tensor.dtype not in _DTYPE_PRECISION for tensor in left):
+            if any(tensor.device != engine.device or tensor.dtype not in PRECISION_OF for tensor in left):
                 raise WeightsFreedError(_changed(source.freed))
             engine = engine.for_copy(self.weights)
         self.adopt(engine, source.backend_name, source.notes, source.freed, module)
@@ -143,7 +142,7 @@ class Plan:
 
     def _build(self, module: nn.Module, weights: EncoderWeights) -> tuple[str, Engine | None]:
         device = _common_device(weights)
-        wrong = {str(t.dtype) for t in _tensors(weights)} - {str(dtype) for dtype in _DTYPE_PRECISION}
+        wrong = {str(t.dtype) for t in _tensors(weights)} - {str(dtype) for dtype in PRECISION_OF}
         asked = self.options.precision
         if wrong:
             reasons = [f"weights are {', '.join(sorted(wrong))}; supported: float32, bfloat16, float16"]
@@ -163,7 +162,7 @@ class Plan:
     def _resolve(self, weights: EncoderWeights, device: torch.device) -> str:
         if self.options.precision != "model":
             return self.options.precision
-        resolved = _DTYPE_PRECISION[parameter_dtype(weights)]
+        resolved = PRECISION_OF[parameter_dtype(weights)]
         if resolved == "fp16" and device.type == "cpu":
             self.notes.append("fp16 weights are computed in fp32: CPUs have no fast fp16 products")
             return "fp32"
@@ -197,10 +196,12 @@ class Plan:
             except CannotRunError as refusal:
                 self.notes.append(f"auto: {precision} cannot run the calibration batches: {refusal}")
                 continue
-            if reference is None and coarse:
-                reference = NativeTrials(weights, checked, self.layers).exact
-            elif reference is None:
-                reference = original_output(module, batches, self.layers)
+            if reference is None:
+                reference = (
+                    NativeTrials(weights, checked, self.layers).exact
+                    if coarse
+                    else original_output(module, batches, self.layers)
+                )
             if not self._within(precision, relative_error(output, reference), tolerance):
                 refused.append(precision)
                 continue

@@ -32,7 +32,7 @@ from xfast.calibration import (
     product_inputs,
     read_batches,
 )
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, require_one_of
 from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.quantization_reports import (
     MixedReport,
@@ -88,7 +88,7 @@ def smooth(
             see :mod:`xfast.errors`.
     """
     target = find_target(model)
-    _one_of("precision", precision, QUANTISED)
+    require_one_of("precision", precision, QUANTISED)
     Recipe(group_size)  # checks it
     default = LinearFormat(precision, group_size)
     if calibration is None:
@@ -136,7 +136,7 @@ def sensitivity(
         As :func:`smooth`.
     """
     target = find_target(model)
-    _one_of("precision", precision, PRECISIONS[:-1])
+    require_one_of("precision", precision, PRECISIONS[:-1])
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe, got {type(recipe).__name__}")
@@ -186,7 +186,7 @@ def mixed(
     Raises:
         BackendUnavailableError: no choice stays within ``tolerance``; and as :func:`smooth`.
     """
-    _one_of("backend", backend, ("auto", "native", "triton"))
+    require_one_of("backend", backend, ("auto", "native", "triton"))
     target = find_target(model, gpu=backend != "native")
     if not isinstance(smoothing, bool):
         raise InvalidOptionError(f"smoothing: expected True or False, got {smoothing!r}")
@@ -353,11 +353,6 @@ def _tokens(batches: Sequence[Batch]) -> int:
     return sum(batch.packed.total_tokens for batch in batches)
 
 
-def _one_of(name: str, value: object, accepted: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in accepted:
-        raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")
-
-
 def _strengths(given: Any, default: Sequence[float], single: bool = False) -> list[float]:
     if given is None:
         return list(default)
@@ -381,5 +376,5 @@ def _precisions(given: Sequence[str] | None, on_gpu: Target | None) -> tuple[str
     if isinstance(given, str) or not isinstance(given, Sequence) or not given or len(set(map(str, given))) < len(given):
         raise InvalidOptionError(f"precisions: expected some of {', '.join(accepted)}, got {given!r}")
     for name in given:
-        _one_of("precisions", name, accepted)
+        require_one_of("precisions", name, accepted)
     return tuple(given)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xfast.architecture import EncoderSpec
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, require_one_of
 
 LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")
 """The products of a layer; ``qkv``: query, key and value outputs one after another."""
@@ -111,10 +111,7 @@ class Recipe:
                 raise InvalidOptionError(f"{where}: expected a LinearFormat, got {chosen!r}")
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
-            if chosen.precision not in GPU_PRECISIONS:
-                raise InvalidOptionError(
-                    f"{where}.precision: {chosen.precision!r} is not accepted; accepted: {', '.join(GPU_PRECISIONS)}"
-                )
+            require_one_of(f"{where}.precision", chosen.precision, GPU_PRECISIONS)
             _check_group(f"{where}.group_size", chosen.group_size)
             if chosen.divisor is not None:
                 _check_divisor(f"{where}.divisor", chosen)

@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from xfast.architecture import EncoderSpec, layers_of
+from xfast.architecture import PRECISION_OF, EncoderSpec, layers_of
 from xfast.attention_interface import dropout_seed
 from xfast.backends.triton import TritonBackend
 
 if TYPE_CHECKING:
     from xfast.device_packing import DevicePacked
-
-
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def refusal(module: nn.Module, spec: EncoderSpec, device: torch.device) -> str | None:
@@ -31,7 +28,7 @@ def refusal(module: nn.Module, spec: EncoderSpec, device: torch.device) -> str |
         return "gradient checkpointing is on"
     if any(parameter.device != device for parameter in module.parameters()):
         return f"the inputs are on {device}, not all parameters are"
-    if wrong := {parameter.dtype for parameter in module.parameters()} - _DTYPES:
+    if wrong := {parameter.dtype for parameter in module.parameters()} - PRECISION_OF.keys():
         return f"parameters are {', '.join(sorted(map(str, wrong)))}"
     return unavailable(spec, device)
 

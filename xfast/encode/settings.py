@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xfast.errors import BackendUnavailableError, InvalidOptionError
+from xfast.errors import BackendUnavailableError, InvalidOptionError, require_one_of
 from xfast.options import BACKENDS, PRECISIONS
 
 CONTENTS = ("auto", "embeddings", "predictions")
@@ -68,13 +68,13 @@ class Settings:
     shard_rows: int = 10_000
 
     def __post_init__(self) -> None:
-        _one_of("content", self.content, CONTENTS)
-        _one_of("pooling", self.pooling, POOLINGS)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("backend", self.backend, BACKENDS)
-        _one_of("precision", self.precision, tuple(name for name in PRECISIONS if name != "auto"))
-        _one_of("device", self.device, DEVICES)
-        _one_of("on-error", self.on_error, ON_ERROR)
+        require_one_of("content", self.content, CONTENTS)
+        require_one_of("pooling", self.pooling, POOLINGS)
+        require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("backend", self.backend, BACKENDS)
+        require_one_of("precision", self.precision, tuple(name for name in PRECISIONS if name != "auto"))
+        require_one_of("device", self.device, DEVICES)
+        require_one_of("on-error", self.on_error, ON_ERROR)
         _at_least_one("max-length", self.max_length)
         _at_least_one("shard-rows", self.shard_rows)
         if self.pair_column == self.text_column:
@@ -123,7 +123,7 @@ class Execution:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("engine", self.engine, ENGINES)
+        require_one_of("engine", self.engine, ENGINES)
         for name in ("batch_tokens", "window", "threads", "workers"):
             _at_least_one(name.replace("_", "-"), getattr(self, name))
         if self.engine != "ray" and (self.workers != 1 or self.address is not None):
@@ -152,11 +152,6 @@ def require_unicode(option: str, path: Path) -> None:
         str(path.absolute()).encode()
     except UnicodeEncodeError:
         raise InvalidOptionError(f"{option}: {os.fsencode(path)!r} is not UTF-8; rename it") from None
-
-
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise InvalidOptionError(f"{name}: {value!r} is not accepted; accepted: {', '.join(accepted)}")
 
 
 def _at_least_one(name: str, value: int | None) -> None:
