@@ -11,6 +11,7 @@ are many. Replays of one engine take turns (a lock on the host, an event between
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
@@ -34,6 +35,9 @@ ones run without: capturing them in turn would stop the device all the time."""
 
 MEETINGS_BEFORE_CAPTURE = 2
 """A shape that comes up once is not worth a capture, which stops the device and takes as long as many launches."""
+
+RETRY_CALLS = 1024
+"""A capture for which there was no memory is tried again after so many calls, and then each time they have doubled."""
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
@@ -105,6 +109,7 @@ class Graphs:
         self.device = device
         self.capture = capture_cuda() if capture is None and device.type == "cuda" else capture
         self.refused: dict[Hashable, str] = {}
+        self._again: dict[Hashable, int] = {}  # those of them that want for memory: the call that tries once more
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._met: Counter[Hashable] = Counter()
         self._calls = 0
@@ -155,6 +160,7 @@ class Graphs:
                 reason = verify(out)
                 if reason is not None:
                     self.refused[key] = reason
+                    self._again.pop(key, None)
                     del self._graphs[key]
                     return None
                 graph.verified = True
@@ -175,7 +181,7 @@ class Graphs:
     ) -> _Graph | None:
         """The graph for a key, captured if need be; None when it could not be."""
         self._calls += 1
-        if key in self.refused:
+        if key in self.refused and self._calls < self._again.get(key, math.inf):
             return None
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -190,7 +196,13 @@ class Graphs:
                 replay, output = capture(function)
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
             self.refused[key] = in_short(error)
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+                self._again[key] = RETRY_CALLS + 2 * self._calls
+                self.refused[key] += "; tried again later"
+            else:
+                self._again.pop(key, None)
             return None
+        self.refused.pop(key, None)
         self._graphs[key] = graph = _Graph(buffers, function, replay, output, self._calls)
         return graph
 
