@@ -260,6 +260,9 @@ class Session:
                 continue
             for runner in self.measured.runners:
                 got = np.load(outputs[work.name, runner.label])
+                if not np.isfinite(got).all():  # no distance: what it is timed at is no answer
+                    self.measured.skipped.append((runner.label, f"{work.name}: hidden states are not finite"))
+                    continue
                 self.measured.errors[work.name, runner.label] = metrics.distance(got, want)
 
     def measure(self, works: Sequence[Workload], slow: set[tuple[str, str]]) -> None:

@@ -119,8 +119,9 @@ def _row(runner: Runner, size: Size, rounds: Sequence[Round], gflop: float) -> R
         "tokens_per_s_quartiles": [rate["q25"], rate["q75"]],
         "samples_per_s": size.samples / statistics.median(seconds),
         "p50_ms": float(p50),
-        "p95_ms": float(p95),
-        "p99_ms": float(p99),
+        # of fewer none lies beyond it
+        "p95_ms": float(p95) if len(batch_ms) >= 20 else None,
+        "p99_ms": float(p99) if len(batch_ms) >= 100 else None,
         "gops": statistics.median(gops),
         "ceiling_percent": statistics.median(shares) if shares else None,
         "padding": size.padding,

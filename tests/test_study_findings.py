@@ -13,7 +13,18 @@ import pytest
 import study as builder
 import test_study_summary as made_up
 
-from xfast.study import contents, document, equivalence, fronts, left_out, plots_speed, statistics, summary, view
+from xfast.study import (
+    contents,
+    document,
+    equivalence,
+    fronts,
+    left_out,
+    plots_speed,
+    speeds,
+    statistics,
+    summary,
+    view,
+)
 from xfast.study.answer import answer
 from xfast.study.cells import Cells
 from xfast.study.document import BASELINE, CONTROL, DIFFERENT, EQUIVALENT, INTERMEDIATE, UNDECIDED, Study
@@ -64,23 +75,34 @@ def test_shares_of_variance_say_how_many_languages_they_are_over() -> None:
             record["fertility"] = None
     made = of(records)
     for model in made["cost_models"]:
-        assert model["explained_over"] == {"fertility": 6, "padding": 8, "fertility + padding": 6}
+        assert model["explained_over"] == {"fertility": 6, "length": 8, "fertility + length": 6}
         rates = [math.log(model["seen"][code]) for code in made_up.LANGUAGES]
-        padding = {
-            cell["language"]: cell["padding"]
-            for cell in made["cells"]
-            if cell["engine"] == model["engine"] and cell["throughput"]
+        mine = {
+            cell["language"]: cell for cell in made["cells"] if cell["engine"] == model["engine"] and cell["throughput"]
         }
-        alone = np.corrcoef(rates, [padding[code] for code in made_up.LANGUAGES])[0, 1] ** 2
-        assert model["explained"]["padding"] == pytest.approx(alone)
+        tokens = [math.log(mine[code]["tokens"]) for code in made_up.LANGUAGES]
+        alone = 1 - (1 - np.corrcoef(rates, tokens)[0, 1] ** 2) * 7 / 6
+        assert model["explained"]["length"] == pytest.approx(alone)
     text = lead(made)
     assert "of the variance of speed between 6 languages" in text and "% over 8." in text
     assert "(tokens per word are not known of Greek and Russian)" in text
     table = contents.cost_models(made)
-    assert set(table.column("over padding")) == {8} and "Greek, Russian" in table.legend[-1]
+    assert set(table.column("over length")) == {8} and "Greek, Russian" in table.legend[-1]
     for model in made["cost_models"]:
         del model["explained_over"]  # an older document: every share is over those that part words
-    assert set(contents.cost_models(made).column("over padding")) == {6}
+    assert set(contents.cost_models(made).column("over length")) == {6}
+
+
+def test_padding_is_a_cause_for_engines_that_compute_it() -> None:
+    """Elsewhere it goes along with length, and would explain what it does not cause."""
+    cells = [cell for cell in of(made_up.records(noise=0.0))["cells"] if cell["engine"] == "native:fp32"]
+    rows = [{**cell, "padding": 0.1 * (at % 5)} for at, cell in enumerate(cells) if cell["throughput"]]
+    stock: Any = [copy.deepcopy({**row, "engine": "stock:fp32"}) for row in rows]
+    for row in stock:  # time is by the tokens of a padded batch
+        row["throughput"][BASELINE]["samples_per_s"] = 1e4 * (1 - row["padding"]) * row["samples"] / row["tokens"]
+    ours, theirs = (speeds.explained(each)[0] for each in (rows, stock))
+    assert not any("padding" in cause for cause in ours) and ours["length"] == pytest.approx(1)
+    assert theirs["length + padding"] > 0.97 > theirs["padding"] > 0.05
 
 
 def test_units_that_are_lacking_are_those_of_the_test() -> None:
@@ -178,6 +200,46 @@ def test_an_engine_is_explained_for_every_size_and_head() -> None:
 def _scored(engine: str, arm: str, language: str) -> dict[str, Any]:
     row = {"kind": "accuracy", "arm": arm, "size": "base", "engine": engine, "task": "panx", "layers": None}
     return {**row, "language": language, "metric": "f1", "value": 70.0 + 5 * (arm == INTERMEDIATE), "examples": 9}
+
+
+def test_what_the_engine_saves_is_not_credited_to_training() -> None:
+    """Equal arms: int8 is cheaper for both, and the baseline's own best says so."""
+    records = with_settings(made_up.records(noise=0.0), engines=["native:fp32", "native:int8"])
+    scores = [_scored(engine, BASELINE, "sw") for engine in ("native:fp32", "native:int8")]
+    scores += [{**score, "arm": INTERMEDIATE} for score in scores]
+    (trade,) = of([*records, *scores])["trades"]
+    assert trade["least_by"] == "native:int8" and trade["ms_per_sample"] > 1.5 * trade["least_ms"]
+    assert trade["own_ms"] == pytest.approx(trade["least_ms"])
+    assert trade["own_accuracy"] == trade["best_accuracy"] == 70.0
+
+
+def test_too_few_pairs_are_said_without_an_interval() -> None:
+    records = made_up.records(rounds=1)
+    keys = {row["cell"] for row in records if "/te/sorted" in row.get("cell", "")}
+    made = of([row for row in records if row.get("cell", next(iter(keys))) in keys])
+    found = answer(made)
+    assert "The control has too few pairs:" in [what for what, _ in found.warnings]
+    said = " ".join([*map(" ".join, found.warnings), *found.lead, *made["notes"], *map(" ".join, found.languages)])
+    assert "9900" not in said and "idle machine" not in said
+    for name in ("ratio_low90", "ratio_high95"):
+        assert set(contents.equivalence(made).column(name)) == {None}
+
+
+def test_the_gain_is_of_the_engine_that_was_named_first() -> None:
+    records = with_settings(made_up.records(noise=0.0), engines=["native:int8", "native:fp32"])
+    scores = [
+        _scored(engine, arm, "sw") for engine in ("native:fp32", "native:int8") for arm in (BASELINE, INTERMEDIATE)
+    ]
+    for row in scores:
+        row["value"] += 10 * (row["engine"] == "native:int8" and row["arm"] == INTERMEDIATE)
+    made = of([*records, *scores])
+    for arm in made["arms"].values():
+        arm["source"] = "given"
+    text = lead(made)
+    # nine examples, two scores of which 70 and 85 are right
+    shares = [(6.3 + 2) / 13, (0.85 * 9 + 2) / 13]
+    half = 196 * math.sqrt(sum(share * (1 - share) / 13 for share in shares))
+    assert f"+15.0 points (give or take {half:.1f}, by the number of examples)" in text and "base, native:int8" in text
 
 
 def test_trades_are_over_the_first_engine_that_has_scores_and_times() -> None:

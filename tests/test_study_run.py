@@ -437,4 +437,34 @@ def test_energy_counters_wrap_around(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert energy.since(before) == pytest.approx(120 + 3)
     monkeypatch.setattr(timing, "_RAPL", tmp_path / "nowhere")
     nothing = timing.Energy("cpu")
-    assert nothing.source is None and nothing.since(nothing.read()) is None
+    assert nothing.source is None and nothing.since(nothing.read()) is None and nothing.ticks(1.0) is None
+
+
+def test_how_coarse_a_counter_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def now() -> float:
+        clock[0] += 0.001
+        return clock[0]
+
+    monkeypatch.setattr(timing.time, "perf_counter", now)
+    energy = timing.Energy("cpu")
+    monkeypatch.setattr(energy, "read", lambda: [clock[0] // 0.05])
+    assert energy.ticks(1.0) == pytest.approx(20, rel=0.05)
+    stands = timing.Energy("cpu")
+    monkeypatch.setattr(stands, "read", lambda: [7.0])
+    assert stands.ticks(1.0) is None
+
+
+def test_weights_that_would_be_held_in_another_way_do_not_continue(tmp_path: Path) -> None:
+    (group, *_) = run.plan(FEW, Texts(FEW)).groups
+    made = Store(tmp_path, FEW, machine(), resume=False)
+    mine = {"size": group.size, "engine": group.engine}
+    made.add({"kind": "engine", **mine, "held": {BASELINE: "packed artifact"}})
+    run._require_same_holding(group, made)  # nothing of it was measured
+    made.add({"kind": "visit", "cell": group.cells[0].key, "round": 0})
+    with pytest.raises(InvalidOptionError, match="tiny native:fp32 were held in another way.*packed artifact"):
+        run._require_same_holding(group, made)
+    made.add({"kind": "ended_group", **mine})
+    run._require_same_holding(group, made)  # nothing of it is left to measure
+    made.close()

@@ -189,6 +189,14 @@ def test_intervals_of_rates_hold_the_middle_and_repeat(count: int, least: float)
     assert statistics.interval(values) == statistics.interval(values)
 
 
+@pytest.mark.parametrize("count", range(6, 13))
+def test_a_median_lies_in_its_interval(count: int) -> None:
+    """Also of two values alone, as of visits that a machine's other work slows down."""
+    values = [1 / (1.0 if at < 0.6 * count else 1.1) for at in range(count)]
+    low, high = statistics.interval(values)
+    assert low <= float(np.median(values)) <= high
+
+
 def test_one_rate_has_no_interval_to_speak_of() -> None:
     assert statistics.interval([3.0]) == (3.0, 3.0)
 
@@ -222,8 +230,18 @@ def test_explained_shares_add_up_for_independent_causes() -> None:
     assert shares["first"] == pytest.approx(0.8, abs=0.03)
     assert shares["second"] == pytest.approx(0.2, abs=0.03)
     assert shares["first + second"] == pytest.approx(1.0)
-    assert statistics.explained([1.0, 2.0, 3.0], {"first": [1.0, 2.0, 3.0]}) == {}
+    assert statistics.explained([1.0, 2.0, 3.0, 4.0, 6.0], {"first": [1.0, 2.0, 3.0, 4.0, 5.0]}) == {}
     assert statistics.explained([1.0] * 9, {"first": list(range(9))}) == {}
+
+
+def test_chance_explains_little_of_few_languages() -> None:
+    generator = np.random.default_rng(0)
+    found = [
+        statistics.explained(list(target), {"first": list(first), "second": list(second)})
+        for target, first, second in generator.normal(size=(500, 3, 6))
+    ]
+    for cause, most in (("first", 0.16), ("first + second", 0.24)):  # not adjusted: 0.2 and 0.4
+        assert np.mean([shares[cause] for shares in found]) < most
 
 
 def test_the_pareto_front_by_hand() -> None:

@@ -59,7 +59,7 @@ def test_scores_of_all_layers_are_the_tasks_scores() -> None:
     whole = [row for row in study["accuracy"] if row["layers"] is None]
     for row in whole:
         row["layers"] = study["sizes"][row["size"]]["layers"]
-    assert " points over " in " ".join(answer.answer(study).lead)
+    assert " points (give or take " in " ".join(answer.answer(study).lead)
     assert any(value is not None for value in contents.languages(study).column(f"score_{INTERMEDIATE}"))
     assert isinstance(plots_arms.accuracy(study), Drawing)
     for row in whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ from xfast.study.document import (
     DIFFERENT,
     EQUIVALENT,
     INTERMEDIATE,
+    Accuracy,
     Cell,
     CostModel,
     Equivalence,
@@ -65,6 +66,9 @@ def _warnings(study: Study) -> Iterator[tuple[str, str]]:
     if not control["pairs"]:
         so = "the baseline was not measured against itself, so how much of a difference is noise is not known."
         yield "There is no control:", so
+    elif view.too_few(control):
+        so = "how much of a difference is noise is not known: measure more rounds."
+        yield "The control has too few pairs:", f"of {_count(control['pairs'], 'pair')} nothing can be said, so {so}"
     elif control_failed(study):
         change = view.change_text(control["ratio"], control["interval95"])
         what = f"The baseline measured against itself differs by {change}"
@@ -74,6 +78,9 @@ def _warnings(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _cautions(study: Study) -> Iterator[tuple[str, str]]:
+    if study["accuracy"] and (limit := study["settings"].get("limit")):
+        so = "scores are rough, and retrieval, which looks among no more sentences, is easier than on whole test sets."
+        yield "Scores are of the first examples alone.", f"At most {limit} of each language: {so}"
     if seeded := view.seeded(study):
         which = f"That is so for {_joined(seeded)}. Speed, memory and padding are those of the architecture;"
         so = "nothing is claimed about accuracy, and probes say nothing about trained models."
@@ -88,8 +95,7 @@ def _cost(study: Study) -> Iterator[str]:
     if not found:
         yield "No other weights were compared with the baseline: nothing is said about intermediate training."
     for one in found:
-        change = view.change_text(one["ratio"], one["interval90"])
-        yield f"{_arm(one['arm'])} changes the time of inference by {change}: {_verdict(study, one)}."
+        yield f"{_arm(one['arm'])} changes the time of inference by {view.change_of(one)}: {_verdict(study, one)}."
 
 
 def _arm(arm: str) -> str:
@@ -98,6 +104,8 @@ def _arm(arm: str) -> str:
 
 def _verdict(study: Study, one: Equivalence) -> str:
     margin = _percent(one["margin"])
+    if view.too_few(one):
+        return f"too few pairs ({one['pairs']}) to be judged"
     if control_failed(study):
         return "not to be judged, since the control failed"
     if one["verdict"] == EQUIVALENT:
@@ -116,10 +124,10 @@ def _gain(study: Study) -> Iterator[str]:
     """Mean difference of scores between the arms, with one engine and size, over tasks and languages that both have."""
     if view.seeded(study) or not study["accuracy"]:
         return
-    first = study["accuracy"][0]
+    first = min(study["accuracy"], key=lambda row: _place(study, row))
     where = f"{first['size']}, {first['engine']}"
     metrics: dict[str, str] = {}  # of each task the first: two of the same answers would count twice
-    scores: dict[tuple[str, str], dict[str, float]] = {}
+    scores: dict[tuple[str, str], dict[str, Accuracy]] = {}
     for row in study["accuracy"]:
         same = (row["size"], row["engine"]) == (first["size"], first["engine"])
         if (
@@ -127,17 +135,38 @@ def _gain(study: Study) -> Iterator[str]:
             and view.whole(study, row["size"], row["layers"])
             and metrics.setdefault(row["task"], row["metric"]) == row["metric"]
         ):
-            scores.setdefault((row["task"], row["language"]), {})[row["arm"]] = row["value"]
+            scores.setdefault((row["task"], row["language"]), {})[row["arm"]] = row
     for arm in view.trained_arms(study):
         pairs = {key: both for key, both in scores.items() if arm != BASELINE and arm in both and BASELINE in both}
         if not pairs:
             continue
-        low = [both[arm] - both[BASELINE] for key, both in pairs.items() if key[1] in LOW_RESOURCE]
-        gain = fmean(both[arm] - both[BASELINE] for both in pairs.values())
+        gains = {key: both[arm]["value"] - both[BASELINE]["value"] for key, both in pairs.items()}
+        low = [gain for (_, language), gain in gains.items() if language in LOW_RESOURCE]
+        half = _half_width([row for both in pairs.values() for row in (both[arm], both[BASELINE])])
         tasks, languages = {key[0] for key in pairs}, {key[1] for key in pairs}
         extra = f", {signed(fmean(low))} in the low-resource ones" if low and len(low) < len(pairs) else ""
         scope = f"{_count(len(tasks), 'task')} and {_count(len(languages), 'language')}{extra}"
-        yield f"{_arm(arm)} changes accuracy by {signed(gain)} points over {scope} ({where})."
+        change = f"{signed(fmean(gains.values()))} points (give or take {half:.1f}, by the number of examples)"
+        yield f"{_arm(arm)} changes accuracy by {change} over {scope} ({where})."
+
+
+def _place(study: Study, row: Accuracy) -> tuple[int, int]:
+    """Of the size and the engine in the order in which they were asked for."""
+    return view.ranked(study, "sizes", row["size"]), view.ranked(study, "engines", row["engine"])
+
+
+def _half_width(rows: Sequence[Accuracy]) -> float:
+    """Half of a 95 % interval of the mean difference of pairs of scores, were each a share of right examples.
+
+    Agresti and Coull's, so that scores of 0 and 100 are not certain. Both of a pair are scores of the same examples,
+    which makes the true interval narrower.
+    """
+    variance = 0.0
+    for row in rows:
+        count = row["examples"] + 4
+        share = (row["value"] / 100 * row["examples"] + 2) / count
+        variance += share * (1 - share) / count
+    return 100 * 1.96 * variance**0.5 / (len(rows) / 2)
 
 
 def _nothing(study: Study) -> Iterator[str]:
@@ -246,7 +275,7 @@ def _language(study: Study, code: str, rows: _Rows) -> Iterator[str]:
         first += f", {_times(cell, rows[reference][code]):.1f}× {reference}"
     yield first
     for one in view.tests_of(study, code):
-        change = view.change_text(one["ratio"], one["interval90"])
+        change = view.change_of(one)
         verdict = "" if control_failed(study) else f": {_verdict(study, one)}"
         yield f"{_arm(one['arm']).lower()} changes the cost by {change}{verdict}"
 

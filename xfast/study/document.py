@@ -26,6 +26,9 @@ EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 PERCENTILES = tuple(range(0, 101, 5))
 """Where ``Latency.quantiles_ms`` is sampled, in percent."""
 
+NOTHING_KNOWN = (0.01, 100.0)
+"""The interval of a ratio of which there are too few pairs to say anything."""
+
 TEXTS_NEEDED = {"p95_ms": 20, "p99_ms": 100}
 """Texts from which on a quantile of ``Latency`` is given: one of them lies beyond it."""
 
@@ -162,7 +165,8 @@ class CostModel(_Over):
     us_per_sequence: float
     r2: float
     languages: int
-    explained: dict[str, float]  # share of the variance of log samples/s between languages: fertility, padding, ...
+    # Share of the variance of log samples/s between languages: length (tokens a sample), fertility, padding, ...
+    explained: dict[str, float]
     predicted: dict[str, float]  # samples/s by language
     seen: dict[str, float]
 
@@ -196,11 +200,19 @@ class ParetoPoint(TypedDict):
     on_front: bool
 
 
-class Trade(TypedDict):
+class _Own(TypedDict, total=False):
+    """What older documents have not: the same two figures of the baseline arm itself, over the same choices."""
+
+    own_accuracy: float
+    own_ms: float
+
+
+class Trade(_Own):
     """What intermediate training buys in one language: accuracy at the baseline's cost, and its accuracy for less.
 
     The reference is the baseline arm, whole, with the first engine that has scores and times. ``None``: no point of the
-    other arm is as cheap, or as accurate. Costs are in ms a sample; "cost" and "time" mean the same here.
+    other arm is as cheap, or as accurate. Costs are in ms a sample; "cost" and "time" mean the same here. Other engines
+    and fewer layers may save as much without training: what it buys is the difference from the baseline's own best.
     """
 
     size: str
@@ -331,6 +343,8 @@ def load(path: Path) -> Study:
     missing = sorted(Study.__required_keys__ - set(found))
     if missing:
         raise DataFileError(f"{path}: not a whole study: {', '.join(missing)} missing")
+    if not isinstance(found["settings"], dict):
+        raise DataFileError(f"{path}: settings: an object is expected, got {type(found['settings']).__name__}")
     for part in ("sizes", "engines"):  # the order of every table and figure
         asked = list(found["settings"].get(part, ()))
         found[part] = dict(sorted(found[part].items(), key=lambda item: rank(asked, item[0])))

@@ -8,14 +8,11 @@ import numpy as np
 
 from xfast.study import document, statistics, view
 from xfast.study.cells import Cells, parts
-from xfast.study.document import CONTROL, INTERMEDIATE
+from xfast.study.document import CONTROL, INTERMEDIATE, NOTHING_KNOWN
 from xfast.study.factors import SINGLE, Settings
 from xfast.study.languages import language as language_facts
 from xfast.study.profiles import JOSHI_CLASS
 from xfast.study.view import ALL
-
-NOTHING_KNOWN = (0.01, 100.0)
-"""The interval of a ratio of which there are too few pairs to say anything."""
 
 
 def tests_of(cells: Cells, settings: Settings) -> list[document.Equivalence]:
@@ -84,7 +81,9 @@ def notes(settings: Settings, tests: Sequence[document.Equivalence]) -> Iterator
     control = tests[0]
     low, high = control["interval95"]
     margin = f"{100 * settings.margin:g} %"
-    if not document.passed(control):
+    if control["pairs"] and view.too_few(control):
+        yield f"The A/A control has too few pairs ({control['pairs']}) to say how much of a difference is noise."
+    elif not document.passed(control):
         yield (
             f"The A/A control failed: the same weights against themselves came out at {control['ratio']:.4f} "
             f"[{low:.4f}, {high:.4f}], too noisy for a margin of {margin}."

@@ -187,6 +187,10 @@ class Settings:
             raise InvalidOptionError(f"margin: {self.margin}; accepted: between 0 and 1, such as 0.02")
         if self.data is not None and self.profiles is not None:
             raise InvalidOptionError("profiles: not accepted with data, whose own lengths are used; give one of them")
+        if self.data is None:
+            for name in ("tokenizer", "limit"):
+                if getattr(self, name) is not None:
+                    raise InvalidOptionError(f"{name}: only accepted with data, whose texts it is for")
         if self.intermediate and not self.baseline:
             raise InvalidOptionError("intermediate: a checkpoint is given and none for the baseline; give both or none")
         for task in (*self.baseline, *self.intermediate):

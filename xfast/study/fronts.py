@@ -127,15 +127,19 @@ def trades(
             continue
         for code, value in ((code, mine[reference][code]) for code in ordered(mine[reference])):
             price = costs.of(reference, code)
-            others = [
-                (costs.of(kind, code), values[code], _name(kind))
-                for kind, values in mine.items()
-                if kind[0] == INTERMEDIATE and code in values
-            ]
-            points = [(cost, value, name) for cost, value, name in others if cost is not None]
-            if price is not None and points:
-                made.append(_trade(reference, code, (price, value), points, settings.margin))
+            arms = {arm: _points(mine, arm, code, costs) for arm in (BASELINE, INTERMEDIATE)}
+            if price is not None and arms[INTERMEDIATE]:
+                made.append(_trade(reference, code, (price, value), arms, settings.margin))
     return made
+
+
+_Point = tuple[float, float, str]
+
+
+def _points(mine: Mapping[Kind, Mapping[str, float]], arm: str, code: str, costs: _Costs) -> list[_Point]:
+    """(cost, score, name) of an arm's engines and truncations in one language."""
+    there = [(costs.of(kind, code), kind, values) for kind, values in mine.items() if kind[0] == arm and code in values]
+    return [(cost, values[code], _name(kind, costs)) for cost, kind, values in there if cost is not None]
 
 
 def untraded(
@@ -170,13 +174,20 @@ def _reference(mine: Mapping[Kind, Mapping[str, float]], costs: _Costs, settings
 
 
 def _trade(
-    reference: Kind, code: str, here: tuple[float, float], points: Sequence[tuple[float, float, str]], margin: float
+    reference: Kind, code: str, here: tuple[float, float], arms: Mapping[str, Sequence[_Point]], margin: float
 ) -> document.Trade:
     price, value = here
-    cheap = [(score, -cost, name) for cost, score, name in points if cost <= price * (1 + margin)]
-    good = [(cost, -score, name) for cost, score, name in points if score >= value]
-    best = max(cheap, default=None)
-    least = min(good, default=None)
+
+    def best_of(arm: str) -> tuple[float, float, str] | None:
+        cheap = [(score, -cost, name) for cost, score, name in arms[arm] if cost <= price * (1 + margin)]
+        return max(cheap, default=None)
+
+    def least_of(arm: str) -> tuple[float, float, str] | None:
+        return min([(cost, -score, name) for cost, score, name in arms[arm] if score >= value], default=None)
+
+    best, least = best_of(INTERMEDIATE), least_of(INTERMEDIATE)
+    own_best, own_least = best_of(BASELINE), least_of(BASELINE)
+    assert own_best is not None and own_least is not None  # the reference is one of its points
     return document.Trade(
         size=reference[1],
         task=reference[3],
@@ -188,8 +199,12 @@ def _trade(
         best_by=best[2] if best else None,
         least_ms=least[0] if least else None,
         least_by=least[2] if least else None,
+        own_accuracy=own_best[0],
+        own_ms=own_least[0],
     )
 
 
-def _name(kind: Kind) -> str:
-    return kind[2] if kind[4] is None else f"{kind[2]}, {kind[4]} layers"
+def _name(kind: Kind, costs: _Costs) -> str:
+    if kind[4] is None:
+        return kind[2]
+    return f"{kind[2]}, {kind[4]} layers{' (cost estimated)' * costs.estimated(kind)}"

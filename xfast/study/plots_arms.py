@@ -59,7 +59,8 @@ def _changes(interval: Sequence[float]) -> list[float]:
 
 def equivalence(study: Study) -> Drawing | str:
     """The control and every comparison but single languages', which ``ratios`` shows, with the band of the margin."""
-    found = [one for one in comparisons(study) if one["pairs"] and one["scope"] not in study["languages"]]
+    known = [one for one in comparisons(study) if one["pairs"] and not view.too_few(one)]
+    found = [one for one in known if one["scope"] not in study["languages"]]
     if all(one["arm"] == CONTROL for one in found):
         return "no arm was compared with the baseline"
     lines = [
@@ -103,6 +104,7 @@ def ratios(study: Study) -> Drawing | str:
         )
         for code, found in tests.items()
         for one in found
+        if not view.too_few(one)
     ]
     if not lines:
         return "no arm was compared with the baseline language by language"

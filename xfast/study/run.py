@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xfast.benchmarks import workloads
-from xfast.errors import BackendUnavailableError
+from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.machine import ceiling, machine
 from xfast.stilts.task import BITEXT
 from xfast.stilts.tasks import get
-from xfast.study import accuracy, arms, artifacts, probes, worker
+from xfast.study import accuracy, announcement, arms, artifacts, probes, worker
 from xfast.study.document import CONTROL, INTERMEDIATE
 from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.fit import Fit, Room, fit
@@ -413,7 +413,7 @@ def start(
     if not made.groups:
         reasons = "; ".join(f"{one['what']}: {one['why']}" for one in made.skipped)
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
-    announce(settings, made, console)
+    announcement.say(settings, made, console)
     store = Store(folder, settings, machine(), resume=resume)
     try:
         _prepare(made, store)
@@ -430,7 +430,7 @@ def _prepare(made: Plan, store: Store) -> None:
     The plan itself is stored by every run: what it leaves out may be another time, with other memory.
 
     Raises:
-        InvalidOptionError: the data or the checkpoints have changed.
+        InvalidOptionError: the data or the checkpoints have changed, or there is other room for the weights.
     """
     known: dict[str, dict[str, dict[str, Any]]] = {"size": {}, "checkpoint": {}}
     for size, resolved in made.sizes.items():
@@ -440,6 +440,7 @@ def _prepare(made: Plan, store: Store) -> None:
         store.match(kind, kind, records)
     for group in made.groups:
         store.match("cell", "cell", group.digests)
+        _require_same_holding(group, store)
     for kind, records in known.items():
         there = [record[kind] for record in store.of(kind)]
         for name, fields in records.items():
@@ -447,6 +448,20 @@ def _prepare(made: Plan, store: Store) -> None:
                 store.add({"kind": kind, kind: name, **fields})
     cells = [cell.key for group in made.groups for cell in group.cells]
     store.add({"kind": "plan", "at": _now(), "cells": cells, "skipped": made.skipped, "notes": made.notes})
+
+
+def _require_same_holding(group: Group, store: Store) -> None:
+    """Free memory decides how a group's weights are held: the same way for all visits, which are compared."""
+    keys = {cell.key for cell in group.cells}
+    if _ended(group, store) or not any(visit["cell"] in keys for visit in store.of("visit")):
+        return
+    now = group.fit.held
+    for one in store.of("engine"):
+        if (one["size"], one["engine"]) == (group.size, group.engine) and one.get("held", now) != now:
+            raise InvalidOptionError(
+                f"output: {store.path}: the weights of {group.size} {group.engine} were held in another way, since "
+                f"other memory was free ({one['held']} there, {now} now); free as much as then, or name another folder"
+            )
 
 
 def _now() -> str:
@@ -458,29 +473,3 @@ def _require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise BackendUnavailableError("device: cuda was asked for and torch sees no GPU")
-
-
-def announce(settings: Settings, made: Plan, console: Console) -> None:
-    """Say what will be measured, how long that takes, and what is left out."""
-    total = made.visits * settings.rounds
-    time_ = "unknown on this device" if made.seconds is None else f"about {_duration(made.seconds)}, to a factor of 2"
-    disk = ""
-    if made.disk_bytes:
-        disk = f"; disk about {made.disk_bytes / 1e9:.1f} GB at a time for packed artifacts"
-        disk += f", {_duration(made.converting_s)} of the time to make them"
-    console.print(
-        f"{len(made.pairs)} task-language pairs, {len(made.languages)} languages, {len(made.groups)} model-engine "
-        f"groups, {total} visits; time {time_}; memory about {made.memory_bytes / 1e9:.1f} GB{disk}",
-        highlight=False,
-    )
-    for line in _left_out(made):
-        console.print(line, style="yellow", markup=False, highlight=False)
-
-
-def _left_out(made: Plan) -> Iterable[str]:
-    yield from (f"skipped: {one['what']}: {one['why']}" for one in made.skipped)
-    yield from made.notes
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"

@@ -86,7 +86,7 @@ def cost_models(cells: Cells, rows: Sequence[document.Cell]) -> list[document.Co
 def _cost_model(cells: Cells, rows: Sequence[document.Cell]) -> document.CostModel:
     """Of the tokens that the engine computes: without padding, but for transformers itself."""
     first = rows[0]
-    stock = EngineName.parse(first["engine"]).backend == STOCK
+    stock = _is_stock(first["engine"])
     seconds = [row["samples"] / row["throughput"][BASELINE]["samples_per_s"] for row in rows]
     tokens = [row["tokens"] / (1 - row["padding"] if stock else 1) for row in rows]
     sequences = [float(cells.facts[row["key"]]["sequences"]) for row in rows]
@@ -113,16 +113,29 @@ def _cost_model(cells: Cells, rows: Sequence[document.Cell]) -> document.CostMod
 def explained(rows: Sequence[document.Cell]) -> tuple[dict[str, float], dict[str, int]]:
     """Shares of the variance of speed between languages by cause, and over how many languages each is.
 
-    Padding is known of every language and is taken over all; whatever has fertility in it, over those that part words.
+    Length (tokens a sample) is known of every language and is taken over all, and so is padding, which is a cause for
+    stock engines alone: where it is not computed it only goes along with length. Whatever has fertility in it is over
+    the languages that part words.
     """
     parted = [row for row in rows if row["fertility"]]
-    causes = {
-        "fertility": [float(np.log(row["fertility"] or 1.0)) for row in parted],
-        "padding": [row["padding"] for row in parted],
-    }
-    shares = statistics.explained(_log_rates(parted), causes)
-    shares |= statistics.explained(_log_rates(rows), {"padding": [row["padding"] for row in rows]})
-    return shares, {cause: len(rows) if cause == "padding" else len(parted) for cause in shares}
+    shares = statistics.explained(_log_rates(parted), {"fertility": _fertility(parted), **_sizes(parted)})
+    shares |= statistics.explained(_log_rates(rows), _sizes(rows))
+    return shares, {cause: len(parted if "fertility" in cause else rows) for cause in shares}
+
+
+def _fertility(rows: Sequence[document.Cell]) -> list[float]:
+    return [float(np.log(row["fertility"] or 1.0)) for row in rows]
+
+
+def _sizes(rows: Sequence[document.Cell]) -> dict[str, list[float]]:
+    causes = {"length": [float(np.log(row["tokens"] / row["samples"])) for row in rows]}
+    if rows and _is_stock(rows[0]["engine"]):
+        causes["padding"] = [row["padding"] for row in rows]
+    return causes
+
+
+def _is_stock(engine: str) -> bool:
+    return EngineName.parse(engine).backend == STOCK
 
 
 def _log_rates(rows: Sequence[document.Cell]) -> list[float]:

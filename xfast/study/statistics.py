@@ -38,6 +38,10 @@ MIN_CELLS = 3
 """Languages that a model of time needs."""
 
 _RESAMPLES = 2000
+MIN_EXPLAINED = 6
+"""Languages below which no share of their differences is told."""
+
+_MIN_ORDERED = 6
 _MIN_BOOTSTRAP = 13
 """Fewer values give the bootstrap of a median too narrow an interval: it covers 72 % instead of 95 % with three values
 and 87 % with seven, whose resampled median is one of few values."""
@@ -180,15 +184,19 @@ def units_needed(deviation: float, margin: float, power: float = POWER) -> int |
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the middle of positive values.
 
-    A bootstrap of the median from 13 values on, below that Student's interval of the mean logarithm, which is wide and
-    right where a bootstrap is narrow and wrong.
+    A bootstrap of the median from 13 values on, which is narrow and wrong of fewer: order statistics of the median from
+    6 on (the narrowest pair that covers at least 95 %), Student's interval of the mean logarithm below.
 
     One value gives (value, value): there is nothing to judge it by, and tables show no interval.
     """
     if len(values) < 2:
         return values[0], values[0]
     logs = np.log(np.asarray(values, np.float64))
-    if len(logs) < _MIN_BOOTSTRAP:
+    if _MIN_ORDERED <= len(logs) < _MIN_BOOTSTRAP:
+        # values beyond the k-th from either end, k such that a median lies outside in 5 % of draws or fewer
+        k = int(stats.binom.ppf(0.025, len(logs), 0.5))
+        low, high = np.sort(logs)[[k - 1, -k]]
+    elif len(logs) < _MIN_BOOTSTRAP:
         low, high = _interval(float(logs.mean()), float(stats.sem(logs)), len(logs) - 1, 0.95)
     else:
         generator = np.random.default_rng(seed)
@@ -227,11 +235,11 @@ def time_model(seconds: Sequence[float], tokens: Sequence[float], sequences: Seq
 def explained(target: Sequence[float], causes: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Share of the variance of ``target`` between languages that each cause explains alone, and all do together.
 
-    Linear least squares with a constant; 0 to 1. Causes that do not vary explain nothing. Empty with fewer than three
-    more languages than causes: a line through every point explains everything and says nothing.
+    Adjusted R² of linear least squares with a constant, 0 to 1: what chance alone explains is taken off. Causes that do
+    not vary explain nothing. Empty with fewer than ``MIN_EXPLAINED`` languages, of which chance explains anything.
     """
     values = np.asarray(target, np.float64)
-    if len(values) < len(causes) + 3 or not np.ptp(values):
+    if len(values) < max(MIN_EXPLAINED, len(causes) + 3) or not np.ptp(values):
         return {}
     columns = {name: np.asarray(cause, np.float64) for name, cause in causes.items()}
     shares = {name: _fit(values, [column]) for name, column in columns.items()}
@@ -243,7 +251,8 @@ def explained(target: Sequence[float], causes: Mapping[str, Sequence[float]]) ->
 def _fit(values: Floats, columns: Sequence[Floats]) -> float:
     design = np.stack([np.ones(len(values)), *columns], axis=1)
     found, *_ = np.linalg.lstsq(design, values, rcond=None)
-    return max(0.0, _r2(values, design @ found))
+    left = 1.0 - _r2(values, design @ found)
+    return max(0.0, 1.0 - left * (len(values) - 1) / (len(values) - design.shape[1]))
 
 
 def _r2(values: Floats, predicted: Floats) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,11 +67,21 @@ class Energy:
     def __init__(self, device: str) -> None:
         self._zones = [] if device == "cuda" else _rapl_zones()
         self._gpu = _nvml() if device == "cuda" else None
+        self._tick: float | None = None
 
     @property
     def source(self) -> str | None:
         """Where the figures come from."""
         return "RAPL" if self._zones else "NVML" if self._gpu else None
+
+    def ticks(self, seconds: float) -> float | None:
+        """How often the counters are brought up to date in so many seconds; None: not once in a second, or unreadable.
+
+        From package to package and card to card that is every millisecond to every tenth of a second.
+        """
+        if self._tick is None:
+            self._tick = _tick(self.read)
+        return seconds / self._tick if math.isfinite(self._tick) else None
 
     def read(self) -> list[float] | None:
         """Counters in joules, to give to :meth:`since`."""
@@ -90,6 +101,19 @@ class Energy:
             wrapped = last < first and bool(self._zones)
             total += last - first + (_number(self._zones[index] / "max_energy_range_uj") * 1e-6 if wrapped else 0.0)
         return total
+
+
+def _tick(read: Callable[[], list[float] | None]) -> float:
+    """Seconds between two changes of a counter; infinity where that takes longer than a second."""
+    changes: list[float] = []
+    begin, last = time.perf_counter(), read()
+    while last is not None and (now := time.perf_counter()) < begin + 1:
+        if (found := read()) != last:
+            last = found
+            changes.append(now)
+        if len(changes) == 2:
+            return changes[1] - changes[0]
+    return math.inf
 
 
 def _rapl_zones() -> list[Path]:

@@ -16,6 +16,7 @@ from xfast.study.document import (
     CONTROL,
     EQUIVALENT,
     INTERMEDIATE,
+    NOTHING_KNOWN,
     Cell,
     CostModel,
     Equivalence,
@@ -53,16 +54,24 @@ def check(study: Study) -> None:
     Raises:
         InvalidInputError: names the place in the document, what is there and what is accepted.
     """
+    for index, one in enumerate(all_tests(study)):
+        if not isinstance(one["margin"], (int, float)):
+            raise InvalidInputError(f"study: tests[{index}].margin: {one['margin']} given; accepted: a number")
     for place, value in _numbers(study, ""):
         if not math.isfinite(value):
             raise InvalidInputError(
                 f"study: {place}: {value} given; accepted: finite numbers, null for what is not known"
             )
-    for index, cell in enumerate(study["cells"]):
-        for arm, found in cell["throughput"].items():
-            if found["samples_per_s"] <= 0:
-                place = f"cells[{index}].throughput.{arm}.samples_per_s"
-                raise InvalidInputError(f"study: {place}: {found['samples_per_s']} given; accepted: above 0")
+    rates: list[tuple[str, Any]] = [
+        (f"cells[{index}].throughput.{arm}", found)
+        for index, cell in enumerate(study["cells"])
+        for arm, found in cell["throughput"].items()
+    ]
+    rates += [(f"scaling[{index}]", row) for index, row in enumerate(study["scaling"])]
+    for place, found in rates:
+        for name in ("samples_per_s", "tokens_per_s"):
+            if found[name] <= 0:
+                raise InvalidInputError(f"study: {place}.{name}: {found[name]} given; accepted: above 0")
     defined: dict[str, Any] = {
         "size": study["sizes"],
         "engine": study["engines"],
@@ -72,6 +81,7 @@ def check(study: Study) -> None:
     many: dict[str, Any] = {"cells": "size engine language", "accuracy": "size engine language arm"}
     many |= {"scaling": "size engine arm", "cost_models": "size engine", "pareto": "size engine arm"}
     many |= {"probes": "arm size language", "memory": "size engine", "equivalence": "arm"}
+    many |= {"trades": "size engine language"}
     for part, fields in many.items():
         for index, row in enumerate(study[part]):  # type: ignore[literal-required]
             for name in fields.split():
@@ -310,6 +320,18 @@ def outside(one: Equivalence) -> bool:
     """Whether the 95 % interval lies wholly beyond the margin, the same factor upwards and downwards."""
     low, high = one["interval95"]
     return low > 1 + one["margin"] or high < 1 / (1 + one["margin"])
+
+
+def too_few(one: Equivalence) -> bool:
+    """Whether a test has fewer pairs than it takes to say anything."""
+    return list(one["interval95"]) == list(NOTHING_KNOWN)
+
+
+def change_of(one: Equivalence) -> str:
+    """What a test found, with the interval that is compared with the margin; without, where too few pairs give none."""
+    if too_few(one):
+        return f"{signed(100 * (one['ratio'] - 1))}\N{NO-BREAK SPACE}%"
+    return change_text(one["ratio"], one["interval90"])
 
 
 def change_text(ratio: float, interval: Sequence[float]) -> str:

@@ -30,7 +30,7 @@ CHOICES = {"xcopa": 2, "siqa": 3}
 """Sequences of one multiple-choice example."""
 
 _PAIR_SPECIALS, _SINGLE_SPECIALS = 4, 2
-_SINGLE_TASKS = ("tatoeba", "bucc2018", "mlm", "udpos", "panx")
+_SINGLE_TASKS = ("tatoeba", "bucc2018", "mewslix", "mlm", "udpos", "panx")
 
 
 @dataclass(frozen=True)

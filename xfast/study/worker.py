@@ -322,6 +322,9 @@ class _Group:
                     for arm, done in runs.items()
                 },
                 "joules": {arm: fmean(each) if each else None for arm, each in joules.items()},
+                "ticks": {
+                    arm: self.energy.ticks(sum(map(sum, runs[arm]))) if each else None for arm, each in joules.items()
+                },
             }
         )
 
