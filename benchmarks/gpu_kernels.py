@@ -136,6 +136,8 @@ def _gemm(role: str, depth: int, columns: int, rows: int) -> Row:
         x8, w8 = quantize.quantize(x), quantize.quantize_weight(w)
         run["fp8 cublas"] = lambda: gemm.cublas_scaled_gemm(x8, w8, torch.bfloat16)
         run["fp8 cublas, fp32 sums"] = lambda: gemm.cublas_scaled_gemm(x8, w8, torch.bfloat16, fast=False)
+        if role == "qkv":  # with what the forward passes it
+            run["fp8 cublas + bias"] = lambda: gemm.cublas_scaled_gemm(x8, w8, torch.bfloat16, bias)
         run["fp8 triton"] = lambda: gemm.gemm(x8, w8, dtype=torch.bfloat16)
     times, failed = measured(run, rounds=9, cold=True)
     return {"tflop_s": {name: 2 * rows * depth * columns / ms / 1e9 for name, ms in times.items()}, **failed}

@@ -137,6 +137,12 @@ def _that_run(
     return run, failed | {name: reason for name in run for reason in xfast.explain(named[name]).fallbacks}
 
 
+def _without_graphs(engines: dict[str, Any]) -> dict[str, str]:
+    """Engines that could not capture a shape, and why: their time is that of launches."""
+    said = {name: str(xfast.explain(model)).splitlines() for name, model in engines.items()}
+    return {f"{name}, graph": line.strip() for name, lines in said.items() for line in lines if "no graph for" in line}
+
+
 def _wrong(errors: dict[str, float]) -> dict[str, str]:
     """Engines that differ from stock by more than their precision explains."""
     limits = {
@@ -169,7 +175,7 @@ def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
         "tokens_s": {name: 1e3 * tokens / ms for name, ms in times.items()},
         "relative_difference_from_stock": errors,
         "activations_gib": peaks,
-        "failed": {**failed, **_wrong(errors)},
+        "failed": {**failed, **_wrong(errors), **_without_graphs(engines)},
     }
 
 
@@ -196,7 +202,7 @@ def _latency(stock: Any, engines: dict[str, Any]) -> Row:
         "explain": _explained(engines),
         "ms": {name: {"p50": t[len(t) // 2], "p95": t[int(0.95 * len(t))]} for name, t in times.items()},
         "relative_difference_from_stock": errors,
-        "failed": {**failed, **_wrong(errors)},
+        "failed": {**failed, **_wrong(errors), **_without_graphs(engines)},
     }
 
 

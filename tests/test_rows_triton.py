@@ -99,6 +99,15 @@ def test_quantise_has_the_values_of_torchs_conversion() -> None:
 
 
 @FP8
+def test_a_row_with_a_nan_is_none_of_numbers() -> None:
+    """A GPU's maximum passes NaN by: it would come out as -448 times the scale of the others."""
+    x = randn(3, 100)
+    x[1, 70] = float("nan")
+    out = dequantised(quantize(x))
+    assert torch.isfinite(out[[0, 2]]).all() and not torch.isfinite(out[1]).any()
+
+
+@FP8
 def test_quantise_of_zeros_and_extremes_is_finite() -> None:
     x = torch.tensor([[0.0] * 4, [1e-38] * 4, [3e38, -3e38, 0, 1.0], [448.0, -448.0, 0.001, 1]], device=DEVICE)
     q, scale = quantize(x)

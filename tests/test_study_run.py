@@ -463,7 +463,7 @@ def test_weights_that_would_be_held_in_another_way_do_not_continue(tmp_path: Pat
     made.add({"kind": "engine", **mine, "held": {BASELINE: "packed artifact"}})
     run._require_same_holding(group, made)  # nothing of it was measured
     made.add({"kind": "visit", "cell": group.cells[0].key, "round": 0})
-    with pytest.raises(InvalidOptionError, match="tiny native:fp32 were held in another way.*packed artifact"):
+    with pytest.raises(InvalidOptionError, match=r"tiny native:fp32 were held in another way.*packed artifact"):
         run._require_same_holding(group, made)
     made.add({"kind": "ended_group", **mine})
     run._require_same_holding(group, made)  # nothing of it is left to measure

@@ -77,6 +77,14 @@ def finish(event: torch.cuda.Event | None) -> None:
             event.synchronize()
 
 
+def _cause(error: BaseException) -> str:
+    """What went wrong first, with what came of it: a capture that is broken off ends in an error that names nothing."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    return in_short(error) if first is error else f"{in_short(first)}; then: {in_short(error)}"
+
+
 def capture_cuda() -> Capture:
     """Captures on a side stream, after a run elsewhere that compiles kernels and loads libraries.
 
@@ -85,17 +93,29 @@ def capture_cuda() -> Capture:
     where it lives as long as the graphs. (Torch hands out 32 streams in turn: with more in a process, one may have a
     workspace already, which is then outside the pool.)
     """
-    pool = torch.cuda.graph_pool_handle()
-    side = torch.cuda.Stream()  # one: torch reuses a pool's memory within a stream only
+
+    def new() -> tuple[Any, torch.cuda.Stream]:
+        # one stream: torch reuses a pool's memory within a stream only
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    pool, side = new()
 
     def capture(function: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        nonlocal pool, side
         with _capturing:
             function()
-            side.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            side.wait_stream(before)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                output = function()
-            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    output = function()
+            except BaseException:
+                # Where a capture cannot be ended, torch leaves its stream current and its pool in use by no one.
+                torch.cuda.set_stream(before)
+                pool, side = new()
+                raise
+            before.wait_stream(side)
         return graph.replay, output
 
     return capture
@@ -195,7 +215,7 @@ class Graphs:
                 buffers, function = prepare()
                 replay, output = capture(function)
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
-            self.refused[key] = in_short(error)
+            self.refused[key] = _cause(error)
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
                 self._again[key] = RETRY_CALLS + 2 * self._calls
                 self.refused[key] += "; tried again later"

@@ -222,6 +222,10 @@ class TritonEngine:
             *summary(self._formats, self.precision),
             *self._graphs.describe(),
         ]
+        if "fp8" in used:
+            from xfast.kernels.gemm import refused_scaled
+
+            lines += refused_scaled()
         if used & set(QUANTISED):
             lines.append("int8 and int4: weights only, multiplied as they are by activations that are not quantised")
         if self.precision == "fp32":

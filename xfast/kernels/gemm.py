@@ -134,6 +134,12 @@ _REFUSED: set[tuple[int, int, int]] = set()
 """Scaled products (bucket of rows, out, in) that cuBLASLt does not compute on this device."""
 
 
+def refused_scaled() -> list[str]:
+    """A line for ``explain`` where cuBLASLt did not compute scaled products and :func:`gemm` does."""
+    shapes = ", ".join(f"{rows} x {inner} x {out}" for rows, out, inner in sorted(_REFUSED))
+    return [f"fp8 products that cuBLASLt refused and Triton computes (rows x in x out): {shapes}"] if shapes else []
+
+
 def cublas_scaled_gemm(
     x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = True
 ) -> torch.Tensor:

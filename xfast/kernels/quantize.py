@@ -29,13 +29,17 @@ def _nearest_e4m3(values):
 
 @triton.jit
 def to_fp8(values):
-    """fp32 [columns] -> (e4m3 [columns], fp32 scale). Clamped: 448 * (1 + rounding) would be NaN in e4m3."""
+    """fp32 [columns] -> (e4m3 [columns], fp32 scale). Clamped: 448 * (1 + rounding) would be NaN in e4m3.
+
+    A GPU's maximum and minimum pass NaN by, so one NaN in a row makes the scale NaN: the row stays what it was.
+    """
+    broken = tl.max((values != values).to(tl.int32), 0) > 0
     absmax = tl.max(tl.abs(values), 0)
     inverse = tl.where(absmax > _TINY, _MAX / tl.maximum(absmax, _TINY), 0.0)
     scaled = tl.minimum(tl.maximum(values * inverse, -_MAX), _MAX)
     if _INTERPRETED:
         scaled = _nearest_e4m3(scaled)
-    return scaled.to(tl.float8e4nv), absmax / _MAX
+    return scaled.to(tl.float8e4nv), tl.where(broken, float("nan"), absmax / _MAX)
 
 
 @triton.jit
