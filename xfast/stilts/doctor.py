@@ -26,9 +26,9 @@ from xfast.stilts.examples import (
     unlabelled,
 )
 from xfast.stilts.languages import ISO3, NAMES, UDPOS_WITHOUT_DEV
-from xfast.stilts.retrieval_data import bucc
+from xfast.stilts.retrieval_data import bucc, mewslix_mentions
 from xfast.stilts.rows import json_rows, lines
-from xfast.stilts.scoring import TARGETS
+from xfast.stilts.scoring import TARGETS, mewslix_gold
 from xfast.stilts.task import BITEXT, MATCHING, SPAN, TAGGING, TARGET, Task
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, get
 
@@ -325,6 +325,8 @@ class _Examination:
         paths = self.source.paths(task, split, language)
         if paths is None:
             return False
+        if task.name == "mewslix" and split == "test":
+            return self._mewslix(task, paths[0], language)
         examples = Examples.of(_read(path, task, language) for path in paths)
         items = examples.items
         if not items:
@@ -413,6 +415,18 @@ class _Examination:
             self.say(WARNING, task, split, language, _WITHHELD)
         return True
 
+    def _mewslix(self, task: Task, path: Path, language: str) -> bool:
+        data = mewslix_mentions(path, language)
+        if not data.queries:
+            raise DataFileError(f"{path}: no mention in this language; was the download interrupted?")
+        gold = None if self.source.folder is None else mewslix_gold(self.source.folder, data, "test", language)
+        self.found.append(SplitFound(task.name, "test", language, len(data.queries), len(gold or ())))
+        for reason, count in data.skipped.items():
+            self.say(WARNING, task, "test", language, f"{count:,} × {reason}")
+        if gold is None:
+            self.say(WARNING, task, "test", language, _WITHHELD)
+        return True
+
     def compare(self) -> None:
         """Find English texts of a training set again in the sets that models trained on it are evaluated on."""
         training = [(texts, set(texts.keys)) for texts in self.texts if texts.split == "train"]
@@ -446,7 +460,7 @@ def _alternatives(task: Task, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _read(path: Path, task: Task, language: str) -> Examples[Any]:
-    if task.reader == "mewslix":  # a line is a mention or a pair; only its form matters here
+    if task.reader == "mewslix":  # a line is a pair; only its form matters here
         return Examples([TextExample(str(number), "") for number, _ in json_rows(path)])
     if task.type == MATCHING:
         return readers.READERS["squad"](path, task, language)

@@ -111,7 +111,9 @@ class Mentions:
 
     Attributes:
         queries: the mentions as :func:`mention_text` writes them.
-        gold: by query id, the one right entity id (a set, as the ranking metric wants it).
+        gold: by query id, the one right entity id (a set, as the ranking metric wants it); without those of mentions
+            that have an empty one: XTREME writes it over what it withholds. See
+            :func:`xfast.stilts.scoring.mewslix_gold`.
         skipped: mentions that were left out, by reason.
     """
 
@@ -347,7 +349,7 @@ def _one_line(text: str) -> str:
 
 
 def mewslix_mentions(path: Path | str, language: str) -> Mentions:
-    """Mewsli-X's mentions of one language, from ``wikinews_mentions-{split}.jsonl``.
+    """Mewsli-X's mentions of one language, from ``wikinews_mentions-{split}.jsonl`` or XTREME's file of the language.
 
     A line holds an article with several ``mentions``, as published, or with one ``mention``. Those that cross a
     sentence's end are left out and counted.
@@ -364,7 +366,8 @@ def mewslix_mentions(path: Path | str, language: str) -> Mentions:
             skipped[CROSSES] += spoken == language
             continue
         rows.append((identity, text, language))
-        gold[identity] = frozenset({entity})
+        if entity:
+            gold[identity] = frozenset({entity})
     _unique([row[0] for row in rows], path, "mention")
     return Mentions(Queries(*_columns(rows, 3)), gold, +skipped)
 
@@ -387,6 +390,8 @@ def _mentions(path: Path, only: str | None = None) -> Iterator[tuple[str, str | 
             for mention in row["mentions"] if "mentions" in row else [row["mention"]]:
                 known = only in (None, language)
                 text = mention_text(context, mention, f"{path}:{number}") if known else None
+                if not isinstance(mention["entity_id"], str):
+                    raise TypeError(f"entity_id {mention['entity_id']!r} is no text")
                 yield language, text, mention["example_id"], mention["entity_id"]
 
 
@@ -400,10 +405,16 @@ def mewslix_entities(path: Path | str) -> Sentences:
     ids, texts = [], []
     for number, row in json_rows(path):
         with _expecting(f"{path}:{number}", _ENTITY):
-            ids.append(row["entity_id"])
+            ids.append(_entity_id(row, f"{path}:{number}"))
             texts.append(entity_text(row))
     _unique(ids, path, "entity")
     return Sentences(tuple(ids), tuple(texts))
+
+
+def _entity_id(row: Mapping[str, Any], where: str) -> str:
+    if not row["entity_id"]:
+        raise DataFileError(f"{where}: an empty entity_id; expected an entity's")
+    return row["entity_id"]
 
 
 def mewslix_pairs(path: Path | str) -> Examples[MatchExample]:
@@ -412,7 +423,7 @@ def mewslix_pairs(path: Path | str) -> Examples[MatchExample]:
     Mentions that cross a sentence's end are left out and counted.
 
     Raises:
-        DataFileError: the file is missing or malformed.
+        DataFileError: the file is missing or malformed, or a pair does not name its entity.
     """
     path = Path(path)
     examples: Examples[MatchExample] = Examples()
@@ -420,6 +431,8 @@ def mewslix_pairs(path: Path | str) -> Examples[MatchExample]:
         with _expecting(f"{path}:{number}", _PAIR):
             context, mention = row["contextual_mention"]["context"], row["contextual_mention"]["mention"]
             query = mention_text(context, mention, f"{path}:{number}")
+            for named in (mention, row["entity"]):
+                _entity_id(named, f"{path}:{number}")
             if query is None:
                 examples.skipped[CROSSES] += 1
             else:

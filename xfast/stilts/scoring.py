@@ -16,8 +16,10 @@ from typing import Any
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError
 from xfast.stilts import metrics
 from xfast.stilts.data import all_zero
+from xfast.stilts.files import find
 from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.readers import read_gold
+from xfast.stilts.retrieval_data import Mentions
 from xfast.stilts.rows import json_rows, lines, load_json, pick
 from xfast.stilts.tasks import XTREME_R_TARGETS, XTREME_TARGETS, get
 
@@ -111,7 +113,10 @@ def _text_of(answer: Mapping[str, Any]) -> str:
 
 
 def _read_ranking(path: Path, gold: bool) -> Mapping[str, Any]:
-    return _mapping(load_json(path), path, _is_list_of_ids, "a list of ids")
+    document = _mapping(load_json(path), path, _is_list_of_ids, "a list of ids")
+    if gold and (blank := next((name for name, ids in document.items() if "" in ids), None)) is not None:
+        raise DataFileError(f"{path}: {blank}: an empty id; is the gold withheld?")
+    return document
 
 
 def _is_list_of_ids(value: Any) -> bool:
@@ -162,6 +167,35 @@ def metric_of(task: str) -> Metric:
 
 UNANSWERED = "queries without a prediction: they score 0"
 UNKNOWN = "predictions of ids that the labels do not have: passed over"
+
+
+def mewslix_gold(folder: Path, mentions: Mentions, split: str, language: str) -> dict[str, frozenset[str]] | None:
+    """The entities of mentions: their own, or where those are withheld the ones that label files have.
+
+    These are ``labels/mewslix/{split}-{language}.json`` and, as XTREME-R's preparation leaves them,
+    ``mewslix/wikinews_labels/{split}-{language}.json``.
+
+    Returns:
+        By query id, as :attr:`Mentions.gold` has them; None where they are withheld.
+
+    Raises:
+        DataFileError: a label file is malformed or holds the entities of a part of the mentions.
+    """
+    ids = mentions.queries.ids
+    if all(name in mentions.gold for name in ids):
+        return mentions.gold
+    for place in ("labels/mewslix", "mewslix/wikinews_labels"):
+        path = find(folder, f"{place}/{split}-{language}.json")
+        if path is None:
+            continue
+        labels = _read_ranking(path, False)  # read as gold, blank ids would be an error
+        given = {name: frozenset(filter(None, labels.get(name, ()))) for name in ids}
+        known = {name: entities for name, entities in given.items() if entities}
+        if known and len(known) < len(ids):
+            raise DataFileError(f"{path}: the entities of {len(known)} of the {len(ids)} mentions in {language}")
+        if known:
+            return known
+    return None
 
 
 def score_file(

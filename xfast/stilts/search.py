@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from xfast.errors import InvalidOptionError
-from xfast.stilts import retrieval, retrieval_data
+from xfast.stilts import retrieval, retrieval_data, scoring
 from xfast.stilts.batches import Padding
 from xfast.stilts.data import Source
 from xfast.stilts.features import Encoder, Ids, passage
@@ -233,7 +233,8 @@ def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int 
 
 
 def _mewslix(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
-    mentions = _require(folder, f"mewslix/wikinews_mentions-{split}.jsonl")
+    places = f"mewslix/wikinews_mentions/{split}-{language}.jsonl", f"mewslix/wikinews_mentions-{split}.jsonl"
+    mentions = _require(folder, *places)
     entities = _require(folder, "mewslix/candidate_set_entities.jsonl")
 
     def made() -> tuple[tuple[str, ...], Vectors]:
@@ -247,7 +248,9 @@ def _mewslix(engine: Engine, folder: Path, language: str, split: str, limit: int
     names = data.queries.ids[:limit]
     queries = engine.texts(data.queries.texts[:limit], language, "cls", engine.recipe.query_length)
     ranked = dict(zip(names, retrieval.rank(queries, candidates, ids), strict=True))
-    return Found(ranked, {name: sorted(data.gold[name]) for name in names}, len(names), Counter(data.skipped))
+    known = scoring.mewslix_gold(folder, data, split, language)
+    gold = None if known is None else {name: sorted(known[name]) for name in names}
+    return Found(ranked, gold, len(names), Counter(data.skipped))
 
 
 _RUNS: dict[str, Callable[[Engine, Path, str, str, int | None], Found]] = {

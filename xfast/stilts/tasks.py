@@ -426,7 +426,7 @@ _TASKS = [
         files={
             "train": _one("mewslix/wikipedia_pairs-train.jsonl"),
             "dev": _one("mewslix/wikipedia_pairs-dev.jsonl"),
-            "test": _one("mewslix/wikinews_mentions-test.jsonl"),
+            "test": _one("mewslix/wikinews_mentions/test-{language}.jsonl", "mewslix/wikinews_mentions-test.jsonl"),
         },
         owner="https://github.com/google-research/google-research/tree/master/dense_representations_for_entity_retrieval",
     ),

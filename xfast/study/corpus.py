@@ -131,7 +131,7 @@ SOURCES: tuple[tuple[str, str, Callable[[Path], Iterator[Any]]], ...] = (
     ("xcopa", r"xtreme/xcopa/(val|test)-(?P<language>[a-z]+)\.jsonl", choice_pairs),
     ("siqa", r"xtreme/siqa/socialIQa_v1\.4_dev\.jsonl", answer_pairs),
     ("bucc2018", r"xtreme/bucc2018/[a-z]+-en\.(dev|test)\.(?P<language>(?!gold)[a-z]+)", numbered_sentences),
-    ("mewslix", r"xtreme/mewslix/wikinews_mentions-(dev|test)\.jsonl", mewslix_texts),
+    ("mewslix", r"xtreme/mewslix/wikinews_mentions(-(dev|test)|/(dev|test)-[a-z]+)\.jsonl", mewslix_texts),
     ("mlm", r"mlm/(?P<language>[a-z]+)_[a-z]+\.txt", sentences),
 )
 MIXED = frozenset({"mewslix"})
