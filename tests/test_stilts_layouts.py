@@ -15,6 +15,7 @@ from xfast.stilts.data import Source
 from xfast.stilts.doctor import ERROR, OK, WARNING, diagnose
 from xfast.stilts.evaluation import Evaluation, evaluate
 from xfast.stilts.retrieval_data import mewslix_entities, mewslix_pairs
+from xfast.stilts.tasks import get
 from xfast.study import corpus
 
 _one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
@@ -129,3 +130,11 @@ def test_a_pair_names_its_entity(whose: str, tmp_path: Path) -> None:
     if whose == "entity":
         with pytest.raises(DataFileError, match=r"entities\.jsonl:1: an empty entity_id"):
             mewslix_entities(stilts.write_json(tmp_path / "entities.jsonl", entity))
+
+
+def test_english_copa_lies_beside_the_other_languages(tmp_path: Path) -> None:
+    row = {"premise": "river", "choice1": "stone", "choice2": "green", "question": "cause", "label": 1}
+    for name, count in (("train", 2), ("val", 1)):
+        stilts.write_lines(tmp_path / f"xcopa/{name}-en.jsonl", [json.dumps(row)] * count)
+    source = Source(tmp_path)
+    assert [len(source.load(get("copa"), split)) for split in ("train", "dev")] == [2, 1]

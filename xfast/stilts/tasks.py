@@ -243,7 +243,10 @@ _TASKS = [
         "accuracy",
         "copa",
         recipe=Recipe(128, 5, 32, 3e-5),
-        files={"train": _one("copa/train.jsonl"), "dev": _one("copa/val.jsonl")},
+        files={
+            "train": _one("copa/train.jsonl", "xcopa/train-en.jsonl"),
+            "dev": _one("copa/val.jsonl", "xcopa/val-en.jsonl"),
+        },
         owner="https://super.gluebenchmark.com/tasks",
         hub=Hub("aps/super_glue", "copa", _GLUE),
     ),
