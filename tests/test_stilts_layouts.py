@@ -138,3 +138,18 @@ def test_english_copa_lies_beside_the_other_languages(tmp_path: Path) -> None:
         stilts.write_lines(tmp_path / f"xcopa/{name}-en.jsonl", [json.dumps(row)] * count)
     source = Source(tmp_path)
     assert [len(source.load(get("copa"), split)) for split in ("train", "dev")] == [2, 1]
+
+
+def test_the_hub_spells_afrikaans_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, config: str, split: str) -> Any:
+        asked.append((name, config))
+        return datasets.Dataset.from_list([{"tokens": ["river"], "pos_tags": ["NOUN"]}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for language in ("af", "ar"):
+        Source(hub={"udpos": ""}).load(get("udpos"), "test", language)
+    assert asked == [("google/xtreme", "udpos.Afrikans"), ("google/xtreme", "udpos.Arabic")]

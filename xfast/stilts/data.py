@@ -235,7 +235,8 @@ def load_hub(task: Task, split: str, language: str, name: str = "") -> Examples[
         import datasets
     except ImportError:
         raise BackendUnavailableError("datasets is not installed: pip install datasets") from None
-    config = hub.config and hub.config.format(language=language, name=NAMES.get(language, language))
+    spelled = {**NAMES, **hub.spelled}.get(language, language)
+    config = hub.config and hub.config.format(language=language, name=spelled)
     name = name.replace("{language}", language)
     if name and Path(name).is_dir():
         config = None  # a folder holds one configuration

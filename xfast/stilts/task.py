@@ -49,12 +49,14 @@ class Hub:
         config: configuration; ``{language}`` is replaced by the two-letter code, ``{name}`` by the English name.
         splits: Hub split (or several, joined by ``+``) of our "train", "dev" and "test".
         labels: our names of the integer labels, in the Hub's order; empty: the names the dataset itself gives.
+        spelled: by two-letter code, the dataset's English names that differ from :data:`xfast.stilts.languages.NAMES`.
     """
 
     name: str
     config: str | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "dev": "validation", "test": "test"})
     labels: tuple[str, ...] = ()
+    spelled: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

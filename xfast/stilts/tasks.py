@@ -299,7 +299,7 @@ _TASKS = [
         files={split: _one(f"udpos/{split}-{{language}}.tsv") for split in ("train", "dev", "test")},
         gold={"test": "labels/udpos/test-{language}.tsv"},
         owner="https://universaldependencies.org (v2.5; v2.7 for lt pl uk wo ro)",
-        hub=Hub("google/xtreme", "udpos.{name}"),
+        hub=Hub("google/xtreme", "udpos.{name}", spelled={"af": "Afrikans"}),
     ),
     Task(
         "panx",
