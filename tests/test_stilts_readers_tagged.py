@@ -99,8 +99,8 @@ def _conllu(*rows: str) -> str:
     return "".join(f"{i}\t{form}\t_\t{tag}\t_\t_\t{head}\t_\t_\t_\n" for i, form, tag, head in split) + "\n"
 
 
-def _conllu_read(path: Path) -> Examples[TaggedExample]:
-    return readers.read_conllu(path, get("udpos"), "de")
+def _conllu_read(path: Path, language: str = "de") -> Examples[TaggedExample]:
+    return readers.read_conllu(path, get("udpos"), language)
 
 
 def test_conllu_keeps_multi_word_tokens_as_the_benchmark_does(write: Write) -> None:
@@ -115,6 +115,29 @@ def test_conllu_keeps_multi_word_tokens_as_the_benchmark_does(write: Write) -> N
         (("vámonos",), ("VERB",)),
         (("a", "bc"), ("NOUN", "VERB")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("language", "parts", "tag"),
+    [  # es: haberlo; it: parts that the default and the French ranks order otherwise; fr: NOUN is ranked, INTJ is not
+        ("es", ("PRON", "AUX"), "AUX"),
+        ("es", ("NOUN", "DET"), "DET"),
+        ("it", ("PRON", "ADV"), "ADV"),
+        ("it", ("NOUN", "INTJ"), "INTJ"),
+        ("fr", ("PRON", "AUX"), "AUX"),
+        ("fr", ("ADV", "ADJ"), "ADJ"),
+        ("fr", ("INTJ", "ADP"), "ADP"),
+        ("pt", ("PRON", "AUX"), "PRON"),
+        ("pt", ("NOUN", "DET"), "NOUN"),
+        ("pt", ("INTJ", "ADP"), "INTJ"),
+    ],
+)
+def test_parts_as_near_the_root_are_ranked_by_language(
+    language: str, parts: tuple[str, str], tag: str, write: Write
+) -> None:
+    for first, second in (parts, parts[::-1]):
+        text = _conllu("1-2 ab _ _", f"1 a {first} 3", f"2 b {second} 3", "3 c VERB 0")
+        assert _conllu_read(write("x.conllu", text), language).items[0].tags == (tag, "VERB")
 
 
 def test_conllu_sentences_without_words_are_counted(write: Write) -> None:

@@ -323,18 +323,25 @@ def read_ccg(path: Path, task: Task, language: str) -> Examples[TaggedExample]:
 
 WITHHELD_WORDS = "a sentence without its words"
 _TAG_RANK = " VERB NOUN PROPN PRON ADJ NUM ADV INTJ AUX ADP DET PART CCONJ SCONJ X PUNCT "
+_TAG_RANKS = {
+    "es": " VERB AUX PRON ADP DET ",
+    "fr": " VERB AUX PRON NOUN ADJ ADV ADP DET PART SCONJ CONJ ",
+    "it": " VERB AUX ADV PRON ADP DET INTJ ",
+}
+"""The languages for which XTREME's preparation ranks tags otherwise."""
 
 
 def read_conllu(path: Path, task: Task, language: str) -> Examples[TaggedExample]:
     """CoNLL-U as XTREME prepares it: FORM and UPOS, empty nodes left out.
 
     A multi-word token stays one word (German "im"), tagged as its part nearest the root; of several as near, as the one
-    whose tag ranks first. Sentences with at most one form that is not ``_`` (their treebank may not publish its text)
-    are left out and counted.
+    whose tag ranks first in that language. Sentences with at most one form that is not ``_`` (their treebank may not
+    publish its text) are left out and counted.
     """
     examples: Examples[TaggedExample] = Examples()
     for block in sentences(path):
-        words = list(_conllu_words([(number, line.split("\t")) for number, line in block if line[0] != "#"], path))
+        rows = [(number, line.split("\t")) for number, line in block if line[0] != "#"]
+        words = list(_conllu_words(rows, path, _TAG_RANKS.get(language, _TAG_RANK)))
         forms = tuple(word[1].replace(" ", "").replace("\u200c", "") or "_" for _, word in words)
         tags = tuple(word[3] for _, word in words)
         _check_tags(tags, [number for number, _ in words], path, task)
@@ -345,8 +352,8 @@ def read_conllu(path: Path, task: Task, language: str) -> Examples[TaggedExample
     return examples
 
 
-def _conllu_words(rows: list[tuple[int, list[str]]], path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, columns) of every word."""
+def _conllu_words(rows: list[tuple[int, list[str]]], path: Path, ranks: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, columns) of every word; ``ranks``: tags between spaces."""
     for number, row in rows:
         if len(row) != 10:
             raise DataFileError(f"{path}:{number}: {len(row)} columns, expected CoNLL-U's 10")
@@ -356,7 +363,7 @@ def _conllu_words(rows: list[tuple[int, list[str]]], path: Path) -> Iterator[tup
         depth, head = 0, part[6]
         while head in by_id and depth < len(rows):  # the bound: a broken tree may hold a cycle
             depth, head = depth + 1, by_id[head][6]
-        return depth, _TAG_RANK.find(f" {part[3]} ") % len(_TAG_RANK)  # SYM and the like come last
+        return depth, ranks.find(f" {part[3]} ") % len(ranks)  # what is not ranked comes last
 
     covered = 0
     for number, row in rows:
