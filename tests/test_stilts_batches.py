@@ -213,6 +213,9 @@ def test_shares_by_hand() -> None:
     assert shares({"a": 100, "b": 300}, cap=150) == pytest.approx({"a": 0.4, "b": 0.6})
     assert shares({"a": 100, "b": 400}, temperature=2) == pytest.approx({"a": 1 / 3, "b": 2 / 3})  # roots: 10, 20
     assert shares({"a": 8, "b": 125, "c": 1000}, 27, 3) == pytest.approx({"a": 0.25, "b": 0.375, "c": 0.375})
+    for cold in (1e-3, 1e-12, 5e-324):  # the largest alone, however large
+        assert shares({"a": 100, "b": 400, "c": 400}, temperature=cold) == {"a": 0, "b": 0.5, "c": 0.5}
+    assert shares({"a": 100, "b": 400}, temperature=1e300) == {"a": 0.5, "b": 0.5}
     with pytest.raises(InvalidOptionError, match="no training examples for b, d"):
         shares({"a": 1, "b": 0, "c": 2, "d": 0})
 

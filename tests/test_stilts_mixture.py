@@ -421,6 +421,9 @@ def test_probabilities_by_hand() -> None:
     assert found == pytest.approx({"mnli": 0.2, "qqp": 0.6, "mlm:sw": 0.05, "mlm:yo": 0.15})
     found = probabilities(run(mlm_files=("a",), mlm_share=0.2, mlm_smoothing=0.0, cap=150), mixed)
     assert found == pytest.approx({"mnli": 0.32, "qqp": 0.48, "mlm:sw": 0.1, "mlm:yo": 0.1})
+    for steep in (1e3, 1e300):
+        found = probabilities(run("mlm", mlm_files=("a",), mlm_smoothing=steep), sized(mlm_sw=100, mlm_yo=900))
+        assert found == {"mlm:sw": 0, "mlm:yo": 1}
     found = probabilities(run("mlm", mlm_files=("a",), mlm_smoothing=1.0), sized(mlm_sw=100, mlm_yo=900))
     assert found == pytest.approx({"mlm:sw": 0.1, "mlm:yo": 0.9})
 

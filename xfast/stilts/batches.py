@@ -174,7 +174,9 @@ def shares(sizes: Mapping[str, int], cap: int | None = None, temperature: float 
     """
     if empty := [name for name, size in sizes.items() if size < 1]:
         raise InvalidOptionError(f"tasks: no training examples for {', '.join(empty)}")
-    weights = {name: min(size, cap or size) ** (1 / temperature) for name, size in sizes.items()}
+    capped = {name: min(size, cap or size) for name, size in sizes.items()}
+    largest = max(capped.values(), default=1)  # powers of numbers up to 1 do not overflow, whatever the temperature
+    weights = {name: (size / largest) ** (1 / temperature) for name, size in capped.items()}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
 
