@@ -41,8 +41,8 @@ class RunConfig:
         data: data folder, see :class:`xfast.stilts.data.Source`.
         tokenizer: folder or Hub id, by default ``model``.
         seed: of new weights, order and dropout.
-        epochs, batch_size, learning_rate, max_length: None: the recipe of the (first) task. ``batch_size`` counts
-            examples of one optimizer step over all devices.
+        epochs, batch_size, learning_rate, max_length: None: the recipe of the (first) task; of several tasks' lengths
+            the largest. ``batch_size`` counts examples of one optimizer step over all devices.
         max_steps: ends training early, whatever ``epochs`` says.
         device_batch_size: examples of one forward; the rest is gradient accumulation. For dual encoders (LAReQA,
             Mewsli-X) it is also the number of targets that a query is compared with.
@@ -50,7 +50,8 @@ class RunConfig:
         mlm_files: text files, one sentence a line; their batches are interleaved with the tasks'.
         mlm_share: share of the steps that are masked language modelling (the paper's 20 % is recalled, not confirmed).
         mlm_smoothing: files are drawn with probability proportional to lines^mlm_smoothing.
-        files, hub: see :class:`xfast.stilts.data.Source`.
+        files, hub: see :class:`xfast.stilts.data.Source`. What this run does not read may be named, too: a grid's runs
+            and its evaluations share them. XNLI, say, is trained and stopped on MNLI's files; its own are evaluated.
         translated: by task (a target or the task it is fine-tuned on), files of machine-translated training data, added
             to the English ones.
         train_examples, dev_examples: at most so many, of joined tasks (ANLI+) some of each; ``dev_examples`` is what
