@@ -311,11 +311,43 @@ def test_processes_that_do_not_join_are_refused(base: Path, tmp_path: Path, monk
             "dispatch_batches: the run makes .*accepted: even_batches",
         ),
         ({"adam_beta2": "9.8e-1"}, r"adam_beta2: '9.8e-1'; accepted: a number"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs follows from the run's own options"),
+        *(
+            ({name: value}, f"{name} is not accepted: the run makes its batches")
+            for name, value in {
+                "auto_find_batch_size": True,
+                "length_column_name": "size",
+                "data_seed": 1,
+                "dataloader_drop_last": True,
+                "dataloader_prefetch_factor": 2,
+                "dataloader_persistent_workers": True,
+            }.items()
+        ),
+        *(
+            ({name: value}, f"{name} is not accepted: the run evaluates on its dev sets itself")
+            for name, value in {
+                "per_device_eval_batch_size": 2,
+                "eval_accumulation_steps": 2,
+                "prediction_loss_only": True,
+                "label_names": ["labels"],
+                "bf16_full_eval": True,
+                "fp16_full_eval": True,
+                "do_eval": False,
+            }.items()
+        ),
     ],
 )
 def test_trainer_options_that_would_do_harm_are_refused(trainer: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidOptionError, match=message):
         trainer_arguments(RunConfig("m", ("mnli",), str(tmp_path), trainer=trainer))
+
+
+def test_sampling_is_the_runs_own_whatever_transformers_calls_it(tmp_path: Path) -> None:
+    known = transformers.TrainingArguments.__dataclass_fields__  # transformers 4 has the second name
+    for name, value in (("train_sampling_strategy", "sequential"), ("group_by_length", True)):
+        message = "the run makes its batches" if name in known else "TrainingArguments has no"
+        with pytest.raises(InvalidOptionError, match=message):
+            trainer_arguments(RunConfig("m", ("mnli",), str(tmp_path), trainer={name: value}))
 
 
 def test_a_run_begun_anew_and_killed_is_not_the_old_one(

@@ -22,8 +22,11 @@ FREE = {
 }
 """Arguments of the Trainer that a run gives a value, but may be given another."""
 
-COMPUTED = {"max_steps", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "logging_dir"}
-"""Arguments that follow from the data."""
+COMPUTED = {
+    *("max_steps", "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "logging_dir"),
+    "lr_scheduler_kwargs",
+}
+"""Arguments that follow from the data, or belong to one that the run sets."""
 
 REFUSED = {
     **dict.fromkeys(
@@ -31,6 +34,21 @@ REFUSED = {
         "a run that is continued would not be the one that was begun",
     ),
     **dict.fromkeys(("label_smoothing_factor", "neftune_noise_alpha"), "the heads compute their losses themselves"),
+    **dict.fromkeys(
+        (
+            *("auto_find_batch_size", "train_sampling_strategy", "group_by_length", "length_column_name", "data_seed"),
+            *("dataloader_drop_last", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+        ),
+        "the run makes its batches itself",
+    ),
+    **dict.fromkeys(
+        (
+            *("per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only", "label_names"),
+            *("bf16_full_eval", "fp16_full_eval", "include_for_metrics", "eval_do_concat_batches"),
+            *("batch_eval_metrics", "eval_use_gather_object", "do_eval"),
+        ),
+        "the run evaluates on its dev sets itself",
+    ),
 }
 """Arguments that would do nothing here, or harm, and why."""
 
