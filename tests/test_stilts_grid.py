@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import stilts
+import torch
 
-from xfast.errors import InvalidOptionError
+import xfast
+from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.stilts import grid, training
 
 _one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
@@ -51,6 +53,60 @@ def test_what_a_target_refuses_is_refused_before_its_intermediate_phase(
     assert not (tmp_path / "grid/intermediate").exists()
     with pytest.raises(InvalidOptionError, match=f"intermediate: mnli: .*{match}"):
         grid.run(dataclasses.replace(config, intermediate=config.target, target=few))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"backend": "tensorrt"}, "tensorrt: the model is on cpu, this backend runs on cuda"),
+        ({"precision": "fp8"}, "precision='fp8': .*fp8 is not available on the CPU"),
+    ],
+)
+def test_what_evaluation_refuses_is_refused_before_training(
+    options: dict[str, Any], match: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said: list[str] = []
+    with pytest.raises(BackendUnavailableError, match=match):
+        grid.run(stilts.grid_config(base, tmp_path, **options), lambda cell, what: said.append(what))
+    assert not said and not (tmp_path / "grid/targets").exists()
+
+
+def test_a_finished_grid_is_read_where_its_backend_is_not(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = stilts.grid_config(base, tmp_path, precision="int8")
+    assert grid.run(config)[0]["status"] == "done"
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise BackendUnavailableError("native: not here")
+
+    monkeypatch.setattr(xfast, "accelerate", absent)
+    assert len(grid.run(config)) == 1
+    with pytest.raises(BackendUnavailableError, match="not here"):
+        grid.run(dataclasses.replace(config, seeds=(0, 1)))
+
+
+def test_languages_that_a_target_has_not_are_refused(base: Path, tmp_path: Path) -> None:
+    for wrong, match in (
+        (("sw", "xx"), "languages: no target has xx; accepted: ar bg de"),
+        (("yo",), "languages: no target has yo; accepted"),
+        ((), "languages: none given"),
+    ):
+        with pytest.raises(InvalidOptionError, match=match):
+            stilts.grid_config(base, tmp_path, languages=wrong)
+    message = r"languages: sw: leave out of `targets` what has none of these: pawsx \(de en es fr ja ko zh\)$"
+    with pytest.raises(InvalidOptionError, match=message):
+        stilts.grid_config(base, tmp_path, languages=("sw",), targets=("xnli", "pawsx", "tatoeba"))
+    # what users add themselves: a file in the data folder, named files, a dataset
+    stilts.nli(np.random.default_rng(0), tmp_path / "data/xnli/test-yo.tsv", 3)
+    stilts.grid_config(base, tmp_path, languages=("yo",))
+    stilts.nli(np.random.default_rng(0), tmp_path / "mine-ha.tsv", 3)
+    mine = {"xnli": {"test": [f"{tmp_path}/mine-{{language}}.tsv"]}}
+    stilts.grid_config(base, tmp_path, languages=("ha",), files=mine, splits=("test",))
+    stilts.grid_config(base, tmp_path, languages=("ha",), hub={"xnli": "someone/afrixnli"})
+    with pytest.raises(InvalidOptionError, match="no target has ha"):
+        stilts.grid_config(base, tmp_path, languages=("ha",), hub={"xnli": ""})
 
 
 def test_a_moved_grid_goes_on_with_what_it_trained(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

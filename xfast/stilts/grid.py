@@ -23,11 +23,12 @@ from xfast.stilts.data import Source
 from xfast.stilts.estimate import Estimate
 from xfast.stilts.evaluation import Evaluation, evaluate
 from xfast.stilts.files import Lock
+from xfast.stilts.grid_checks import check_acceleration, check_languages, check_run
 from xfast.stilts.rows import load_json
 from xfast.stilts.scoring import TARGETS
 from xfast.stilts.task import BITEXT, INTERMEDIATE, MATCHING, TARGET
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, XTREME_TARGETS, get
-from xfast.stilts.training import Trained, check, train
+from xfast.stilts.training import Trained, train
 
 BASELINE = "none"
 """Name of the row without an intermediate phase."""
@@ -54,7 +55,7 @@ class GridConfig:
         benchmark: "xtreme" or "xtreme-r": the languages.
         splits: evaluated splits, "dev", "test" or both: the best row of a target is picked on dev and told on test. A
             target without one of them is evaluated on its other one, and says so.
-        languages: these instead of all.
+        languages: these instead of all; every target has at least one of them.
         limit: examples per language.
         intermediate, target: options of :class:`RunConfig` for the two phases.
         precision, backend: of the evaluation, see :func:`xfast.accelerate`.
@@ -113,6 +114,7 @@ class GridConfig:
             if isinstance(translated, dict) and (unused := set(translated) - _origins(tasks)):
                 raise InvalidOptionError(f"{phase}: translated: {', '.join(sorted(unused))} is no task of this grid")
         _runs(self, self.intermediates, self.targets)
+        check_languages(self.languages, self.targets, self.source)
         for target in self.targets:
             for split in self.splits:
                 evaluation(self, self.model, target, split, Path("unused"))
@@ -228,18 +230,13 @@ def _missing(had: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _check_runs(config: GridConfig, before: Rows) -> None:
-    """Refuse what a run would refuse, before the first is trained: a target's comes hours after the grid's begin."""
+    """Refuse what a run or an evaluation would refuse, before the first is trained: theirs come hours later."""
     left = [cell for cell in cells(config) if _missing(_had(config, cell, before))]
     rows, columns = dict.fromkeys(cell.intermediate for cell in left), dict.fromkeys(cell.target for cell in left)
     for phase, wanted in _runs(config, rows, columns):
-        _check_run(phase, wanted)
-
-
-def _check_run(phase: str, wanted: RunConfig) -> None:
-    try:
-        check(wanted)
-    except XfastError as error:
-        raise type(error)(f"{phase}: {', '.join(wanted.tasks)}: {error}") from None
+        check_run(phase, wanted)
+    if left:
+        check_acceleration(config.model, config.backend, config.precision)
 
 
 class IntermediateError(XfastError, RuntimeError):
