@@ -32,6 +32,7 @@ LAYER_OF = {
     "heads": "model",
     "watch": "model",
     "calibration": "model",
+    "truncation": "model",
     "quantization": "model",
     "quantization_reports": "model",
     "mixed_precision": "model",

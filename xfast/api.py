@@ -81,6 +81,7 @@ def accelerate(
     _refuse_own_forward(encoders)
     patches = [EncoderPatch(module, options) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
+        patch.plan.require_layers()
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
         if training and (reason := patch.training_unavailable()) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xfast.architecture import family_of, layers_of
-from xfast.errors import BackendUnavailableError, UnsupportedModelError
+from xfast.errors import BackendUnavailableError, UnsupportedModelError, WeightsFreedError
 from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.patch import EncoderPatch
 
@@ -89,7 +89,8 @@ def _encoder(patch: EncoderPatch) -> EncoderExplanation:
             return _changed(patch, patch.unusable)
         plan = patch.plan
         engine = plan.current_engine(patch.module)
-    except (UnsupportedModelError, BackendUnavailableError) as error:  # a copy that was changed before its first call
+    # a copy that was changed before its first call, or weights whose originals are gone
+    except (UnsupportedModelError, BackendUnavailableError, WeightsFreedError) as error:
         return _changed(patch, str(error))
     return EncoderExplanation(
         name=type(patch.module).__name__,
@@ -115,8 +116,8 @@ def _changed(patch: EncoderPatch, error: str) -> EncoderExplanation:
         precision="original",
         layers=layers,
         num_layers=layers,
-        keep_weights=True,
-        freed="",
+        keep_weights=not patch.freed,
+        freed=patch.freed,
         details=(),
         notes=(f"the original code runs: {error}",),
         fallbacks=dict(patch.fallbacks),

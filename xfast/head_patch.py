@@ -37,13 +37,12 @@ class HeadPatch(Patch):
     @property
     def encoder_patch(self) -> EncoderPatch | None:
         """The patch on this head's encoder, also behind a later wrapper; None when it is gone or was restored."""
-        encoder = self._encoder()
-        if encoder is None:
-            return None
-        patch = encoder.__dict__.get("forward")
-        if patch is None or isinstance(patch, EncoderPatch):
-            return patch
-        return next(iter(wrapped_since([encoder])), None)
+        encoder, places = self._encoder(), places_of_encoder(self.module)
+        if not any(one is encoder for one in places):  # another may have been put into its place
+            found = (_patch_on(one) for one in places if one is not None)
+            if (patch := next(filter(None, found), None)) is not None:
+                return patch
+        return None if encoder is None else _patch_on(encoder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadPatch:
         encoder = copy.deepcopy(self._encoder(), memo)  # already in memo when the whole model is copied
@@ -155,6 +154,13 @@ class TokenHeadPatch(HeadPatch):
         return lm_head.precision_for(engine)
 
 
+def _patch_on(encoder: nn.Module) -> EncoderPatch | None:
+    patch = encoder.__dict__.get("forward")
+    if patch is None or isinstance(patch, EncoderPatch):
+        return patch
+    return next(iter(wrapped_since([encoder])), None)
+
+
 def _native_engine(patch: EncoderPatch) -> NativeEngine | None:
     """The encoder's engine if it is the CPU's, packed already."""
     plan = patch.__dict__.get("plan")  # not made for this: a changed copy may refuse
@@ -174,5 +180,6 @@ def _same_values(features: Any, padded: torch.Tensor | None, patch: EncoderPatch
         and isinstance(features, torch.Tensor)
         and features.shape == padded.shape
         and features.data_ptr() == padded.data_ptr()
+        and features.stride() == padded.stride()
         and not (_is_watched(patch) if features.is_inference() else features._version)
     )

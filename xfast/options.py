@@ -71,8 +71,8 @@ class Options:
         self._check_auto()
 
     def layers_of(self, spec: EncoderSpec) -> int:
-        """Number of an encoder's layers that run."""
-        return spec.num_layers if self.layers is None else self.layers
+        """Number of an encoder's layers that run; some of those that were asked for may have been dropped since."""
+        return spec.num_layers if self.layers is None else min(self.layers, spec.num_layers)
 
     def _check_recipe(self) -> None:
         if self.recipe is None:

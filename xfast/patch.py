@@ -29,7 +29,8 @@ from xfast.errors import BackendUnavailableError, ModelFreedError, UnsupportedMo
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
 from xfast.packing import PositionOverflowError
-from xfast.plan import Plan
+from xfast.plan import FreedCopy, Plan
+from xfast.truncation import run_layers
 
 _ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Arguments that change no result of the encoder (num_items_in_batch: Trainer hands it to every model)
@@ -157,13 +158,13 @@ def context_of(patch: EncoderPatch, context: HeadContext) -> Iterator[None]:
 class EncoderPatch(Patch):
     """Runs an encoder through its plan's engine, or its original code for calls that cannot be accelerated."""
 
-    def __init__(self, module: nn.Module, options: Options, freed_plan: Plan | None = None) -> None:
+    def __init__(self, module: nn.Module, options: Options, freed: FreedCopy | None = None) -> None:
         super().__init__(module)
         self.options = options
         self.fallbacks: Counter[str] = Counter()
         self.unusable: str | None = None  # why a copy has no engine
         self.traces_original = False  # set by a head for the time of a call that torch.compile traces
-        self._freed_plan = freed_plan
+        self._freed_copy = freed
         self._warned: set[str] = set()
         self.handle = compiled.register(self)
 
@@ -173,19 +174,20 @@ class EncoderPatch(Patch):
         family = family_of(self.module)
         assert family is not None
         plan = Plan(self.module, family, self.options)
-        if self._freed_plan is not None:
-            plan.adopt_copy(self._freed_plan, self.module)
+        if self._freed_copy is not None:
+            plan.adopt_copy(self._freed_copy, self.module)
         return plan
 
     @property
     def freed(self) -> str:
         """Why the original weights are gone, or nothing. Does not make the plan, which a changed copy may refuse."""
-        plan: Plan | None = self.__dict__.get("plan", self._freed_plan)
+        source = None if self._freed_copy is None else self._freed_copy.source
+        plan: Plan | None = self.__dict__.get("plan", source)
         return "" if plan is None else plan.freed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPatch:
         # Freed weights live only in the engine, which the copy then shares; otherwise it packs its own when called.
-        freed = self.plan if self.freed else None
+        freed = FreedCopy.of(self.plan, memo) if self.freed else None
         copied = EncoderPatch(memo[id(self.module)], self.options, freed)
         copied.installed = self.installed
         return copied
@@ -202,7 +204,7 @@ class EncoderPatch(Patch):
         module = self.module
         if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
             return self.original(*args, **kwargs)  # which raises TypeError
-        call = dict(zip(self._names, args, strict=False), **kwargs)
+        call = self._named(args, kwargs)
         train = self.options.training and (module.training or torch.is_grad_enabled())
         try:
             return self._train(module, call) if train else self._run(module, call)
@@ -238,18 +240,25 @@ class EncoderPatch(Patch):
     def _original_layers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original code, cut to the ``layers`` that were asked for."""
         layers, module = self.options.layers, self.module
-        if layers is None or layers == len(layers_of(module)):
+        if layers is None or layers >= len(layers_of(module)):
             return self.original(*args, **kwargs)
-        call = dict(zip(self._names, args, strict=False), **kwargs)
-        full = self.original(**{**call, "output_hidden_states": True, "return_dict": True})
-        last, pooler = full.hidden_states[layers], getattr(module, "pooler", None)
+        call = self._named(args, kwargs)
+        wanted = bool(_flag(module, call, "output_hidden_states"))
+        last, states, attentions = run_layers(module, layers, call, self.original, want_states=wanted)
+        pooler = getattr(module, "pooler", None)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
-            hidden_states=full.hidden_states[: layers + 1] if _flag(module, call, "output_hidden_states") else None,
-            attentions=None if full.attentions is None else full.attentions[:layers],
+            hidden_states=states,
+            attentions=attentions,
         )
         return self._as_asked(module, call, output)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name. To transformers 5 a flag that is None is not one that was left to the config."""
+        call = dict(zip(self._names, args, strict=False), **kwargs)
+        unset = {name: default for name, default in _UNSET if name not in self._names and name in call}
+        return {**call, **{name: default for name, default in unset.items() if call[name] is None}}
 
     def _engine_for(self, module: nn.Module, call: dict[str, Any]) -> Engine:
         if (reason := self._refusal(module, call)) is not None:
@@ -379,7 +388,7 @@ class EncoderPatch(Patch):
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile: one custom operator for the encoder, so that tracing never sees the native call."""
         module = self.module
-        call = dict(zip(self._names, args, strict=False), **kwargs)
+        call = self._named(args, kwargs)
         ids = call.get("input_ids")
         mask = call.get("attention_mask")
         if (
@@ -453,6 +462,7 @@ def wrapped_since(modules: Iterable[nn.Module]) -> list[EncoderPatch]:
 
 
 _GRADIENTS = "gradients are enabled"
+_UNSET = (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True))
 
 
 def _flag(module: nn.Module, call: dict[str, Any], name: str, default: bool = False) -> Any:

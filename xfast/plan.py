@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.options import Options
 from xfast.recipe import QUANTISED, LinearFormat, Recipe
 from xfast.trials import NativeTrials, TritonTrials
-from xfast.watch import InnerWatch, WeightWatch
+from xfast.watch import InnerWatch, WeightWatch, version_of
 
 BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
@@ -52,7 +53,10 @@ class Plan:
         self._lock = ThreadLock()
         self._watch: WeightWatch | None = None
         self.inner = InnerWatch(module)
-        layers = options.layers
+
+    def require_layers(self) -> None:
+        """Raises InvalidOptionError where more layers are asked for than there are. Later a user may drop some."""
+        layers = self.options.layers
         if layers is not None and not 0 <= layers <= self.weights.spec.num_layers:
             raise InvalidOptionError(
                 f"layers: {layers} is not accepted; accepted: 0 to {self.weights.spec.num_layers} (or None for all)"
@@ -62,6 +66,10 @@ class Plan:
     def layers(self) -> int:
         """Number of encoder layers that run."""
         return self.options.layers_of(self.weights.spec)
+
+    def stale(self) -> bool:
+        """Whether the weights were changed since they were packed."""
+        return self._watch is not None and self._watch.changed()
 
     def alert(self) -> None:
         """Says that a call is on its way, before the weights are looked at."""
@@ -104,14 +112,17 @@ class Plan:
         self.engine, self.backend_name, self.notes, self.freed = engine, backend_name, notes, freed
         self._watch = WeightWatch(module, self.weights)
 
-    def adopt_copy(self, source: Plan, module: nn.Module) -> None:
+    def adopt_copy(self, copied: FreedCopy, module: nn.Module) -> None:
         """Takes over what a deep copy's original has packed; what its engine reads in place is read from the copy.
 
         Raises:
-            WeightsFreedError: the copy was moved or cast since.
+            WeightsFreedError: the copy was moved, cast or changed since, or the original before.
             InvalidWeightsError: it was changed to something unusable.
         """
+        source = copied.source
         engine = source.engine
+        if not copied.fits(self.weights):
+            raise WeightsFreedError(_changed(source.freed))
         if engine is not None:
             left = [tensor for tensor in _tensors(self.weights) if not tensor.is_meta]
             if any(tensor.device != engine.device or tensor.dtype not in PRECISION_OF for tensor in left):
@@ -258,6 +269,35 @@ class Plan:
         )
 
 
+class FreedCopy:
+    """What a deep copy of an encoder was when it was made, whose weights are the original's packed ones alone.
+
+    Its own plan is made at its first call, and until then nothing watches it.
+    """
+
+    def __init__(self, source: Plan, places: dict[tuple[int, str], tuple[Any, int | None]], whole: bool) -> None:
+        self.source = source
+        self._places = places
+        self._whole = whole
+
+    @classmethod
+    def of(cls, source: Plan, memo: Mapping[int, Any]) -> FreedCopy:
+        """Of a copy whose modules ``memo`` has by the ids of the original's, as ``copy.deepcopy`` keeps them."""
+        freed = {place: leaf for place, leaf in source.weights.modules.items() if leaf.weight.is_meta}
+        copies = {place: memo.get(id(leaf)) for place, leaf in freed.items()}
+        places = {at: (weakref.ref(leaf), version_of(leaf.weight)) for at, leaf in copies.items() if leaf is not None}
+        return cls(source, places, len(places) == len(freed) and not source.stale())
+
+    def fits(self, weights: EncoderWeights) -> bool:
+        """Whether what was packed is still where it was in the copy, and nothing was loaded there or is new."""
+        if not self._whole or weights.spec != self.source.weights.spec:
+            return False
+        return all(
+            weights.modules[at] is leaf() and leaf().weight.is_meta and version_of(leaf().weight) == version
+            for at, (leaf, version) in self._places.items()
+        )
+
+
 def _changed(freed: str) -> str:
     return f"the weights were changed or moved, but {freed}; load the model again"
 
@@ -265,7 +305,8 @@ def _changed(freed: str) -> str:
 def _free(leaf: nn.Module) -> None:
     if leaf.weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
         return
-    leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
+    with torch.inference_mode(False):  # else nobody could ask for its gradients later
+        leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
     refuse_state_dict(leaf, FREED)
 
 

@@ -55,7 +55,7 @@ class WeightWatch:
             modules,
             states,
             plain,
-            [t for t in plain if not t.is_inference()],  # the others have no version
+            [t for t in plain if version_of(t) is not None],
             [_bytes(t) for t in plain if _sampled(t) and t.numel()],
             [*_objects(modules, dicts, states), *_tensor_objects(plain)],
             scalars,
@@ -72,6 +72,17 @@ class WeightWatch:
     def stepped(self, storages: set[int]) -> None:
         """An optimizer has changed tensors in these storages."""
         self._stepped = self._stepped or not self._storages.isdisjoint(storages)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often it was changed in place; None: it does not count, as what was made in inference mode does not.
+
+    Where ``.data`` was put into such a tensor, it says that it is none and still has no counter.
+    """
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def _sampled(tensor: torch.Tensor) -> bool:
@@ -139,8 +150,10 @@ class InnerWatch:
         self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         # Modules that train on packed tokens are passed by, or see packed shapes
         self._backward_hooks = [hooks for m in inner for hooks in (m._backward_hooks, m._backward_pre_hooks)]
-        self._dropouts = [module.__dict__ for module in inner if isinstance(module, nn.Dropout)]
         self._bypassed = _bypassed(encoder)
+        # attention drops probabilities by its own mode
+        dropping = [module for module in inner if isinstance(module, nn.Dropout)] + self._bypassed[3::3]
+        self._dropouts = [module.__dict__ for module in dropping]
         self._type = type(encoder)
         self._forwards = [(kind, kind.forward) for kind in {type(module) for module in encoder.modules()}]
 
@@ -190,4 +203,4 @@ _training = itemgetter("training")
 
 def _is_recorder(hook: object) -> bool:
     """Whether it only looks: transformers' own, and calibration's, while another thread calibrates."""
-    return getattr(hook, "__module__", "").startswith(("transformers.", "xfast.calibration"))
+    return getattr(hook, "__module__", "").startswith(("transformers.", "xfast.calibration", "xfast.truncation"))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 
 from xfast.study.factors import Settings
 
-if TYPE_CHECKING:
-    from xfast.study.run import Plan
 
-
-def say(settings: Settings, made: Plan, console: Console) -> None:
-    """Say what will be measured, how long that takes, and what is left out."""
+def say(settings: Settings, made: Any, console: Console) -> None:
+    """Say what will be measured, how long that takes, and what is left out; ``made`` is a ``run.Plan``."""
     total = made.visits * settings.rounds
     time_ = "unknown on this device" if made.seconds is None else f"about {_duration(made.seconds)}, to a factor of 2"
     disk = ""
@@ -30,7 +27,7 @@ def say(settings: Settings, made: Plan, console: Console) -> None:
         console.print(line, style="yellow", markup=False, highlight=False)
 
 
-def _left_out(made: Plan) -> Iterable[str]:
+def _left_out(made: Any) -> Iterable[str]:
     yield from (f"skipped: {one['what']}: {one['why']}" for one in made.skipped)
     yield from made.notes
 
