@@ -93,7 +93,7 @@ def test_a_hub_that_answers_says_what_is_absent(base: Path, hub: Path, monkeypat
     def answer(*_: Any, **__: Any) -> None:
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("xfast.encode.model.hf_hub_download", answer)
+    monkeypatch.setattr("xfast.encode.sentences.hf_hub_download", answer)
     assert head_of(Settings(model="me/asked"))[0].pooling == "mean"
 
 
