@@ -91,7 +91,12 @@ def test_sentence_transformers_are_run_as_they_are(mode: str, unit: bool, base: 
 @pytest.mark.parametrize(
     ("modules", "pooling", "kind", "message"),
     [
-        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, UnsupportedModelError, "has a module Dense"),
+        (
+            ["Transformer", "Pooling", "Dense"],
+            {"pooling_mode": "mean"},
+            UnsupportedModelError,
+            "'1_Pooling', Dense '2_Dense'; ",
+        ),
         (["Transformer", "Pooling"], {"pooling_mode_max_tokens": True}, UnsupportedModelError, "accepted: cls or mean"),
         (
             ["Transformer", "Pooling"],
@@ -99,14 +104,19 @@ def test_sentence_transformers_are_run_as_they_are(mode: str, unit: bool, base: 
             UnsupportedModelError,
             "accepted: cls or mean alone",
         ),
-        (["Transformer", "Pooling"], [], DataFileError, r"modules\.json or its pooling"),
+        (["Transformer", "Pooling"], [], DataFileError, r"modules\.json or a file that goes with it"),
+        (["Pooling", "Transformer"], {}, UnsupportedModelError, r"modules Pooling '', Transformer '1_Transformer'; "),
+        (["Transformer"], {}, UnsupportedModelError, r"modules Transformer ''; accepted: Transformer '', Pooling, any"),
+        (["Transformer", "Normalize", "Pooling"], {}, UnsupportedModelError, "Normalize '1_Normalize', Pooling"),
+        (["Transformer", "Pooling", "Pooling"], {}, UnsupportedModelError, "Pooling '1_Pooling', Pooling"),
+        ([], {}, UnsupportedModelError, "has the modules of none"),
     ],
 )
 def test_parts_that_are_not_computed_are_refused(
     modules: list[str], pooling: Any, kind: Any, message: str, base: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(base, tmp_path / "model")
-    rows = [{"idx": i, "name": str(i), "path": f"{i}_{name}", "type": f"x.{name}"} for i, name in enumerate(modules)]
+    rows = [{"path": f"{i}_{name}" if i else "", "type": f"x.{name}"} for i, name in enumerate(modules)]
     (tmp_path / "model/modules.json").write_text(json.dumps(rows))
     (tmp_path / "model/1_Pooling").mkdir()
     (tmp_path / "model/1_Pooling/config.json").write_text(json.dumps(pooling))

@@ -19,12 +19,13 @@ from xfast import tokenizer_files
 from xfast.convert import convert
 from xfast.encode.model import head_of
 from xfast.encode.settings import Settings
-from xfast.errors import DataFileError
+from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError
 
 base = pytest.fixture(scope="module")(stilts.base)
 one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
 hub = pytest.fixture(encode.hub)
 
+PROMPTS = "config_sentence_transformers.json"
 UNIT = ("Transformer", "Pooling", "Normalize")
 
 
@@ -38,6 +39,20 @@ def sentences(base: Path, folder: Path, *, pooling: str = "1_Pooling", file: str
     (folder / pooling / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     if file:
         (folder / file).write_text(json.dumps(text))
+    return prompted(folder)
+
+
+def prompted(folder: Path, default: str | None = None, **more: Any) -> Path:
+    """With prompts, one of which may be put before every text."""
+    content = {"prompts": {"query": "river lamp ", "none": None}, "default_prompt_name": default, **more}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(content))
+    return folder
+
+
+def changed(folder: Path, file: str, **values: Any) -> Path:
+    """With other values in a file of JSON."""
+    path = folder / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
     return folder
 
 
@@ -56,7 +71,7 @@ def hidden(model: Any, text: str, tokenizer: Path) -> np.ndarray:
 # --- the Hub's cache ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lost", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize("lost", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json", PROMPTS])
 def test_what_was_never_cached_is_not_taken_for_absent(base: Path, hub: Path, tmp_path: Path, lost: str) -> None:
     whole = sentences(base, tmp_path / "m", file="sentence_bert_config.json", max_seq_length=16)
     snapshot = encode.publish(whole, hub, "me/whole", "a" * 40, absent=())
@@ -121,6 +136,133 @@ def test_lower_case_is_sentence_transformers_own(base: Path, tmp_path: Path, sou
     encode.run(source, tmp_path / "out", tmp_path / "model")
     want = model.encode(["River STONE", "lamp " * 40, ""])
     np.testing.assert_allclose(encode.embeddings(tmp_path / "out"), want, atol=1e-5)
+
+
+# --- prompts and other settings -----------------------------------------------------------------------
+
+TEXTS = ["River STONE", "lamp " * 40, ""]
+
+
+@pytest.fixture
+def library() -> Any:
+    return pytest.importorskip("sentence_transformers")
+
+
+def saved(library: Any, base: Path, folder: Path, **pool: Any) -> Any:
+    """The library's own model, saved and read again: of 16 tokens, in lower case, with a default prompt."""
+    parts_of = pytest.importorskip("sentence_transformers.models")
+    parts = [parts_of.Transformer(str(base)), parts_of.Pooling(64, **{"pooling_mode": "mean", **pool})]
+    named = {"prompts": {"query": "river lamp ", "passage": ""}, "default_prompt_name": "query"}
+    library.SentenceTransformer(modules=parts, device="cpu", **named).save(str(folder))
+    changed(folder, "sentence_bert_config.json", max_seq_length=16, do_lower_case=True)
+    return library.SentenceTransformer(str(folder), device="cpu")
+
+
+def test_the_default_prompt_is_the_one_that_is_put(library: Any, base: Path, tmp_path: Path, source: Path) -> None:
+    model = saved(library, base, tmp_path / "model")
+    convert(str(tmp_path / "model"), tmp_path / "packed", "fp32", "XLMRobertaModel")
+    identities = set()
+    for prefix in (None, "", "lamp "):
+        want = model.encode(TEXTS, prompt=prefix)
+        for name in ("model", "packed"):
+            output = tmp_path / f"{name} {prefix}"
+            encode.run(source, output, tmp_path / name, prefix=prefix)
+            np.testing.assert_allclose(encode.embeddings(output), want, atol=1e-5)
+        identities.add(head_of(Settings(model=str(tmp_path / "model"), prefix=prefix))[1])
+    assert len(identities) == 2  # what is asked for is among the settings
+    (tmp_path / "packed" / PROMPTS).unlink()  # as packed before prompts were kept
+    assert head_of(Settings(model=str(tmp_path / "packed")))[0].prefix == ""
+    with pytest.raises(InvalidOptionError, match='prefix was null, now ""'):
+        encode.run(source, tmp_path / "model None", tmp_path / "model", prefix="")
+
+
+def test_vectors_of_tokens_are_the_librarys(library: Any, base: Path, tmp_path: Path, source: Path) -> None:
+    model = saved(library, base, tmp_path / "model", pooling_mode="max", include_prompt=False)
+    encode.run(source, tmp_path / "out", tmp_path / "model", pooling="none")
+    got = encode.read(tmp_path / "out").column("embedding").to_pylist()
+    for ours, theirs in zip(got, model.encode(TEXTS, output_value="token_embeddings"), strict=True):
+        np.testing.assert_allclose(np.array(ours), theirs.cpu().numpy(), atol=1e-5)
+
+
+def test_cross_encoders_have_lengths_and_lower_case_too(library: Any, base: Path, tmp_path: Path) -> None:
+    encode.headed(base, tmp_path / "plain", "SequenceClassification", num_labels=1)
+    named = {"prompts": {"query": "river lamp "}, "default_prompt_name": "query"}
+    library.CrossEncoder(str(tmp_path / "plain"), device="cpu", **named).save_pretrained(str(tmp_path / "model"))
+    changed(tmp_path / "model", "sentence_bert_config.json", max_seq_length=24, do_lower_case=True)
+    model = library.CrossEncoder(str(tmp_path / "model"), device="cpu")
+    pairs = [("River STONE", "lamp green bread " * 30), ("Song", "LETTER")]
+    source = encode.jsonl(tmp_path / "in.jsonl", [{"text": one, "other": two} for one, two in pairs])
+    encode.run(source, tmp_path / "out", tmp_path / "model", pair_column="other", normalize=True)
+    np.testing.assert_allclose(encode.read(tmp_path / "out")["score"], model.predict(pairs), atol=1e-5)
+    with pytest.raises(UnsupportedModelError, match="accepted: Transformer '', Pooling"):
+        head_of(Settings(model=str(tmp_path / "model"), content="embeddings"))
+    head = head_of(Settings(model=str(tmp_path / "model"), content="embeddings", pooling="mean"))[0]
+    assert (head.prefix, head.max_length, head.lower) == ("river lamp ", 24, True)
+    modules = json.loads((tmp_path / "model/modules.json").read_text())
+    (tmp_path / "model/modules.json").write_text(json.dumps([*modules, {"path": "1_Dense", "type": "x.Dense"}]))
+    with pytest.raises(UnsupportedModelError, match="Dense '1_Dense'; accepted: Transformer '' alone"):
+        head_of(Settings(model=str(tmp_path / "model")))
+
+
+def test_heads_that_were_never_asked_for_modules_are_run(base: Path, hub: Path, tmp_path: Path) -> None:
+    encode.headed(base, tmp_path / "plain", "SequenceClassification", num_labels=1)
+    encode.publish(tmp_path / "plain", hub, "me/reranker", "a" * 40, absent=())
+    assert head_of(Settings(model="me/reranker"))[0].kind == "relevance"
+
+
+def test_a_prompt_that_is_not_pooled_is_refused(base: Path, tmp_path: Path) -> None:
+    model = changed(sentences(base, tmp_path / "m"), "1_Pooling/config.json", include_prompt=False)
+    for prefix in (None, ""):
+        assert head_of(Settings(model=str(model), prefix=prefix))[0].prefix == ""
+    prompted(model, "query")
+    for prefix in (None, "lamp "):
+        with pytest.raises(UnsupportedModelError, match=r"include_prompt: false.*'(river )?lamp '.*--pooling"):
+            head_of(Settings(model=str(model), prefix=prefix))
+    assert head_of(Settings(model=str(model), prefix=""))[0].prefix == ""
+    assert head_of(Settings(model=str(model), pooling="mean"))[0].prefix == "river lamp "
+
+
+@pytest.mark.parametrize(
+    ("default", "more", "kind", "message"),
+    [
+        ("passage", {}, DataFileError, "default_prompt_name is 'passage'; expected.*query, document, none"),
+        ("odd", {"prompts": {"odd": 7}}, DataFileError, "default_prompt_name is 'odd'"),
+        ("odd", {"prompts": ["odd"]}, DataFileError, "modules.json or a file that goes with it"),
+        (None, {"truncate_dim": 16}, UnsupportedModelError, "truncate_dim to 16"),
+    ],
+)
+def test_prompts_that_cannot_be_put(
+    default: str | None, more: dict[str, Any], kind: Any, message: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=message):
+        head_of(Settings(model=str(prompted(sentences(base, tmp_path / "m"), default, **more))))
+
+
+@pytest.mark.parametrize("default", ["none", "document", None])
+def test_prompts_that_are_none(default: str | None, base: Path, tmp_path: Path) -> None:
+    assert head_of(Settings(model=str(prompted(sentences(base, tmp_path / "m"), default))))[0].prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        (UnsupportedModelError, "processing_kwargs", {"text": {"add_special_tokens": False}}),
+        (UnsupportedModelError, "tokenizer_args", {"model_max_length": 5}),
+        (UnsupportedModelError, "transformer_task", "fill-mask"),
+        (UnsupportedModelError, "modality_config", {"text": {"method": "forward", "method_output_name": "pooler"}}),
+        (UnsupportedModelError, "document_length", 7),
+        (UnsupportedModelError, "of_another_release", 0),
+        (DataFileError, "max_seq_length", "16"),
+        (DataFileError, "do_lower_case", "yes"),
+    ],
+)
+def test_settings_that_are_not_applied_are_refused(kind: Any, key: str, value: Any, base: Path, tmp_path: Path) -> None:
+    file = "sentence_bert_config.json"
+    model = sentences(base, tmp_path / "m", file=file, do_lower_case=False, query_length=None, processing_kwargs={})
+    changed(model, file, unpad_inputs=True, model_args={"trust_remote_code": True})
+    assert head_of(Settings(model=str(model)))[0].max_length is None
+    with pytest.raises(kind, match=key):
+        head_of(Settings(model=str(changed(model, file, **{key: value}))))
 
 
 # --- artifacts ----------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ LENGTHS = tuple(
 )
 """Where sentence-transformers keeps lengths and letter case, in the order in which it looks."""
 
+PROMPTS = "config_sentence_transformers.json"
+"""Where it keeps prompts."""
+
 _POOLING = "1_Pooling/config.json"
 
 
@@ -120,7 +123,7 @@ def write(
     modules = _the_one(folders, MODULES, source)
     if embeds and modules is None:
         _warn_unknown(folders, source)
-    for name in (MODULES, *LENGTHS, _named(modules)):
+    for name in (MODULES, PROMPTS, *LENGTHS, _named(modules)):
         if (content := _the_one(folders, name, source)) is not None:
             staging.content(flat(name), content)
     if tokenizer is None:

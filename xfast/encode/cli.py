@@ -33,7 +33,10 @@ Normalize = Annotated[
     bool, typer.Option("--normalize", help="Embeddings of length 1; a reranker's score between 0 and 1.")
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of an input. Default: as many as the model takes.")]
-Prefix = Annotated[str, typer.Option(help="Put before every text: 'query: ' for e5.")]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="Put before every text: 'query: ' for e5. Default: the model's own, if it has one."),
+]
 Layers = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
 Dtype = Annotated[str, typer.Option(help="Of embeddings: float32 or float16.")]
 Backend = Annotated[str, typer.Option(help="auto, native, triton or tensorrt.")]
@@ -66,7 +69,7 @@ def encode(
     pooling: Pooling = Settings.pooling,
     normalize: Normalize = False,
     max_length: MaxLength = None,
-    prefix: Prefix = "",
+    prefix: Prefix = None,
     dtype: Dtype = Settings.dtype,
     backend: Backend = Settings.backend,
     precision: Precision = Settings.precision,

@@ -36,7 +36,9 @@ class Head:
         kind: "vector", "tokens", "classes", "relevance" or "tags".
         columns: that the output gets.
         labels: names, in the order of the model's outputs.
-        pooling, normalize, max_length, lower: of vectors: as the job has it, or the model says.
+        pooling, normalize: of vectors: as the job has it, or the model says.
+        prefix: put before every text: as the job has it, or the model says.
+        max_length, lower: of texts, as the model says.
         revision, tokenizer_revision: commits on the Hub; None: a folder.
         files: what identifies the files of the model and the tokenizer.
     """
@@ -46,6 +48,7 @@ class Head:
     labels: tuple[str, ...] = ()
     pooling: str = "mean"
     normalize: bool = False
+    prefix: str = ""
     max_length: int | None = None
     lower: bool = False
     revision: str | None = None
@@ -86,14 +89,31 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     else:
         name = _packed_class(manifest, settings)
     head = _head(name, config, settings)
-    if head.kind == "vector":
-        own = sentences_of(settings.model, revision, assume=settings.pooling != "auto")
-        chosen = own.pooling if settings.pooling == "auto" else settings.pooling
-        unit = settings.normalize or own.normalize
-        head = replace(head, pooling=chosen, normalize=unit, max_length=own.max_length, lower=own.lower)
-        if own != Sentences():
-            identity += f" {own.pooling} {own.normalize} {own.max_length}" + " lower" * own.lower
+    if head.kind != "tags":
+        head, said = _as_sentences(head, settings, revision)
+        identity += said
     return replace(head, revision=revision, tokenizer_revision=tokens, files=files), identity
+
+
+def _as_sentences(head: Head, settings: Settings, revision: str | None) -> tuple[Head, str]:
+    """The head with what a sentence-transformers model says of itself, and that as text for the identity."""
+    auto = settings.pooling == "auto"
+    # A head is hardly ever another's: release 6 keeps its length and lower case in the tokenizer
+    own = sentences_of(settings.model, revision, head.kind, assume=not auto or bool(head.labels))
+    prefix = own.prompt if settings.prefix is None else settings.prefix
+    if prefix and auto and not own.pools_prompt:
+        raise UnsupportedModelError(
+            f"model: {settings.model} does not pool the tokens of its prompt (include_prompt: false), which is not "
+            f"computed here; accepted: no prefix (it is {prefix!r:.100}), or --pooling, which pools them, too"
+        )
+    said = "" if own == Sentences() else f" {own.pooling} {own.normalize} {own.max_length}" + " lower" * own.lower
+    if own.prompt and settings.prefix is None:
+        said += f" prompt {own.prompt!r}"
+    head = replace(head, prefix=prefix, max_length=own.max_length, lower=own.lower)
+    if head.kind == "vector":
+        unit = settings.normalize or own.normalize
+        head = replace(head, pooling=own.pooling if auto else settings.pooling, normalize=unit)
+    return head, said
 
 
 class Encoder:
@@ -214,7 +234,7 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
     if name.endswith(_TAGS):
         if settings.pair_column is not None:
             raise InvalidOptionError("pair-column: not accepted with a head that labels tokens")
-        return Head("tags", outputs.Tags.names, labels)
+        return Head("tags", outputs.Tags.names, labels, prefix=settings.prefix or "")
     if config.problem_type == "multi_label_classification":
         raise UnsupportedModelError(f"model: {settings.model} gives several labels at once, which is not supported")
     if config.num_labels == 1:

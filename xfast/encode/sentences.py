@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,54 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from xfast import tokenizer_files
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
+from xfast.tensor_files import reading
 
 _MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+_READ = ("max_seq_length", "do_lower_case", "unpad_inputs")  # the last saves time alone
+_ARGUMENTS = re.compile(r"(model|tokenizer|processor|config)_(args|kwargs)")
+_PLAIN = {  # what release 6 writes of every model, by setting
+    "transformer_task": ("feature-extraction", "sequence-classification"),
+    "module_output_name": ("token_embeddings", "scores"),
+    "modality_config": tuple(
+        {"method": "forward", "method_output_name": output} for output in ("last_hidden_state", "logits")
+    ),
+}
+_ACCEPTED = {
+    "vector": "Transformer '', Pooling, any number of Normalize",
+    "tokens": "Transformer '', alone or with Pooling after it",
+    **dict.fromkeys(("classes", "relevance"), "Transformer '' alone"),
+}
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """How a sentence-transformers model makes vectors; the defaults are any other model's."""
+    """How sentence-transformers runs a model; the defaults are any other model's.
+
+    Attributes:
+        pooling, normalize: of vectors.
+        max_length, lower: of texts.
+        prompt: put before every text.
+        pools_prompt: whether its tokens are pooled, too.
+    """
 
     pooling: str = "mean"
     normalize: bool = False
     max_length: int | None = None
     lower: bool = False
+    prompt: str = ""
+    pools_prompt: bool = True
 
 
-def sentences_of(name: str, revision: str | None, *, assume: bool = False) -> Sentences:
+def sentences_of(name: str, revision: str | None, kind: str, *, assume: bool = False) -> Sentences:
     """What the files of a sentence-transformers model say.
 
     Args:
         name, revision: of the model.
-        assume: where it cannot be told whether it is one, it is none.
+        kind: of what is read from it, as :class:`xfast.encode.model.Head` has it.
+        assume: where it cannot be told whether it is one, it is none; vectors need no module that pools.
 
     Raises:
-        UnsupportedModelError: it has parts that are not computed here.
+        UnsupportedModelError: it has parts or settings that are not computed here.
         DataFileError: its files are not what sentence-transformers writes, or are neither in the cache nor in reach.
     """
     try:
@@ -47,22 +73,87 @@ def sentences_of(name: str, revision: str | None, *, assume: bool = False) -> Se
             return Sentences()
         if modules is None:
             return Sentences()
-        kinds = {module["type"].rpartition(".")[2] for module in modules}
-        pooling = tokenizer_files.pooling_config(modules)
-        config = {"pooling_mode": "mean"} if pooling is None else _read(name, revision, pooling)
-        text = _read(name, revision, *tokenizer_files.LENGTHS) or {}
-        longest, lower = text.get("max_seq_length"), text.get("do_lower_case") is True
-        modes = {mode for mode in _MODES if config.get("pooling_mode") == mode or config.get(_MODES[mode]) is True}
-        others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+        kinds = _order(name, modules, kind, assume)
+        made = Sentences(normalize=kind == "vector" and "Normalize" in kinds, prompt=_prompt(name, revision, kind))
+        made = replace(made, **_text(name, revision))
+        return replace(made, **_pooled(name, revision, modules)) if kind == "vector" and "Pooling" in kinds else made
     except XfastError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataFileError(f"model: {name}: modules.json or its pooling: {type(error).__name__}: {error}") from None
-    if other := ", ".join(sorted(kinds - {"Transformer", "Pooling", "Normalize"})):
-        raise UnsupportedModelError(f"model: {name} has a module {other}; accepted: Transformer, Pooling, Normalize")
+        raise DataFileError(
+            f"model: {name}: {tokenizer_files.MODULES} or a file that goes with it: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _order(name: str, modules: Any, kind: str, assume: bool) -> list[str]:
+    """The classes of the modules, which must be those that are computed here, in that order."""
+    found = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
+    kinds = [one for one, _ in found]
+    rest = kinds[1:]
+    if kind == "vector":
+        good = (rest[:1] == ["Pooling"] and set(rest[1:]) <= {"Normalize"}) or (assume and not rest)
+    else:  # of tokens' states nothing is changed once they are pooled
+        good = not rest or (kind == "tokens" and rest[0] == "Pooling")
+    if found[:1] != [("Transformer", "")] or not good:
+        raise UnsupportedModelError(
+            f"model: {name} has the modules {', '.join(f'{one} {path!r}' for one, path in found) or 'of none'}; "
+            f"accepted: {_ACCEPTED[kind]}"
+        )
+    return kinds
+
+
+def _pooled(name: str, revision: str | None, modules: Any) -> dict[str, Any]:
+    config = _read(name, revision, tokenizer_files.pooling_config(modules) or "")
+    modes = {mode for mode in _MODES if config.get("pooling_mode") == mode or config.get(_MODES[mode]) is True}
+    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
     if len(modes) != 1 or set(others) - set(_MODES.values()):
         raise UnsupportedModelError(f"model: {name} pools by {config}; accepted: cls or mean alone")
-    return Sentences(modes.pop(), "Normalize" in kinds, longest if isinstance(longest, int) else None, lower)
+    return {"pooling": modes.pop(), "pools_prompt": config.get("include_prompt") is not False}
+
+
+def _text(name: str, revision: str | None) -> dict[str, Any]:
+    """The longest input and lower case; any other setting must be one that changes nothing."""
+    text = _read(name, revision, *tokenizer_files.LENGTHS) or {}
+    if other := [key for key, value in text.items() if key not in _READ and not _changes_nothing(key, value)]:
+        raise UnsupportedModelError(
+            f"model: {name}: {tokenizer_files.LENGTHS[0]} sets {other[0]} to {text[other[0]]!r:.100}, which is not "
+            "computed here; accepted: max_seq_length, do_lower_case, and what says nothing"
+        )
+    longest, lower = text.get("max_seq_length"), text.get("do_lower_case")
+    if not (longest is None or (type(longest) is int and longest > 0)) or lower not in (None, False, True):
+        raise DataFileError(
+            f"model: {name}: max_seq_length {longest!r:.50}, do_lower_case {lower!r:.50}: expected a number above 0, "
+            "true or false"
+        )
+    return {"max_length": longest, "lower": bool(lower)}
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    if key in _PLAIN and value is not None:
+        return (value.get("text") if isinstance(value, dict) else value) in _PLAIN[key]
+    if _ARGUMENTS.fullmatch(key) and isinstance(value, dict):  # sentence-transformers takes no trust from a file
+        value = {name: given for name, given in value.items() if name != "trust_remote_code"}
+    return value is None or value is False or value in ("", [], {})
+
+
+def _prompt(name: str, revision: str | None, kind: str) -> str:
+    """The prompt that is put before every text where none is asked for."""
+    config = _read(name, revision, tokenizer_files.PROMPTS) or {}
+    if kind == "vector" and config.get("truncate_dim") is not None:
+        raise UnsupportedModelError(
+            f"model: {name}: {tokenizer_files.PROMPTS} sets truncate_dim to {config['truncate_dim']!r:.50}; vectors "
+            "are not cut here"
+        )
+    chosen, prompts = config.get("default_prompt_name"), {"query": "", "document": "", **(config.get("prompts") or {})}
+    if chosen is None:
+        return ""
+    prompt = prompts.get(chosen, 0)
+    if not isinstance(prompt, str | None):
+        raise DataFileError(
+            f"model: {name}: {tokenizer_files.PROMPTS}: default_prompt_name is {chosen!r:.100}; expected the name of "
+            f"a text among its prompts: {', '.join(map(str, prompts))}"
+        )
+    return prompt or ""
 
 
 class _OutOfReachError(DataFileError):
@@ -75,7 +166,9 @@ def _read(name: str, revision: str | None, *files: str) -> Any:
     for file in files:
         path = hub_file(name, file, revision) if revision is not None else tokenizer_files.find(name, file)
         if path is not None:
-            return json.loads(path.read_bytes())
+            with reading(path):
+                content = path.read_bytes()
+            return json.loads(content)
         if revision is not None and not unknown and not _absent(name, file, revision):
             unknown = file
     if unknown:

@@ -38,7 +38,8 @@ class Settings:
         normalize: embeddings of length 1, as a sentence-transformers model may ask for by itself; for a head with one
             score, its sigmoid.
         max_length: tokens, special ones included; longer inputs are truncated. None: as many as the model takes.
-        prefix: put before every text (not before the pair).
+        prefix: put before every text (not before the pair). None: the default prompt of a sentence-transformers
+            model, if it has one.
         dtype: of the embeddings.
         backend, precision, layers: see :class:`xfast.Options`; ``precision="auto"`` is not accepted.
         device: "cpu", "cuda" or "auto" (a GPU if there is one); resolved when the object is made.
@@ -58,7 +59,7 @@ class Settings:
     pooling: str = "auto"
     normalize: bool = False
     max_length: int | None = None
-    prefix: str = ""
+    prefix: str | None = None
     dtype: str = "float32"
     backend: str = "auto"
     precision: str = "model"

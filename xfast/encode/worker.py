@@ -90,7 +90,7 @@ class Worker:
 
     def _pieces(self, shards: Sequence[Shard]) -> Iterator[_Piece]:
         """Every shard's windows, of one at least."""
-        size, prefix = self.task.execution.window, self.task.settings.prefix
+        size, prefix = self.task.execution.window, self.task.head.prefix
         for shard in shards:
             rows = source.read(shard, self.task.schema, self.task.settings)
             texts = [prefix + text for text in rows.texts] if prefix else rows.texts
