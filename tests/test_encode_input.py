@@ -242,6 +242,51 @@ def test_a_pattern_reads_each_file_once(tmp_path: Path, base: Path) -> None:
     assert encode.read(tmp_path / "out").num_rows == 2
 
 
+def test_a_file_with_several_names_is_read_once(tmp_path: Path, base: Path) -> None:
+    encode.parquet(tmp_path / "in" / "b.parquet", {"text": ["one", "two"]})
+    (tmp_path / "in" / "a.parquet").hardlink_to(tmp_path / "in" / "b.parquet")
+    (tmp_path / "in" / "c.parquet").symlink_to("b.parquet")
+    for given in (tmp_path / "in", tmp_path / "in" / "*.parquet"):
+        [found] = source.find(str(given), tmp_path / "out")
+        assert found.path == str(tmp_path / "in" / "a.parquet")
+
+
+@pytest.mark.parametrize("given", ["in", "in/*.jsonl", "**/*.jsonl", "in/nowhere.jsonl"])
+def test_what_is_no_file_any_more_is_not_passed_over(given: str, tmp_path: Path) -> None:
+    encode.jsonl(tmp_path / "in" / "a.jsonl", GOOD)
+    for name in ("nowhere.jsonl", "pipe.jsonl"):
+        path = tmp_path / "in" / name
+        if name == "pipe.jsonl":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(tmp_path / "gone.jsonl")
+        with pytest.raises(DataFileError, match=f"input: {path}: "):
+            source.find(str(tmp_path / given).replace("nowhere", path.stem), tmp_path / "out")
+        path.unlink()
+    (tmp_path / "in" / ".hidden.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "in" / "note.txt").symlink_to(tmp_path / "gone.txt")
+    [found] = source.find(str(tmp_path / given).replace("nowhere", "a"), tmp_path / "out")
+    assert found.path == str(tmp_path / "in" / "a.jsonl")
+
+
+@pytest.mark.parametrize("given", ["in", "in/**/*.jsonl", "**/*.jsonl", "in/*/*.jsonl", "in/**"])
+def test_a_folder_that_cannot_be_listed_is_named(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("in/a", "in/closed", "in/.closed"):
+        encode.jsonl(tmp_path / folder / "a.jsonl", GOOD)
+    scan = os.scandir
+
+    def refuse(path: Any = ".") -> Any:  # as root, who may list any folder, is refused nothing
+        if str(path).rstrip("/").endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataFileError, match=f"input: {tmp_path}/in/closed/?: Permission denied"):
+        source.find(str(tmp_path / given), tmp_path / "out")
+    shutil.move(tmp_path / "in" / "closed", tmp_path / "elsewhere")
+    assert len(source.find(str(tmp_path / "in"), tmp_path / "out")) == 1  # hidden ones are not looked into
+
+
 @pytest.mark.parametrize("folder", [True, False])
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_names_that_are_no_text(tmp_path: Path, base: Path, kind: str, folder: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from xfast.encode import jsonl, parquet
 from xfast.encode.rows import InputFile, Rows, Shard, unify
 from xfast.encode.settings import Settings, require_unicode
 from xfast.errors import DataFileError, InvalidOptionError
+from xfast.tensor_files import reading
 
 KINDS = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 """Format by the ending of a file's name."""
 
+_HIDDEN = (".", "_")
 _READERS = {"parquet": parquet, "jsonl": jsonl}
 
 
@@ -31,20 +34,27 @@ def find(source: str, output: Path) -> list[InputFile]:
         InvalidOptionError: a file of another format was named, the output lies among the input, or a name is not UTF-8.
     """
     given = Path(source)
-    if given.is_dir():
-        if output.resolve().is_relative_to(given.resolve()):
-            raise InvalidOptionError(f"output: {output} lies inside the input {source}; its files would become input")
-        paths = [path for path in _walk(given) if path.suffix in KINDS and not _hidden(path.relative_to(given))]
-    elif given.exists():
-        paths = [given]
-    else:
-        matches = [path for text in glob.glob(source, recursive=True) if (path := Path(text)).is_file()]  # noqa: PTH207
-        # A pattern that reaches the output must not find the job's own files when it is continued
-        paths = [path for path in matches if not path.resolve().is_relative_to(output.resolve())]
+    with reading(given):
+        if given.is_dir():
+            if output.resolve().is_relative_to(given.resolve()):
+                raise InvalidOptionError(
+                    f"output: {output} lies inside the input {source}; its files would become input"
+                )
+            paths = [path for path in _walk(given) if path.suffix in KINDS]
+        elif given.exists():
+            paths = [given]
+        else:
+            # A pattern that reaches the output must not find the job's own files when it is continued
+            paths = [path for path in _matches(source) if not path.resolve().is_relative_to(output.resolve())]
     if not paths:
         raise DataFileError(f"input: {source}: no file ({', '.join(KINDS)}) there")
-    once = {path.resolve(): path for path in sorted(paths, reverse=True)}  # links and patterns reach one file often
-    return [_identified(path, output) for path in sorted(once.values())]
+    once: dict[tuple[int, int], Path] = {}  # links and patterns reach one file often
+    for path in sorted(paths):
+        found = _state(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataFileError(f"input: {path}: is no file that can be read again; move it away")
+        once.setdefault((found.st_dev, found.st_ino), path)
+    return [_identified(path, output) for path in once.values()]
 
 
 def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], pa.Schema, list[tuple[str, str]]]:
@@ -79,15 +89,43 @@ def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, those behind links to folders too, each folder once."""
+    """What lies in a folder and below, behind links to folders too, each folder once; hidden names are left out."""
+
+    def refuse(error: OSError) -> None:  # else what cannot be listed would be no input, silently
+        raise DataFileError(f"input: {error.filename}: {error.strerror}") from None
+
     seen: set[Path] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(root).resolve()
         if here in seen:
             folders.clear()
             continue
         seen.add(here)
-        yield from (path for name in files if (path := Path(root) / name).is_file())
+        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
+        yield from (Path(root) / name for name in files if not name.startswith(_HIDDEN))
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """What a pattern matches, but for folders and for what is neither a file nor called like one."""
+    parts = Path(pattern).parts
+    listed = {
+        str(Path(*parts[:i], *["**"] * (part == "**"))) + os.sep for i, part in enumerate(parts) if glob.has_magic(part)
+    }
+    for folder in (folder for one in listed for folder in glob.iglob(one, recursive=True)):  # noqa: PTH207
+        _require_listed(folder)
+    for text in glob.iglob(pattern, recursive=True):  # noqa: PTH207
+        path = Path(text)
+        if path.is_file():
+            yield path
+        elif path.suffix in KINDS and not (real := path.parent.resolve() / path.name).is_dir():
+            yield real  # by its own folder: links that lead round in a circle end in paths that are no file
+
+
+def _require_listed(folder: str) -> None:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:  # which glob passes over
+        raise DataFileError(f"input: {folder}: {error.strerror}") from None
 
 
 def unchanged(files: Sequence[InputFile]) -> None:
@@ -109,8 +147,11 @@ def unchanged(files: Sequence[InputFile]) -> None:
             )
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+def _state(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:  # a link to nowhere, among others
+        raise DataFileError(f"input: {path}: {error}") from error
 
 
 def _identified(path: Path, output: Path) -> InputFile:
@@ -120,8 +161,5 @@ def _identified(path: Path, output: Path) -> InputFile:
     require_unicode("input", resolved)
     if resolved.is_relative_to(output.resolve()):
         raise InvalidOptionError(f"input: {path} lies inside the output {output}")
-    try:
-        found = resolved.stat()
-    except OSError as error:
-        raise DataFileError(f"input: {path}: {error}") from error
+    found = _state(resolved)
     return InputFile(str(resolved), KINDS[path.suffix], found.st_size, found.st_mtime_ns)
