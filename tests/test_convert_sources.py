@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,25 @@ def test_a_checkpoint_of_several_types_becomes_a_model_of_one(
     assert {one.dtype for one in loaded.parameters()} == {stock.dtype}
     want = xfast.accelerate(stock, precision=precision, keep_weights=False)
     assert same(loaded(**arguments("xlm-roberta", HEAD)), want(**arguments("xlm-roberta", HEAD)))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("named", ["float16", "bfloat16", "float32", None])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_the_config_names_the_type(stored: torch.dtype, named: str | None, key: str, tmp_path: Path) -> None:
+    build(head=HEAD).to(stored).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**{name: config[name] for name in config if "dtype" not in name}, key: named}))
+    stock = transformers.XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "m", dtype="auto").eval()
+    assert stock.dtype == (stored if named is None else getattr(torch, named))
+    for precision in ("fp32", "int8"):
+        convert(str(tmp_path / "m"), tmp_path / precision, precision)
+        xfast.save(xfast.accelerate(stock, precision=precision), tmp_path / f"saved {precision}")
+        xfast.restore(stock)
+        for name in (name for name in names_in(tmp_path / precision) if name.endswith(".safetensors")):
+            saved = (tmp_path / f"saved {precision}" / name).read_bytes()
+            assert (tmp_path / precision / name).read_bytes() == saved, name
 
 
 def test_a_type_that_weights_cannot_have(tmp_path: Path) -> None:

@@ -256,18 +256,20 @@ class _Source:
 
 
 def _dtype_of(checkpoint: Tensors, names: Iterable[str]) -> torch.dtype:
-    """The one type of a model's parameters, as ``from_pretrained`` has it: a head in another type could not be run.
+    """The one type of a model's parameters: a head in another type could not be run.
 
-    Where the tensors have several types, it is the one that config.json names, else that of the first by name.
+    As with ``from_pretrained(dtype="auto")``, transformers 5's default, it is the one that config.json names, else that
+    of the tensors, the first by name where they have several.
     """
+    accepted = [DTYPES[kind] for kind in _FLOATS]
     types = [DTYPES[kind] for name in sorted(names) if (kind := checkpoint.entry(name).dtype) in _FLOATS]
-    if len(set(types)) < 2:
-        return types[0] if types else torch.float32
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or types[0]
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     dtype = getattr(torch, named, None) if isinstance(named, str) else named
-    if dtype not in [DTYPES[kind] for kind in _FLOATS]:
+    if dtype in accepted:
+        return dtype
+    if named is not None and len(set(types)) > 1:
         raise DataFileError(f"model: dtype {named!r:.50} in config.json; accepted: float32, bfloat16, float16")
-    return dtype
+    return types[0] if types else torch.float32
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
