@@ -123,6 +123,25 @@ def test_token_types_and_positions_by_column(tmp_path: Path) -> None:
         same(path, model, {**batch, "token_type_ids": types})
 
 
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        *(("bert", head) for head in HEADS),
+        ("camembert", "sequence-classification"),
+        ("xlm-roberta-xl", "sequence-classification"),
+    ],
+)
+def test_heads_of_every_family(family: str, head: str, tmp_path: Path) -> None:
+    model, path = model_of(head, family, num_hidden_layers=1), tmp_path / "m.onnx"
+    export.export_onnx(model, path)
+    batch = ragged(family)
+    if family == "bert":
+        batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
+    if head == "multiple-choice":
+        batch = {name: values.view(1, len(values), -1) for name, values in batch.items()}
+    same(path, model, batch)
+
+
 def test_an_accelerated_model_is_exported_as_it_was_and_stays_accelerated(tmp_path: Path) -> None:
     model, batch = model_of("sequence-classification"), ragged()
     want = model(**batch).logits

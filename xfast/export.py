@@ -170,12 +170,14 @@ def outputs_of(model: nn.Module) -> tuple[str, ...]:
     if family_of(model) is not None:
         return ("last_hidden_state", "pooler_output")[: 1 if model.pooler is None else 2]
     rule, encoder = rule_for(model), getattr(model, "base_model", None)
-    if rule is None or not rule.modules or rule.ending not in OUTPUTS or encoder is None or family_of(encoder) is None:
+    # A rule may be of one family's class alone, and its ending that class's whole name
+    ending = next((one for one in OUTPUTS if rule is not None and rule.modules and rule.ending.endswith(one)), None)
+    if ending is None or encoder is None or family_of(encoder) is None:
         raise UnsupportedModelError(
             f"model: {type(model).__name__} cannot be exported; accepted: {supported_families()}, "
             f"alone or with the head {', '.join(OUTPUTS)}"
         )
-    return OUTPUTS[rule.ending]
+    return OUTPUTS[ending]
 
 
 def _check_weights(model: nn.Module) -> None:
