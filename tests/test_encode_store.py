@@ -262,6 +262,25 @@ def test_what_a_killed_job_left_half_written_is_removed(tmp_path: Path, base: Pa
     ]
 
 
+def test_a_folder_that_is_somebody_elses_is_left_as_it_is(tmp_path: Path, base: Path, rng: Any) -> None:
+    source, output = encode.jsonl(tmp_path / "in.jsonl", rows_of(rng, 3)), tmp_path / "out"
+    output.mkdir()
+    half = f".shard-000000.parquet.{'a' * 32}.partial"
+    theirs = {".lock": "theirs", ".download.partial": "half", half: "another job's", "mine.txt": "mine"}
+    for name, text in theirs.items():
+        (output / name).write_text(text)
+    with pytest.raises(InvalidOptionError, match=r"mine\.txt and no manifest"):
+        encode.run(source, output, base)
+    assert {path.name: path.read_text() for path in output.iterdir()} == theirs
+    for name in ("mine.txt", half):
+        (output / name).unlink()
+    for name in (".folder.partial", half):
+        (output / name).mkdir()
+    assert encode.run(source, output, base).totals["rows"] == 3
+    assert {".lock", ".download.partial", ".folder.partial", half} < {path.name for path in output.iterdir()}
+    assert (output / ".lock").read_text() == "theirs"
+
+
 def test_the_manifest_and_the_footers_tell_the_whole_job(tmp_path: Path, base: Path, rng: Any) -> None:
     source = encode.jsonl(tmp_path / "in.jsonl", [*rows_of(rng, 9), {"text": None}])
     encode.run(source, tmp_path / "out", base, shard_rows=6, on_error="skip", max_length=10)

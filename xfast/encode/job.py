@@ -65,20 +65,21 @@ def encode(given: str, output: Path, settings: Settings, execution: Execution, w
     record = {**settings.as_dict(), "model_identity": identity, "input": store.identity_of(files)}
     with store.opened(output):
         plan = store.read_plan(output, record)
-        if plan is None:
-            shards, schema, left_out = source.plan(files, settings)
-            refuse_taken(schema.names, head.columns)
-            plan = Plan(record, shards, schema, left_out)
-            store.write_plan(output, plan)
-        there = store.done(output, plan)
-        missing = [shard for shard in plan.shards if shard.number not in there]
-        watcher.begin(sum(shard.rows for shard in plan.shards), sum(plan.shards[n].rows for n in there))
-        task = Task(settings, execution, head, str(output.resolve()), plan.fingerprint, plan.schema)
-        fallbacks = _run(task, state, missing, watcher.advance) if missing else {}
-        source.unchanged(files)
-        unchanged(settings, state)
-        there = store.done(output, plan)
-        totals = store.complete(output, plan, [there[number] for number in sorted(there)])
+        with store.swept(output):  # not before it is known to be a job's
+            if plan is None:
+                shards, schema, left_out = source.plan(files, settings)
+                refuse_taken(schema.names, head.columns)
+                plan = Plan(record, shards, schema, left_out)
+                store.write_plan(output, plan)
+            there = store.done(output, plan)
+            missing = [shard for shard in plan.shards if shard.number not in there]
+            watcher.begin(sum(shard.rows for shard in plan.shards), sum(plan.shards[n].rows for n in there))
+            task = Task(settings, execution, head, str(output.resolve()), plan.fingerprint, plan.schema)
+            fallbacks = _run(task, state, missing, watcher.advance) if missing else {}
+            source.unchanged(files)
+            unchanged(settings, state)
+            there = store.done(output, plan)
+            totals = store.complete(output, plan, [there[number] for number in sorted(there)])
     return Summary(str(output), totals, len(missing), plan.left_out, fallbacks)
 
 

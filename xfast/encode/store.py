@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ MANIFEST = "_manifest.json"  # readers of a folder of Parquet pass over names th
 FORMAT = 1
 _LOCK = ".lock"
 _PARTIAL = ".partial"
+_OURS = re.compile(rf"\.(shard-\d+\.parquet|attempt-\d+|{re.escape(MANIFEST)})\.[0-9a-f]+\{_PARTIAL}")
 _KEY = b"xfast.encode"  # of the facts, in the metadata of a shard's schema
 
 
@@ -74,7 +76,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[None]:
-    """Makes the folder, keeps other jobs out of it, and removes what killed processes left half written.
+    """Makes the folder and keeps other jobs out of it.
 
     Raises:
         DataFileError: it cannot be written.
@@ -83,7 +85,7 @@ def opened(folder: Path) -> Iterator[None]:
     require_unicode("output", folder.resolve())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w", encoding="utf-8")
+        lock = (folder / _LOCK).open("a", encoding="utf-8")  # which may be somebody else's
     except OSError as error:
         raise DataFileError(f"output: cannot write {folder}: {error}") from error
     with lock:
@@ -93,16 +95,30 @@ def opened(folder: Path) -> Iterator[None]:
             raise DataFileError(f"output: cannot lock {folder}: {error}") from error
         if not alone:
             raise InvalidOptionError(f"output: another job is writing {folder}")
-        _remove_partial(folder)
-        try:
-            yield
-        finally:
-            _remove_partial(folder)  # a worker that was killed leaves some, too
+        yield
+
+
+@contextmanager
+def swept(folder: Path) -> Iterator[None]:
+    """Removes what killed processes left half written, before and after the block; only names that are made here.
+
+    Raises:
+        DataFileError: the system refuses.
+    """
+    _remove_partial(folder)
+    try:
+        yield
+    finally:
+        _remove_partial(folder)  # a worker that was killed leaves some, too
 
 
 def _remove_partial(folder: Path) -> None:
-    for path in folder.glob(f".*{_PARTIAL}"):
-        path.unlink(missing_ok=True)
+    try:
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) and not path.is_dir():
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataFileError(f"output: cannot write {folder}: {error}") from error
 
 
 def read_plan(folder: Path, settings: dict[str, Any]) -> Plan | None:
