@@ -23,6 +23,8 @@ from xfast.tensor_files import (
     FileRecord,
     Mapped,
     TensorFile,
+    is_file,
+    is_folder,
     reading,
     record_of,
     strict_json,
@@ -150,7 +152,7 @@ class Manifest:
 
 def is_artifact(folder: Path) -> bool:
     """Whether a folder is a packed artifact, finished or not."""
-    return (folder / MANIFEST).is_file() or (folder / STAGING).is_dir()
+    return is_file(folder / MANIFEST) or is_folder(folder / STAGING)
 
 
 def manifest_in(folder: Path) -> Manifest | None:
@@ -161,8 +163,10 @@ def manifest_in(folder: Path) -> Manifest | None:
 def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactError: no artifact, an unfinished one, another format, or a changed manifest."""
     path = folder / MANIFEST
-    if not path.is_file():
-        if (folder / STAGING).is_dir():
+    with _as_artifact_error():
+        there, begun = is_file(path), is_folder(folder / STAGING)
+    if not there:
+        if begun:
             raise ArtifactError(f"{folder}: is not finished: run the same command again to continue it")
         raise ArtifactError(f"{folder}: is no packed artifact: it has no {MANIFEST}; make one with xfast.save")
     with _as_artifact_error(), reading(path):
@@ -326,8 +330,8 @@ class Staging:
         self.finished: dict[str, FileRecord] = {}
         self._records: dict[str, FileRecord] = {}
         self._refuse_foreign()
-        self._made = not folder.exists()
         with writing(folder):
+            self._made = not folder.exists()
             self._staging.mkdir(parents=True, exist_ok=True)
             self._lock = (self._staging / "lock").open("w")
         with contextlib.ExitStack() as refused, writing(folder):
@@ -343,9 +347,11 @@ class Staging:
                     path.unlink()
 
     def _refuse_foreign(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ArtifactWriteError(f"{self.folder}: is a file; expected a folder, or a path where one can be made")
         with writing(self.folder):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ArtifactWriteError(
+                    f"{self.folder}: is a file; expected a folder, or a path where one can be made"
+                )
             names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if MANIFEST not in names and names - _HARMLESS - self._placed():
             raise ArtifactWriteError(

@@ -32,6 +32,7 @@ from xfast.errors import (
     require_one_of,
 )
 from xfast.pages import printable
+from xfast.tensor_files import is_folder
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify, prune. Not yet run on a GPU.")
 
@@ -172,7 +173,7 @@ def build(
 @app.command()
 def inspect(folder: Folder, as_json: JsonFlag = False) -> None:
     """List the engines of a folder and what can be read of them here; their layers need a GPU."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataFileError(f"{folder}: no such folder")
     store = stores.Store(folder)
     rows = [_entry(store, entry) for entry in store.entries()]
@@ -252,7 +253,7 @@ def prune(
     """Remove the least recently used engines until the others are small enough together."""
     limit = stores.size_limit() if max_bytes is None else max_bytes
     store = stores.Store(folder)
-    if not store.folder.is_dir():
+    if not is_folder(store.folder):
         raise DataFileError(f"{store.folder}: no such folder")
     removed = store.prune(limit)
     if store.reasons["unwritable"]:

@@ -38,6 +38,7 @@ from xfast.errors import (
 )
 from xfast.heads import rule_for
 from xfast.logs import errors_only
+from xfast.tensor_files import exists, is_folder
 
 OUTPUTS = {
     "ForSequenceClassification": ("logits",),
@@ -192,10 +193,10 @@ def _check_weights(model: nn.Module) -> None:
 
 def check_free(out: Path, force: bool) -> None:
     """Raises InvalidOptionError when ``out`` or its data file is there and may not be replaced, or is a folder."""
-    if out.is_dir():
+    if is_folder(out):
         raise InvalidOptionError(f"out: {out} is a folder; accepted: a file, such as {out / 'model.onnx'}")
     for path in (out, _data_of(out)):
-        if path.is_dir() or (path.exists() and not force):
+        if is_folder(path) or (exists(path) and not force):
             raise InvalidOptionError(f"out: {path} exists; --force (force=True) replaces a file")
 
 

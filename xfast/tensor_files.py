@@ -73,6 +73,24 @@ def reading(path: Path) -> Iterator[None]:
         raise DataFileError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder. Raises DataFileError where the system does not tell: closed, or too long."""
+    with reading(path):
+        return path.is_dir()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises like :func:`is_folder`."""
+    with reading(path):
+        return path.is_file()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything of that name. Raises like :func:`is_folder`."""
+    with reading(path):
+        return path.exists()
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns the operating system's errors (disk full, read-only folder) into ArtifactWriteError."""

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from xfast.artifact import Staging
 from xfast.errors import DataFileError
-from xfast.tensor_files import reading
+from xfast.tensor_files import is_file, is_folder, reading
 
 NAMES = (
     "added_tokens.json",
@@ -65,7 +65,7 @@ def find(source: str, name: str) -> Path | None:
     """A file of a checkpoint that is a folder, or a Hub id whose files are in the cache; None when it is not there."""
     if not source:
         return None
-    if Path(source).is_dir():
+    if is_folder(Path(source)):
         return _in_folder(Path(source), name)
     try:
         cached = try_to_load_from_cache(source, name)
@@ -76,7 +76,7 @@ def find(source: str, name: str) -> Path | None:
 
 def _in_folder(folder: Path, name: str) -> Path | None:
     """Of a checkpoint, or flat, of an artifact."""
-    return next((path for path in (folder / name, folder / flat(name)) if path.is_file()), None)
+    return next((path for path in (folder / name, folder / flat(name)) if is_file(path)), None)
 
 
 def known_absent(snapshot: Path, name: str) -> bool:
@@ -101,7 +101,7 @@ def snapshots(source: str, revision: str | None) -> list[Path]:
     folder = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots"
     if revision is not None:
         return [folder / revision]
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if is_folder(folder) else []
 
 
 def write(
@@ -119,7 +119,7 @@ def write(
     Raises:
         DataFileError: a file differs between the revisions that the model may be.
     """
-    folders = [Path(source)] if source and Path(source).is_dir() else snapshots(source, revision)
+    folders = [Path(source)] if source and is_folder(Path(source)) else snapshots(source, revision)
     modules = _the_one(folders, MODULES, source)
     if embeds and modules is None:
         _warn_unknown(folders, source)

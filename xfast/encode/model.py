@@ -76,7 +76,7 @@ def head_of(settings: Settings) -> tuple[Head, str]:
     except XfastError:
         raise
     except Exception as error:  # transformers' checks of single fields raise their own kinds
-        if not isinstance(error, OSError) or Path(settings.model).is_dir():
+        if not isinstance(error, OSError) or tensor_files.is_folder(Path(settings.model)):
             raise DataFileError(f"model: {settings.model}: {error}") from None
         raise DataFileError(
             f"model: {settings.model}: no such folder, and no model that the Hub or its cache has; expected a folder "
@@ -284,7 +284,7 @@ def revision_of(name: str, *files: str) -> str | None:
         DataFileError: it cannot be told, so that a job that is continued might mix two models.
         OSError: no such model.
     """
-    if Path(name).is_dir():
+    if tensor_files.is_folder(Path(name)):
         return None
     asked, cached = map(hub_file, [name], files[:1]), (tokenizer_files.find(name, file) for file in files[1:])
     for found in itertools.chain(asked, cached):  # one question to the Hub
@@ -311,7 +311,7 @@ def _files_identity(settings: Settings, revision: str | None, tokenizer_revision
 def _identity(name: str, revision: str | None) -> str:
     """A folder's files hashed; a Hub id with its revision."""
     folder = Path(name)
-    if not folder.is_dir():
+    if not tensor_files.is_folder(folder):
         return f"{name}@{revision}"
     digest = hashlib.blake2b(digest_size=16)
     try:
@@ -337,7 +337,8 @@ def state_of(settings: Settings) -> State:
     Raises:
         DataFileError: they cannot be looked at.
     """
-    folders = [folder for name in (settings.model, settings.tokenizer) if name and (folder := Path(name)).is_dir()]
+    names = (name for name in (settings.model, settings.tokenizer) if name)
+    folders = [folder for folder in map(Path, names) if tensor_files.is_folder(folder)]
     try:
         return {str(path): tensor_files.state_of(path.stat()) for folder in folders for path in _parts(folder)}
     except OSError as error:

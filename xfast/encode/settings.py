@@ -12,6 +12,7 @@ import torch
 
 from xfast.errors import BackendUnavailableError, InvalidOptionError, require_one_of
 from xfast.options import BACKENDS, PRECISIONS
+from xfast.tensor_files import is_folder
 
 CONTENTS = ("auto", "embeddings", "predictions")
 POOLINGS = ("auto", "mean", "cls", "none")
@@ -48,6 +49,7 @@ class Settings:
 
     Raises:
         InvalidOptionError: a value is not accepted.
+        DataFileError: the system refuses to look at the model's or the tokenizer's folder.
     """
 
     model: str
@@ -89,7 +91,7 @@ class Settings:
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
         for name in ("model", "tokenizer"):  # as the workers of a cluster find a folder, wherever they run
-            if (value := getattr(self, name)) is not None and Path(value).is_dir():
+            if (value := getattr(self, name)) is not None and is_folder(Path(value)):
                 object.__setattr__(self, name, str(Path(value).resolve()))
 
     def as_dict(self) -> dict[str, Any]:
