@@ -173,6 +173,12 @@ def test_the_published_xxl_is_known_by_its_weights(tmp_path: Path, base: Path, s
         encode.run(source, tmp_path / "out", tmp_path / "xxl")
 
 
+def test_folders_beside_the_models_files_are_none_of_them(base: Path, tmp_path: Path, source: Path) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model" / "runs.json").mkdir()
+    assert encode.run(source, tmp_path / "out", tmp_path / "model").totals["rows"] == 12
+
+
 # --- rows ---------------------------------------------------------------------------------------------
 
 

@@ -373,4 +373,4 @@ def same_files(settings: Settings, head: Head) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     """The files of a checkpoint or a tokenizer that decide what it gives."""
-    return sorted(path for path in folder.iterdir() if path.suffix in _PARTS)
+    return sorted(path for path in folder.iterdir() if path.suffix in _PARTS and path.is_file())
