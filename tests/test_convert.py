@@ -316,6 +316,9 @@ def test_the_command(tmp_path: Path) -> None:
     damaged = run(app, ["convert", str(tmp_path / "a"), "--check"])
     assert damaged.exit_code == 2 and "tokenizer.json" in damaged.stderr
     assert run(app, ["convert", str(tmp_path / "m")]).exit_code == 2
+    for option, value in (("precision", "bf16"), ("group-size", "64"), ("architecture", "XLMRobertaModel")):
+        refused = run(app, ["convert", str(tmp_path / "a"), "--check", f"--{option}", value])
+        assert refused.exit_code == 2 and f"{option}: not accepted with --check" in refused.stderr
 
 
 def test_mapped_files_start_on_whole_pages(tmp_path: Path) -> None:

@@ -299,10 +299,10 @@ def _skeleton(checkpoint: Tensors, architecture: str | None, **changes: Any) -> 
 def run(
     model: Annotated[str, typer.Argument(help="Folder or cached Hub id of a checkpoint; with --check an artifact.")],
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="The artifact: a new or empty folder.")] = None,
-    precision: Annotated[str, typer.Option(help="int8, int4, bf16 or fp32.")] = "int8",
+    precision: Annotated[str | None, typer.Option(help="int8, int4, bf16 or fp32. Default: int8.")] = None,
     group_size: Annotated[
-        int, typer.Option(help="int4: inputs that share a scale: 32, 64 or 128.")
-    ] = DEFAULT_GROUP_SIZE,
+        int | None, typer.Option(help=f"int4: inputs that share a scale: 32, 64 or 128. Default: {DEFAULT_GROUP_SIZE}.")
+    ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Class of transformers, XLMRobertaModel for example.")
     ] = None,
@@ -312,6 +312,9 @@ def run(
     """Convert a checkpoint into a packed artifact for xfast.load, or check one."""
     if folder is None and not check:
         raise InvalidOptionError("dir: expected a folder for the artifact")
+    options = {"precision": precision, "group-size": group_size, "architecture": architecture}
+    if folder is None and (given := [name for name, value in options.items() if value is not None]):
+        raise InvalidOptionError(f"{', '.join(given)}: not accepted with --check alone, which converts nothing")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -320,7 +323,11 @@ def run(
             folder, manifest = Path(model), artifact.read_manifest(Path(model))
         else:
             manifest = convert(
-                *(model, folder, precision, architecture, group_size),
+                model,
+                folder,
+                "int8" if precision is None else precision,
+                architecture,
+                DEFAULT_GROUP_SIZE if group_size is None else group_size,
                 advance=lambda name: bar.update(task, description=name, advance=1),
                 announce=lambda files: bar.update(task, total=files),
             )
