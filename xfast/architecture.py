@@ -266,6 +266,11 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
 
 def _padding_idx(module: nn.Module, family: Family) -> int:
     if family.position_rule == "padding":
+        if module.embeddings.padding_idx is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has no padding token (pad_token_id is None), from whose number its positions "
+                "count; accepted: a pad_token_id, 1 in published models"
+            )
         return int(module.embeddings.padding_idx)
     pad = module.config.pad_token_id
     return 0 if pad is None else int(pad)
