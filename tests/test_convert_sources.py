@@ -86,6 +86,63 @@ def test_a_type_that_weights_cannot_have(tmp_path: Path) -> None:
         convert(str(tmp_path / "m"), tmp_path / "a")
 
 
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn, torch.complex64, torch.uint16])
+def test_types_that_are_not_read_may_lie_unused(dtype: torch.dtype, used: bool, tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    name = "pooler.dense.bias" if used else "extra_mask"
+    odd = torch.ones(64).to(dtype)
+    path.write_bytes(safetensors.torch.save({**safetensors.torch.load_file(path), name: odd}, {"format": "pt"}))
+    if used:
+        with pytest.raises(xfast.DataFileError, match=r"pooler\.dense\.bias is (BOOL|F8_E4M3|C64|U16) in the checkp"):
+            convert(str(tmp_path / "m"), tmp_path / "a")
+        return
+    convert(str(tmp_path / "m"), tmp_path / "a")
+    want = xfast.accelerate(model, precision="int8", keep_weights=False)
+    batch = arguments("xlm-roberta", "base")
+    assert same(xfast.load(tmp_path / "a")(**batch), want(**batch))
+    with pytest.raises(xfast.DataFileError, match="tensor extra_mask is"):
+        TensorFile(path)  # an artifact has no such tensors
+
+
+@pytest.mark.parametrize(("shape", "size", "good"), [([4], 2, True), ([3], 2, False), ([4], 4, False)])
+def test_values_of_less_than_a_byte(shape: list[int], size: int, good: bool, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    if good:
+        assert TensorFile(tmp_path / "f", foreign=True).entries["a"].end == size
+        return
+    with pytest.raises(xfast.DataFileError, match="are not the bytes of F4"):
+        TensorFile(tmp_path / "f", foreign=True)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_an_encoder_that_is_there_twice(factor: int, tmp_path: Path) -> None:
+    build(head=HEAD).save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    second = {name.removeprefix("roberta."): factor * one for name, one in tensors.items() if "roberta" in name}
+    path.write_bytes(safetensors.torch.save({**second, **tensors}, {"format": "pt"}))
+    for architecture in (None, "XLMRobertaModel"):
+        if factor == 1:
+            convert(str(tmp_path / "m"), tmp_path / "a", architecture=architecture)
+            continue
+        with pytest.raises(xfast.DataFileError, match=r"has (roberta\.)?emb.* and (roberta\.)?emb.*, with other"):
+            convert(str(tmp_path / "m"), tmp_path / "a", architecture=architecture)
+
+
+def test_a_model_without_a_padding_token(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": None}))
+    with pytest.raises(xfast.UnsupportedModelError, match="has no padding token"):
+        convert(str(tmp_path / "m"), tmp_path / "a")
+    with pytest.raises(xfast.UnsupportedModelError, match="has no padding token"):
+        xfast.accelerate(transformers.AutoModel.from_pretrained(tmp_path / "m").eval())
+
+
 # --- checkpoints that change --------------------------------------------------------------------------
 
 

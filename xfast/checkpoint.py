@@ -73,7 +73,7 @@ class Checkpoint:
             )
         self.folder = config.parent
         self.config = _json_object(config)
-        self.files = [TensorFile(path) for path in self._paths()]
+        self.files = [TensorFile(path, foreign=True) for path in self._paths()]
         self._where: dict[str, tuple[TensorFile, str]] = {}
         for file in self.files:
             for stored in file.entries:

@@ -140,6 +140,8 @@ class _Source:
 
     def _equal(self, first: str, second: str) -> bool:
         entries = [self._checkpoint.entry(name) for name in (first, second)]
+        if any(entry.dtype not in DTYPES for entry in entries):
+            return False
         if entries[0].shape != entries[1].shape or entries[0].dtype != entries[1].dtype:
             return False
         rows = entries[0].shape[0] if entries[0].shape else 0
@@ -196,12 +198,13 @@ class _Source:
         return other is not None
 
     def _put(self, names: list[str], entry: Entry) -> None:
+        weight = packed_model.is_parameter(self.root, names[0])
+        if entry.dtype not in (accepted := _FLOATS if weight else tuple(DTYPES)):
+            raise DataFileError(
+                f"model: {names[0]} is {entry.dtype} in the checkpoint; accepted: {', '.join(accepted)}"
+            )
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        if packed_model.is_parameter(self.root, names[0]):
-            if entry.dtype not in _FLOATS:
-                raise DataFileError(
-                    f"model: {names[0]} is {entry.dtype} in the checkpoint; accepted: {', '.join(_FLOATS)}"
-                )
+        if weight:
             tensor = nn.Parameter(tensor.to(self.dtype), requires_grad=False)
         for name in names:
             packed_model.put(self.root, name, tensor)
@@ -209,10 +212,15 @@ class _Source:
     def _stored_name(self, name: str) -> str | None:
         """The name in the checkpoint: with or without the prefix that heads put before their encoder."""
         prefix = f"{self.root.base_model_prefix}."
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in self._checkpoint.names():
-                return candidate
-        return None
+        candidates = dict.fromkeys((name, name.removeprefix(prefix), prefix + name))
+        found = [one for one in candidates if one in self._checkpoint.names()]
+        for other in found[1:]:
+            if not self._equal(found[0], other):
+                raise DataFileError(
+                    f"model: the checkpoint has {found[0]} and {other}, with other values: which of the two encoders "
+                    "is meant cannot be told; load it with transformers and use xfast.save"
+                )
+        return found[0] if found else None
 
     def _read(self, name: str, first: int = 0, rows: int | None = None) -> torch.Tensor:
         """A tensor in the type that it has in the model, or ``rows`` of its rows."""

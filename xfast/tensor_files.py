@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,23 @@ DTYPES = {
     "U8": torch.uint8,
 }
 """safetensors' names of the types that xfast reads and writes, widest first."""
+
+_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "BOOL": 8,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+}
+"""Bits of a value, for every type that safetensors has."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
@@ -103,9 +120,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class TensorFile:
-    """A safetensors file. Raises DataFileError for a file that is not one, to the last byte."""
+    """A safetensors file. Raises DataFileError for a file that is not one, to the last byte.
 
-    def __init__(self, path: Path) -> None:
+    With ``foreign`` tensors of types that are not read here may lie among those that are.
+    """
+
+    def __init__(self, path: Path, *, foreign: bool = False) -> None:
         self.path = path
         with reading(path), path.open("rb") as file:
             self._state = state_of(os.fstat(file.fileno()))
@@ -116,7 +136,7 @@ class TensorFile:
             raw = file.read(length)
         self._start = 8 + length
         self._header = hashlib.sha256(raw).digest()
-        self.entries = _parse(raw, self.bytes - self._start, path)
+        self.entries = _parse(raw, self.bytes - self._start, path, _BITS if foreign else DTYPES)
 
     @property
     def mtime_ns(self) -> int:
@@ -270,13 +290,13 @@ def _memory(path: Path, size: int, copy_on_write: bool = False) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), size, access=access), np.uint8)
 
 
-def _parse(raw: bytes, data_bytes: int, path: Path) -> dict[str, Entry]:
+def _parse(raw: bytes, data_bytes: int, path: Path, accepted: Collection[str]) -> dict[str, Entry]:
     """Entries of a header; together they must cover the data exactly, without overlap."""
     header = strict_json(raw, path)
     if not isinstance(header, dict):
         raise DataFileError(f"{path}: not a safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
-    entries = {name: _entry(name, fields, path) for name, fields in header.items()}
+    entries = {name: _entry(name, fields, path, accepted) for name, fields in header.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at:
@@ -287,14 +307,14 @@ def _parse(raw: bytes, data_bytes: int, path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(name: str, fields: Any, path: Path) -> Entry:
+def _entry(name: str, fields: Any, path: Path, accepted: Collection[str]) -> Entry:
     known = isinstance(fields, dict) and fields.keys() == {"dtype", "shape", "data_offsets"}
     if not known or not _sizes(fields["shape"]) or not _sizes(fields["data_offsets"]):
         raise DataFileError(f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {fields!r:.200}")
     dtype, shape, offsets = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise DataFileError(f"{path}: tensor {name} is {dtype!r:.50}; accepted: {', '.join(DTYPES)}")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if not isinstance(dtype, str) or dtype not in accepted:
+        raise DataFileError(f"{path}: tensor {name} is {dtype!r:.50}; accepted: {', '.join(accepted)}")
+    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * _BITS[dtype]:
         raise DataFileError(f"{path}: tensor {name}: {offsets!r:.100} are not the bytes of {dtype} {shape!r:.100}")
     return Entry(dtype, shape, offsets[0], offsets[1])
 
