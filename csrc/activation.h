@@ -9,10 +9,9 @@ namespace XFAST_TARGET {
 // x = n ln2 + r with |r| <= ln2 / 2; degree-6 minimax polynomial in r (error 2e-9), then times 2^n.
 inline V16 exp_nonpositive(V16 x) {
   x = max(set1(-87.0f), x);
-  const I16 n = round_to_int(mul(x, set1(1.4426950408889634f)));
-  const V16 nf = to_float(n);
-  V16 r = fma(nf, set1(-0.693359375f), x);       // ln2 in two parts: the first product is exact
-  r = fma(nf, set1(2.12194440e-4f), r);
+  const V16 n = to_float(round_to_int(mul(x, set1(1.4426950408889634f))));
+  V16 r = fma(n, set1(-0.693359375f), x);  // ln2 in two parts: the first product is exact
+  r = fma(n, set1(2.12194440e-4f), r);
   V16 p = set1(0.0013956119073554873f);
   p = fma(p, r, set1(0.008375170640647411f));
   p = fma(p, r, set1(0.04166608303785324f));
@@ -25,16 +24,15 @@ inline V16 exp_nonpositive(V16 x) {
 
 constexpr float kRoundedExpOfZero = 8191.0f;
 
-// 8191 e^x for x <= 0, exactly 8191 at 0, for results that are rounded to integers next: relative error 3e-6, three
-// multiply-adds less. Degree-4 minimax polynomial, its coefficients times 8191.
-inline V16 exp_rounded(V16 x) {
-  x = max(x, set1(-87.0f));
-  const I16 n = round_to_int(mul(x, set1(1.4426950408889634f)));
-  const V16 r = fma(to_float(n), set1(-0.6931471805599453f), x);
-  V16 p = set1(340.0398864746094f);
-  p = fma(p, r, set1(1375.06201171875f));
-  p = fma(p, r, set1(4095.746826171875f));
-  p = fma(p, r, set1(8190.728515625f));
+// 8191 * 2^x for x <= 0, exactly 8191 at 0 and nowhere more, for results that are rounded to integers next: relative
+// error 3e-6. NaN gives 0. Degree-4 minimax polynomial of 2^r on [0, 1) through 1 at 0, its coefficients times 8191.
+inline V16 exp2_rounded(V16 x) {
+  x = max(x, set1(-126.0f));
+  const V16 n = floor(x), r = sub(x, n);
+  V16 p = set1(109.97797393798828f);
+  p = fma(p, r, set1(427.9181213378906f));
+  p = fma(p, r, set1(1976.326171875f));
+  p = fma(p, r, set1(5676.73046875f));
   p = fma(p, r, set1(kRoundedExpOfZero));
   return scale_by_power(p, n);
 }

@@ -18,10 +18,10 @@ inline float* scores_of(const AttentionScratch& s, int64_t row, int64_t key) {
 
 // Sums of `rows` queries with n packed keys -> scratch.scores.
 template <class Kind>
-void score_tile(const AttentionScratch& s, int64_t rows, int64_t n, int64_t chunks) {
+void score_tile(const AttentionScratch& s, const uint8_t* query, int64_t rows, int64_t n, int64_t chunks) {
   const TileFn multiply = tile_for<typename Kind::Dot, false>(static_cast<int>(rows));
   for (int64_t key = 0; key < n; key += kPanel)
-    multiply(reinterpret_cast<const uint8_t*>(s.query), kQueryChunkStride,
+    multiply(query, Kind::Dot::kMaxRows * kChunkBytes,
              reinterpret_cast<const uint8_t*>(s.keys) + key / kPanel * chunks * kPanelChunkBytes, chunks, nullptr, 0,
              scores_of(s, 0, key), nullptr);
 }
@@ -32,53 +32,51 @@ inline V16 lowest_beyond(V16 x, int64_t count) {
   return add(keep_first(x, count), sub(lowest, keep_first(lowest, count)));
 }
 
-// Scores of one row -> scaled, in place; returns the largest, or `floor`.
+// NOTE: the loops below walk with pointers of their own. A vector store may alias anything, so whatever they read from
+// `s` would be loaded again after each, and addresses computed anew: a third of their time.
+
+// Sums of one row -> scores, in place; returns the largest, or `least`.
 template <class Kind>
-float scale_row(const AttentionScratch& s, int64_t row, int64_t n, float floor) {
-  const V16 query_scale = set1(s.query_scale[row]);
-  V16 largest[2] = {set1(floor), set1(floor)};
-  const auto scale = [&](int64_t at) {
-    float* scores = scores_of(s, row, at);
-    const V16 x = Kind::score(s, scores, query_scale, at);
-    store(scores, x);
-    return x;
-  };
-  int64_t key = 0;
-  for (; key + kPanel <= n; key += kPanel)
-    for (int i = 0; i < 2; ++i) largest[i] = max(scale(key + 16 * i), largest[i]);
-  for (int i = 0; key < n; key += 16, ++i) largest[i] = max(lowest_beyond(scale(key), n - key), largest[i]);
+float score_row(const AttentionScratch& s, int64_t row, int64_t n, float least) {
+  V16 largest[2] = {set1(least), set1(least)};
+  float* scores = scores_of(s, row, 0);
+  const float* key_scale = s.key_scale;
+  int64_t left = n;
+  for (; left >= kPanel; left -= kPanel, scores += kMaxTileRows * kPanel, key_scale += kPanel)
+    for (int i = 0; i < 2; ++i) largest[i] = max(Kind::score(scores + 16 * i, key_scale + 16 * i), largest[i]);
+  for (int i = 0; left > 0; left -= 16, ++i)
+    largest[i] = max(lowest_beyond(Kind::score(scores + 16 * i, key_scale + 16 * i), left), largest[i]);
   return reduce_max(max(largest[0], largest[1]));
 }
 
-// Scaled scores of one row -> probabilities (relative to the largest score so far) in operand layout; returns their
-// sum.
+// Scores of one row -> probabilities (relative to the largest score so far) in operand layout; returns their sum.
+// The query's scale comes after the subtraction, so that the largest score gives exactly 1 however large it is.
 template <class Kind>
-float exp_row(const AttentionScratch& s, int64_t row, int64_t n, float largest) {
-  const V16 shift = set1(largest);
-  V16 sum = set1(0.0f);
-  int64_t key = 0;
-  for (; key + kPanel <= n; key += kPanel) {
-    const float* scores = scores_of(s, row, key);
-    sum = add(sum, Kind::template take_probs<true>(s, row, key, kPanel, sub(load(scores), shift),
-                                                   sub(load(scores + 16), shift)));
-  }
-  if (key < n) {
-    const float* scores = scores_of(s, row, key);
-    sum = add(sum, Kind::template take_probs<false>(s, row, key, n - key, sub(load(scores), shift),
-                                                    sub(load(scores + 16), shift)));
-  }
-  return reduce_add(sum);
+float exp_row(const AttentionScratch& s, int64_t row, int64_t n, float query_scale, float largest) {
+  const V16 shift = set1(largest), scale = set1(query_scale);
+  typename Kind::Sum sum = Kind::zero();
+  const float* scores = scores_of(s, row, 0);
+  uint8_t* probs = reinterpret_cast<uint8_t*>(s.probs) + row * kChunkBytes;
+  const auto exponent = [&](int i) { return mul(sub(load(scores + i), shift), scale); };
+  constexpr int64_t kProbBytes = kPanel / Kind::kChunk * kProbChunkStride;
+  int64_t left = n;
+  for (; left >= kPanel; left -= kPanel, scores += kMaxTileRows * kPanel, probs += kProbBytes)
+    sum = add(sum, Kind::template take_probs<true>(probs, kPanel, exponent(0), exponent(16)));
+  if (left > 0) sum = add(sum, Kind::template take_probs<false>(probs, left, exponent(0), exponent(16)));
+  return Kind::total(sum);
 }
 
 // One online-softmax step: scores -> probabilities, and shrink[row] = exp(old - new maximum), the factor of what
 // earlier blocks contributed. All maxima first: one row's reduction hides behind the next row's work.
 template <class Kind>
-void softmax_tile(const AttentionScratch& s, int64_t rows, int64_t n, float* row_max, float* row_sum, float* shrink) {
+void softmax_tile(const AttentionScratch& s, int64_t q, int64_t rows, int64_t n, float* shrink) {
+  float *row_max = s.row_max + q, *row_sum = s.row_sum + q;
+  const float* scale = s.query_scale + q;
   const V16 before = load_n(row_max, rows);
-  for (int64_t r = 0; r < rows; ++r) row_max[r] = scale_row<Kind>(s, r, n, row_max[r]);
-  store(shrink, exp_nonpositive(sub(before, load_n(row_max, rows))));
+  for (int64_t r = 0; r < rows; ++r) row_max[r] = score_row<Kind>(s, r, n, row_max[r]);
+  store(shrink, Kind::power(mul(sub(before, load_n(row_max, rows)), load_n(scale, rows))));
   for (int64_t r = 0; r < rows; ++r)
-    row_sum[r] = __builtin_fmaf(row_sum[r], shrink[r], exp_row<Kind>(s, r, n, row_max[r]));
+    row_sum[r] = __builtin_fmaf(row_sum[r], shrink[r], exp_row<Kind>(s, r, n, scale[r], row_max[r]));
 }
 
 // out[rows, head_dim] = out * shrink + probs . values; on the last key block, divided by the sum.
@@ -90,8 +88,8 @@ void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float
   alignas(64) float inverse[16];
   store(inverse, last ? div(set1(1.0f), load_n(row_sum, rows)) : set1(1.0f));
   for (int64_t d = 0; d < args.head_dim; d += kPanel, values += kKeyBlock / Kind::kChunk * kPanelChunkBytes) {
-    multiply(reinterpret_cast<const uint8_t*>(s.probs), kQueryChunkStride, values, ceil_div(n, Kind::kChunk), nullptr,
-             0, s.tile, nullptr);
+    multiply(reinterpret_cast<const uint8_t*>(s.probs), kProbChunkStride, values, ceil_div(n, Kind::kChunk), nullptr, 0,
+             s.tile, nullptr);
     for (int64_t j = 0; j < kPanel && d + j < args.head_dim; j += 16) {
       const int64_t left = args.head_dim - d - j;
       for (int64_t r = 0; r < rows; ++r) {
@@ -104,24 +102,39 @@ void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float
   }
 }
 
+// All queries of a head -> operands of the first product, one tile after another.
+template <class Kind>
+void take_queries(const AttentionArgs& args, const AttentionScratch& s, const RowTiles& tiles, const float* q) {
+  constexpr int64_t kStride = Kind::Dot::kMaxRows * kChunkBytes;
+  const int64_t bytes = kStride * ceil_div(args.head_dim, Kind::kChunk);
+  int64_t row = 0;
+  for (int64_t t = 0; t < tiles.count; ++t)
+    for (int64_t r = 0; r < tiles.size(t); ++r, ++row) {
+      if (row + kRowsAhead < args.q_count) prefetch_row(q + (row + kRowsAhead) * args.ldq, args.head_dim);
+      s.query_scale[row] =
+          args.scale * Kind::take_query(q + row * args.ldq, args.head_dim,
+                                        reinterpret_cast<uint8_t*>(s.query) + t * bytes + r * kChunkBytes, kStride);
+      s.row_max[row] = -FLT_MAX, s.row_sum[row] = 0.0f;
+    }
+}
+
 template <class Kind>
 void attend_head(const AttentionArgs& args, const AttentionScratch& s, int head) {
-  const int64_t column = static_cast<int64_t>(head) * args.head_dim;
-  for (int64_t q = 0; q < args.q_count; ++q) s.row_max[q] = -FLT_MAX, s.row_sum[q] = 0.0f;
+  const int64_t column = static_cast<int64_t>(head) * args.head_dim, chunks = ceil_div(args.head_dim, Kind::kChunk);
+  const RowTiles tiles(args.q_count, Kind::Dot::kMaxRows);
+  take_queries<Kind>(args, s, tiles, args.q + column);
   for (int64_t key = 0; key < args.kv_len; key += kKeyBlock) {
     const int64_t n = args.kv_len - key < kKeyBlock ? args.kv_len - key : kKeyBlock;
     const bool first = key == 0, last = key + n == args.kv_len;
     Kind::pack_keys(s, args.k + key * args.ldkv + column, args.ldkv, n, args.head_dim);
     Kind::pack_values(s, args.v + key * args.ldkv + column, args.ldkv, n, args.head_dim);
-    const RowTiles tiles(args.q_count, Kind::Dot::kMaxRows);
+    const uint8_t* query = reinterpret_cast<const uint8_t*>(s.query);
     int64_t q = 0;
-    for (int64_t t = 0; t < tiles.count; ++t) {
+    for (int64_t t = 0; t < tiles.count; ++t, query += Kind::Dot::kMaxRows * kChunkBytes * chunks) {
       const int64_t rows = tiles.size(t);
-      for (int64_t r = 0; r < rows; ++r)
-        Kind::take_query(s, r, args.q + (q + r) * args.ldq + column, args.head_dim, args.scale);
-      score_tile<Kind>(s, rows, n, ceil_div(args.head_dim, Kind::kChunk));
+      score_tile<Kind>(s, query, rows, n, chunks);
       alignas(64) float shrink[16];
-      softmax_tile<Kind>(s, rows, n, s.row_max + q, s.row_sum + q, shrink);
+      softmax_tile<Kind>(s, q, rows, n, shrink);
       accumulate_tile<Kind>(args, s, args.out + q * args.ldo + column, rows, n, shrink, s.row_sum + q, first, last);
       q += rows;
     }

@@ -3,10 +3,11 @@
 //
 //   Dot           multiply-accumulate of both products (gemm_dot.h)       kChunk   elements of a 64-byte chunk
 //   pack_keys     a block of keys -> weight panels, one after another     pack_values   likewise, of the values
-//   take_query    one query -> a row of the first product's operand
-//   score         16 sums of the first product -> scores
-//   take_probs    32 scores, less their maximum -> a row of the second product's operand; returns what they add to the
-//                 row's sum
+//   take_query    one query -> a row of the first product's operand; returns what its scores are to be multiplied by
+//   score         16 sums of the first product -> scores, but for that factor (and written back if they differ)
+//   take_probs    32 scores, less their maximum, times the factor -> a row of the second product's operand; returns
+//                 what they add to the row's Sum
+//   power         what take_probs would make of a score, as fp32
 //   weighted      16 sums of the second product -> sum of p v, in units of the row's sum
 //
 // Integers (for all encoders but fp32 ones): queries and keys are rounded per row to 12 bits and a sign, probabilities
@@ -20,7 +21,7 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
-constexpr int64_t kQueryChunkStride = kMaxTileRows * kChunkBytes;
+constexpr int64_t kProbChunkStride = kMaxTileRows * kChunkBytes;
 // Rows of the QKV buffer lie too far apart for hardware prefetchers, and long sequences' do not fit in L2.
 constexpr int64_t kRowsAhead = 8;
 
@@ -30,22 +31,16 @@ struct AttentionScratch {
     keys = args.scratch;
     values = keys + kKeyBlock * d32;
     query = values + kKeyBlock * d32;
-    scores = query + kMaxTileRows * d32;
+    scores = query + (args.q_count + kMaxTileRows) * d32;
     probs = scores + kMaxTileRows * kKeyBlock;
     tile = probs + kMaxTileRows * kKeyBlock;
     key_scale = tile + kMaxTileRows * kPanel;
     value_scale = key_scale + kKeyBlock;
     query_scale = value_scale + d32;
-    row_max = query_scale + 16;
-    row_sum = row_max + args.q_count;
+    row_max = query_scale + args.q_count + 16;
+    row_sum = row_max + args.q_count + 16;
   }
 };
-
-// Where a row of an operand has its chunk `chunk`.
-template <class T>
-T* operand_chunk(float* operand, int64_t row, int64_t chunk) {
-  return reinterpret_cast<T*>(reinterpret_cast<uint8_t*>(operand) + chunk * kQueryChunkStride + row * kChunkBytes);
-}
 
 inline void prefetch_row(const float* row, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 16) __builtin_prefetch(row + d, 0, 3);
@@ -89,20 +84,22 @@ struct AttentionF32 {
           store(dst + key * kPanel + j, key < n ? load_part<Whole>(v + key * ld + d + j, head_dim - d - j) : set1(0));
       }
   }
-  static void take_query(const AttentionScratch& s, int64_t row, const float* q, int64_t head_dim, float scale) {
-    operand_row_f32(q, head_dim, {reinterpret_cast<uint8_t*>(s.query), kQueryChunkStride, nullptr}, row);
-    s.query_scale[row] = scale;
+  static float take_query(const float* q, int64_t head_dim, uint8_t* dst, int64_t chunk_stride) {
+    operand_row_f32(q, head_dim, {dst, chunk_stride, nullptr}, 0);
+    return 1.0f;
   }
-  static V16 score(const AttentionScratch&, const float* sums, V16 query_scale, int64_t) {
-    return mul(load(sums), query_scale);
-  }
+  static V16 score(float* sums, const float*) { return load(sums); }
+  using Sum = V16;
+  static Sum zero() { return set1(0.0f); }
+  static float total(Sum sum) { return reduce_add(sum); }
+  static V16 power(V16 x) { return exp_nonpositive(x); }
   // a, b: scores of keys [key, key + count) less their maximum; 32 of them if Full.
   template <bool Full>
-  static V16 take_probs(const AttentionScratch& s, int64_t row, int64_t key, int64_t count, V16 a, V16 b) {
+  static Sum take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
     a = exp_nonpositive(a), b = Full || count > 16 ? exp_nonpositive(b) : set1(0.0f);
     if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
-    store(operand_chunk<float>(s.probs, row, key / kChunk), a);
-    store(operand_chunk<float>(s.probs, row, key / kChunk + 1), b);
+    store(reinterpret_cast<float*>(probs), a);
+    store(reinterpret_cast<float*>(probs + kProbChunkStride), b);
     return add(a, b);
   }
   static V16 weighted(const AttentionScratch&, const float* sums, int64_t) { return load(sums); }
@@ -114,6 +111,8 @@ struct AttentionInt16 {
   static constexpr bool kWhole = Whole;
   static constexpr int64_t kChunk = 32;
   static constexpr float kRowLimit = 4095, kValueLimit = 1023;
+  // Taken off the keys' scales and put on the queries': sums times a key's scale alone must not overflow.
+  static constexpr float kKeyUnits = 4096;
   static_assert(kInt16MaxHeadDim * double{kRowLimit} * kRowLimit <= INT32_MAX, "scores must not overflow");
   static_assert(kKeyBlock * double{kValueLimit} * kRoundedExpOfZero <= INT32_MAX, "nor outputs");
 
@@ -142,7 +141,7 @@ struct AttentionInt16 {
           continue;
         }
         if (key + i + kRowsAhead < n) prefetch_row(k + (key + i + kRowsAhead) * ld, head_dim);
-        s.key_scale[key + i] = round_row(k + (key + i) * ld, head_dim, dst, kChunkBytes);
+        s.key_scale[key + i] = round_row(k + (key + i) * ld, head_dim, dst, kChunkBytes) * (1.0f / kKeyUnits);
       }
       float* dst = s.keys + key / kPanel * chunks * kGroups * kPanel + key % kPanel;
       for (int64_t c = 0; c < chunks; ++c) transpose16(block + c * 16, chunks * 16, dst + c * kGroups * kPanel, kPanel);
@@ -172,26 +171,31 @@ struct AttentionInt16 {
         for (int i = 0; i < 2; ++i) {
           const float* pair = v + key * ld + d + 16 * i;
           const V16 second = key + 1 < n ? load_part<Whole>(pair + ld, valid - 16 * i) : set1(0.0f);
-          store_pairs(dst + key / 2 * kPanel + 16 * i,
+          store_pairs(dst + (key / kChunk * kGroups + pair_slot(key % kChunk / 2)) * kPanel + 16 * i,
                       round_within(mul(load_part<Whole>(pair, valid - 16 * i), inverse[i]), kValueLimit),
                       round_within(mul(second, inverse[i]), kValueLimit));
         }
     }
   }
-  static void take_query(const AttentionScratch& s, int64_t row, const float* q, int64_t head_dim, float scale) {
-    s.query_scale[row] = scale * round_row(q, head_dim, operand_chunk<uint8_t>(s.query, row, 0), kQueryChunkStride);
+  static float take_query(const float* q, int64_t head_dim, uint8_t* dst, int64_t chunk_stride) {
+    return round_row(q, head_dim, dst, chunk_stride) * (kKeyUnits * 1.4426950408889634f);  // exponents of 2, not e
   }
-  static V16 score(const AttentionScratch& s, const float* sums, V16 query_scale, int64_t key) {
-    const V16 sum = to_float(load_i32(reinterpret_cast<const int32_t*>(sums)));
-    return mul(sum, mul(load(s.key_scale + key), query_scale));
+  static V16 score(float* sums, const float* key_scale) {
+    const V16 x = mul(to_float(load_i32(reinterpret_cast<const int32_t*>(sums))), load(key_scale));
+    store(sums, x);
+    return x;
   }
+  using Sum = I16;
+  static Sum zero() { return round_to_int(set1(0.0f)); }
+  static float total(Sum sum) { return reduce_add(to_float(sum)); }
+  static V16 power(V16 x) { return exp_nonpositive(mul(x, set1(0.6931471805599453f))); }
   template <bool Full>
-  static V16 take_probs(const AttentionScratch& s, int64_t row, int64_t key, int64_t count, V16 a, V16 b) {
-    a = exp_rounded(a), b = Full || count > 16 ? exp_rounded(b) : set1(0.0f);
+  static Sum take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
+    a = exp2_rounded(a), b = Full || count > 16 ? exp2_rounded(b) : set1(0.0f);
     if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
     const I16 p = round_to_int(a), q = round_to_int(b);
-    store_i16(operand_chunk<uint8_t>(s.probs, row, key / kChunk), p, q);
-    return add(to_float(p), to_float(q));  // of the rounded ones, so that the weights still add up to 1
+    store_i16(probs, p, q);
+    return add(p, q);  // of the rounded ones, so that the weights still add up to 1
   }
   static V16 weighted(const AttentionScratch& s, const float* sums, int64_t column) {
     return mul(to_float(load_i32(reinterpret_cast<const int32_t*>(sums))), load(s.value_scale + column));

@@ -155,9 +155,10 @@ struct AttentionArgs {
 constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
   const int64_t d32 = ceil_div(head_dim, 32) * 32;
   return 2 * kKeyBlock * d32                              // transposed keys, values
-         + kMaxTileRows * (d32 + 2 * kKeyBlock + kPanel)  // query operand, scores, probabilities, tile
-         + kKeyBlock + d32 + 16                           // scales of keys, values, queries
-         + 2 * q_count + 64;                              // running maximum and sum
+         + (q_count + kMaxTileRows) * d32                 // query operands
+         + kMaxTileRows * (2 * kKeyBlock + kPanel)        // scores, probabilities, tile
+         + kKeyBlock + d32                                // scales of keys, values
+         + 3 * (q_count + 16);                            // scale, running maximum and sum of queries
 }
 
 struct KernelTable {

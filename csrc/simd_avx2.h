@@ -85,10 +85,13 @@ inline I16 load_i32(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
-inline V16 scale_by_power(V16 a, I16 n) {
+inline I16 add(I16 a, I16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline V16 floor(V16 a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
+inline V16 scale_by_power(V16 a, V16 n) {
   const __m256i bias = _mm256_set1_epi32(127);
-  const __m256 flo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.lo, bias), 23));
-  const __m256 fhi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23));
+  const I16 power = round_to_int(n);
+  const __m256 flo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(power.lo, bias), 23));
+  const __m256 fhi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(power.hi, bias), 23));
   return {_mm256_mul_ps(a.lo, flo), _mm256_mul_ps(a.hi, fhi)};
 }
 // packs work within 128-bit halves; the permute puts the four groups of four back in order
@@ -102,9 +105,10 @@ inline void store_u8(uint8_t* p, I16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(to_bytes(a), _mm_set1_epi8(static_cast<char>(0x80))));
 }
 inline void store_i16(uint8_t* p, I16 a, I16 b) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_words(a));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), to_words(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_packs_epi32(a.lo, a.hi));  // within 128-bit halves
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), _mm256_packs_epi32(b.lo, b.hi));
 }
+constexpr int64_t pair_slot(int64_t pair) { return pair / 8 * 8 + pair % 4 / 2 * 4 + pair % 8 / 4 * 2 + pair % 2; }
 inline void store_pairs(float* p, I16 a, I16 b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(a.lo, _mm256_slli_epi32(b.lo, 16), 0xAA));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_blend_epi16(a.hi, _mm256_slli_epi32(b.hi, 16), 0xAA));

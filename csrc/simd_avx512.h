@@ -52,17 +52,18 @@ inline float reduce_max_magnitude(V16 a) {
 inline I16 round_to_int(V16 a) { return _mm512_cvtps_epi32(a); }
 inline V16 to_float(I16 a) { return _mm512_cvtepi32_ps(a); }
 inline I16 load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
-inline V16 scale_by_power(V16 a, I16 n) { return _mm512_scalef_ps(a, _mm512_cvtepi32_ps(n)); }
+inline I16 add(I16 a, I16 b) { return _mm512_add_epi32(a, b); }
+inline V16 floor(V16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+inline V16 scale_by_power(V16 a, V16 n) { return _mm512_scalef_ps(a, n); }
 inline void store_i8(uint8_t* p, I16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 inline void store_u8(uint8_t* p, I16 a) {
   const __m128i bytes = _mm512_cvtepi32_epi8(a);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
 }
 inline void store_i16(uint8_t* p, I16 a, I16 b) {
-  // packs work within 128-bit quarters; the permute puts the eight groups of four back in order
-  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b)));
+  _mm512_storeu_si512(p, _mm512_packs_epi32(a, b));  // works within 128-bit quarters: four of a, four of b, and so on
 }
+constexpr int64_t pair_slot(int64_t pair) { return pair % 8 / 2 * 4 + pair / 8 * 2 + pair % 2; }
 inline void store_pairs(float* p, I16 a, I16 b) {
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16)));
 }

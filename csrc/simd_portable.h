@@ -134,10 +134,18 @@ inline I16 load_i32(const int32_t* p) {
   std::memcpy(r.v, p, sizeof r.v);
   return r;
 }
-// a * 2^n for normal results
-inline V16 scale_by_power(V16 a, I16 n) {
+inline I16 add(I16 a, I16 b) {
+  XFAST_LANES a.v[i] += b.v[i];
+  return a;
+}
+inline V16 floor(V16 a) {
+  XFAST_LANES a.v[i] = std::floor(a.v[i]);
+  return a;
+}
+// a * 2^n for integers n and normal results
+inline V16 scale_by_power(V16 a, V16 n) {
   XFAST_LANES {
-    const uint32_t bits = (static_cast<uint32_t>(n.v[i]) + 127u) << 23;
+    const uint32_t bits = (static_cast<uint32_t>(static_cast<int32_t>(n.v[i])) + 127u) << 23;
     float factor;
     std::memcpy(&factor, &bits, 4);
     a.v[i] *= factor;
@@ -147,14 +155,16 @@ inline V16 scale_by_power(V16 a, I16 n) {
 // 16 values in [-127, 127] -> bytes + 128
 inline void store_i8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(static_cast<int8_t>(a.v[i])); }
 inline void store_u8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(a.v[i] + 128); }
-// a's, then b's values in [-32767, 32767] -> 16 bits each
+// a's and b's values in [-32767, 32767] -> 16 bits each, in the order that costs this target least: the pair of values
+// 2p and 2p + 1 (of 32: a's, then b's) lies at pair_slot(p).
 inline void store_i16(uint8_t* p, I16 a, I16 b) {
   int16_t words[32];
   XFAST_LANES words[i] = static_cast<int16_t>(a.v[i]);
   XFAST_LANES words[16 + i] = static_cast<int16_t>(b.v[i]);
   std::memcpy(p, words, sizeof words);
 }
-// likewise, alternating: as many bytes as 16 floats
+constexpr int64_t pair_slot(int64_t pair) { return pair; }
+// likewise, alternating (a0 b0 a1 b1 and so on): as many bytes as 16 floats
 inline void store_pairs(float* p, I16 a, I16 b) {
   XFAST_LANES {
     const int16_t pair[2] = {static_cast<int16_t>(a.v[i]), static_cast<int16_t>(b.v[i])};
