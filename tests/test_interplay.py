@@ -158,6 +158,29 @@ def test_attention_that_trains_by_itself_runs_the_original() -> None:
     assert fallbacks(model) == {"a module inside the encoder is in training mode": 1}
 
 
+@pytest.mark.parametrize("begins", ["quiet", "in training mode", "with a hook"])
+def test_hooks_and_dropout_are_seen_each_time_they_come_back(begins: str) -> None:
+    model, batch = build(), ragged()
+    layer = model.encoder.layer[1]
+    hook = layer.register_forward_hook(lambda *args: None) if begins == "with a hook" else None
+    xfast.accelerate(model.train(begins == "in training mode"))
+    model(**batch)
+    model.eval()
+    if hook is not None:
+        hook.remove()
+    before = sum(fallbacks(model).values())
+    for count in (1, 2):
+        model(**batch)
+        with layer.register_forward_hook(lambda *args: None):
+            model(**batch)
+        model(**batch)
+        layer.output.dropout.train()
+        model(**batch)
+        layer.output.dropout.eval()
+        model(**batch)
+        assert sum(fallbacks(model).values()) == before + 2 * count
+
+
 # --- fewer layers -----------------------------------------------------------------------------------
 
 
