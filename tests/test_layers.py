@@ -33,6 +33,7 @@ LAYER_OF = {
     "watch": "model",
     "calibration": "model",
     "truncation": "model",
+    "outputs": "model",
     "quantization": "model",
     "quantization_reports": "model",
     "mixed_precision": "model",
