@@ -217,6 +217,15 @@ def test_a_batch_without_padding_runs_natively_too(calls: list[str]) -> None:
     assert model(**nothing).logits.shape == (0, 7, want.shape[-1])
 
 
+def test_padding_elsewhere_in_the_batch_changes_no_logits(calls: list[str]) -> None:
+    # int8 has the same bits in every batch, so the head must be given the same values in every batch
+    model = xfast.accelerate(build(head="masked-lm").half(), precision="int8")
+    batch = ragged(lengths=(7, 7))
+    whole = model(**batch).logits
+    padded = {name: F.pad(values, (0, 3), value=name == "input_ids") for name, values in batch.items()}
+    assert torch.equal(model(**padded).logits[:, :7], whole) and len(calls) == 2
+
+
 def test_losses_are_computed_from_its_logits(calls: list[str]) -> None:
     model, batch = build(head="masked-lm"), ragged()
     want = model(**batch, **labels("masked-lm", batch)).loss

@@ -139,7 +139,7 @@ class TokenHeadPatch(HeadPatch):
             and args[0].dtype == head.decoder.weight.dtype
             and lm_head.usable(head)
         ):
-            return lm_head.logits(head, args[0].flatten(0, 1) if whole else hidden, packed, engine)
+            return lm_head.logits(head, hidden, packed, engine)
         if whole:
             return self.original(*args)
         outputs = self.original(hidden.to(context.padded.dtype).unsqueeze(0))[0]
