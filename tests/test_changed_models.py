@@ -219,3 +219,25 @@ def test_changed_copies_with_a_head_can_be_explained(head: str) -> None:
     copied = copy.deepcopy(xfast.accelerate(build(head=head)))
     CHANGES["adapter"](copied.base_model)
     assert "the original code runs" in str(xfast.explain(copied))
+
+
+def test_a_copy_that_cannot_run_the_calibration_batches_runs_the_original_code() -> None:
+    model, batch = build(head="masked-lm"), ragged()
+    xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=0.5)
+    copied = copy.deepcopy(model)
+    copied.resize_token_embeddings(int(batch["input_ids"].max()))  # the batch's largest id is none of its own now
+    few = {name: values[:1, :1] for name, values in batch.items()}
+    assert "the original code runs: calibration" in str(xfast.explain(copied))
+    with pytest.warns(UserWarning, match="this copy cannot be accelerated: calibration"):
+        got = copied(**few).logits
+    assert torch.equal(got, xfast.restore(copied)(**few).logits) and fallbacks(model) == {}
+
+
+def test_weights_that_became_nan_are_explained() -> None:
+    model = xfast.accelerate(build())
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    said = str(xfast.explain(model))
+    assert "accelerated calls raise InvalidWeightsError" in said and "layer.0.output.dense" in said
+    with pytest.raises(xfast.InvalidWeightsError):
+        model(**ragged())

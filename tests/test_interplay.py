@@ -239,6 +239,16 @@ def test_flags_that_are_none_mean_what_they_do_in_transformers(head: str, flag: 
         assert list(got) == list(want)
 
 
+def test_the_tuple_of_transformers_4_has_attentions() -> None:
+    model = xfast.accelerate(build(attention="eager"), layers=2)
+    patch = model.__dict__["forward"]
+    patch._names = tuple(dict.fromkeys((*patch._names, "return_dict")))  # an argument of the encoder's own there
+    flags = {"output_attentions": True, "output_hidden_states": True}
+    want = model(**ragged(), **flags)
+    got = model(**ragged(), **flags, return_dict=False)
+    assert [len(part) for part in got[2:]] == [3, 2] and torch.equal(got[3][1], want.attentions[1])
+
+
 def test_weights_made_in_inference_mode_and_cast_outside() -> None:
     """They say that they are no inference tensors and have no counter; stock's own code ends in torch's error."""
     batch = ragged()

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xfast.architecture import family_of, layers_of
-from xfast.errors import BackendUnavailableError, UnsupportedModelError, WeightsFreedError
+from xfast.errors import InvalidWeightsError, WeightsFreedError
 from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.patch import EncoderPatch
+from xfast.plan import CHANGED
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ def explain_patches(encoders: Sequence[EncoderPatch], heads: Sequence[HeadPatch]
 def _encoder(patch: EncoderPatch) -> EncoderExplanation:
     try:
         if patch.unusable is not None:
-            return _changed(patch, patch.unusable)
+            return _changed(patch, f"the original code runs: {patch.unusable}")
         plan = patch.plan
         engine = plan.current_engine(patch.module)
-    # a copy that was changed before its first call, or weights whose originals are gone
-    except (UnsupportedModelError, BackendUnavailableError, WeightsFreedError) as error:
-        return _changed(patch, str(error))
+    except CHANGED as error:  # of a copy, before its first call
+        return _changed(patch, f"the original code runs: {error}")
+    except (WeightsFreedError, InvalidWeightsError) as error:
+        return _changed(patch, f"accelerated calls raise {type(error).__name__}: {error}")
     return EncoderExplanation(
         name=type(patch.module).__name__,
         family=plan.weights.spec.family,
@@ -107,7 +109,7 @@ def _encoder(patch: EncoderPatch) -> EncoderExplanation:
     )
 
 
-def _changed(patch: EncoderPatch, error: str) -> EncoderExplanation:
+def _changed(patch: EncoderPatch, note: str) -> EncoderExplanation:
     family, layers = family_of(patch.module), len(layers_of(patch.module))
     return EncoderExplanation(
         name=type(patch.module).__name__,
@@ -119,7 +121,7 @@ def _changed(patch: EncoderPatch, error: str) -> EncoderExplanation:
         keep_weights=not patch.freed,
         freed=patch.freed,
         details=(),
-        notes=(f"the original code runs: {error}",),
+        notes=(note,),
         fallbacks=dict(patch.fallbacks),
     )
 

@@ -25,11 +25,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from xfast import compiled, training
 from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedError
-from xfast.errors import BackendUnavailableError, ModelFreedError, UnsupportedModelError, WeightsFreedError
+from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
 from xfast.packing import PositionOverflowError
-from xfast.plan import FreedCopy, Plan
+from xfast.plan import CHANGED, FreedCopy, Plan
 from xfast.truncation import run_layers
 
 _ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -245,14 +245,7 @@ class EncoderPatch(Patch):
         call = self._named(args, kwargs)
         wanted = bool(_flag(module, call, "output_hidden_states"))
         last, states, attentions = run_layers(module, layers, call, self.original, want_states=wanted)
-        pooler = getattr(module, "pooler", None)
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last,
-            pooler_output=None if pooler is None else pooler(last),
-            hidden_states=states,
-            attentions=attentions,
-        )
-        return self._as_asked(module, call, output)
+        return self._answer(module, call, last, states, attentions)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name. To transformers 5 a flag that is None is not one that was left to the config."""
@@ -277,7 +270,7 @@ class EncoderPatch(Patch):
             plan = self._plan_of_a_copy()
             plan.alert()  # not sooner: the original code has threads of its own
             return plan.current_engine(module)
-        except (UnsupportedModelError, BackendUnavailableError) as error:
+        except CHANGED as error:
             raise self._unusable_since(error) from None
 
     def _plan_of_a_copy(self) -> Plan:
@@ -285,7 +278,7 @@ class EncoderPatch(Patch):
             raise CannotRunError(self.unusable)
         try:
             return self.plan
-        except UnsupportedModelError as error:
+        except CHANGED as error:
             raise self._unusable_since(error) from None
 
     def _unusable_since(self, error: Exception) -> CannotRunError:
@@ -340,12 +333,8 @@ class EncoderPatch(Patch):
             last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:
             context.padded, context.packed, context.hidden = last, packed, hidden
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last,
-            pooler_output=None if pooler is None else pooler(last),
-            hidden_states=None if states is None else (*_apart(packed.pad(s, dtype) for s in states[:-1]), last),
-        )
-        return self._as_asked(module, call, output)
+        padded = None if states is None else (*_apart(packed.pad(s, dtype) for s in states[:-1]), last)
+        return self._answer(module, call, last, padded)
 
     def training_unavailable(self) -> str | None:
         """Why ``training=True`` cannot work for this encoder here, or None."""
@@ -364,26 +353,35 @@ class EncoderPatch(Patch):
         _refuse_elsewhere(call, given.device)
         spec = training.current(module, spec)
         packed = training.pack(spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
-        pooler, context = getattr(module, "pooler", None), current_context(self)
+        context = current_context(self)
         reads_first = context is not None and (context.rows == "first" or context.needs_first)
-        _refuse_batch(packed, pooler is not None or reads_first)
+        _refuse_batch(packed, getattr(module, "pooler", None) is not None or reads_first)
         wanted = bool(_flag(module, call, "output_hidden_states"))
         last, states = training.run(module, spec, packed, call.get("inputs_embeds"), wanted)
+        return self._answer(module, call, last, (*states, last) if wanted else None)
+
+    def _answer(
+        self,
+        module: nn.Module,
+        call: dict[str, Any],
+        last: torch.Tensor,
+        states: tuple[torch.Tensor, ...] | None = None,
+        attentions: tuple[torch.Tensor, ...] | None = None,
+    ) -> Any:
+        """What the original returns for this call, of the same kind; its pooler reads ``last``."""
+        pooler = getattr(module, "pooler", None)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
             pooler_output=None if pooler is None else pooler(last),
-            hidden_states=(*states, last) if wanted else None,
+            hidden_states=states,
+            attentions=attentions,
         )
-        return self._as_asked(module, call, output)
-
-    def _as_asked(self, module: nn.Module, call: dict[str, Any], output: Any) -> Any:
         if _flag(module, call, "return_dict", True):
             return output
         if "return_dict" not in self._names:
             return output.to_tuple()
         # transformers 4: the encoder builds the tuple itself and keeps an empty pooler's place
-        states = () if output.hidden_states is None else (output.hidden_states,)
-        return (output.last_hidden_state, output.pooler_output, *states)
+        return (last, output.pooler_output, *(each for each in (states, attentions) if each is not None))
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Under torch.compile: one custom operator for the encoder, so that tracing never sees the native call."""
@@ -414,9 +412,7 @@ class EncoderPatch(Patch):
             module.embeddings.word_embeddings.embedding_dim,
             dtype,
         )
-        pooled = module.pooler(hidden) if getattr(module, "pooler", None) is not None else None
-        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
-        return self._as_asked(module, call, output)
+        return self._answer(module, call, hidden)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from xfast.watch import InnerWatch, WeightWatch, version_of
 
 BACKENDS = (NativeBackend(), TritonBackend(), TensorRTBackend())
 
+# What a change by the user may bring: their code must still run
+CHANGED = (UnsupportedModelError, BackendUnavailableError, InvalidInputError)
 FREED = "the original weights were given up with keep_weights=False"
 # Fastest first. bf16 stands behind int8 even where it is native; fp32 always meets a tolerance above rounding.
 _AUTO_ORDER = ("fp8", "int8", "bf16", "fp16", "fp32")
@@ -142,10 +144,10 @@ class Plan:
             weights = describe(module, self._family)
             watch = WeightWatch(module, weights)  # before packing: a change during it is seen at the next call
             backend_name, engine = self._build(module, weights)
-        except (UnsupportedModelError, BackendUnavailableError, InvalidInputError) as error:
+        except CHANGED as error:
             if first:
                 raise
-            # changed by the user after accelerate (to what overflows on the batches): their code must still run
+            # after accelerate, to what overflows on the batches for example
             self.notes.append(f"the original code runs: {error}")
         self.weights, self.backend_name, self.engine = weights, backend_name, engine
         self.inner = InnerWatch(module)
