@@ -130,6 +130,14 @@ def test_errors(model: Path, tmp_path: Path) -> None:
         assert done.exit_code == 2 and words in done.stderr, (arguments, done.output)
 
 
+def test_a_checkpoint_that_lacks_weights_gives_no_engine(tmp_path: Path) -> None:
+    model = build("xlm-roberta", "sequence-classification", num_hidden_layers=2)
+    kept = {name: values for name, values in model.state_dict().items() if ".layer.1.attention.output" not in name}
+    model.save_pretrained(tmp_path / "model", state_dict=kept)
+    done = _run("build", tmp_path / "model", tmp_path / "engines", "--target", "SM89")
+    assert done.exit_code == 2 and "lacks encoder.layer.1.attention.output.LayerNorm.bias, " in done.stderr, done.output
+
+
 @NO_GPU
 def test_what_needs_a_gpu_says_so(model: Path, tmp_path: Path) -> None:
     done = _run("build", model, tmp_path)

@@ -334,6 +334,12 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     same(out, model.base_model, ragged())
 
 
+def test_names_that_look_like_markup(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "x[").mkdir()  # a closing tag without its beginning is an error of Rich's
+    done = command(checkpoint, tmp_path / "x[" / "b].onnx")
+    assert done.exit_code == 0 and "/x[/b].onnx: " in done.stdout, done.output
+
+
 def test_what_the_command_refuses(checkpoint: Path, tmp_path: Path) -> None:
     out, vit, odd, bare = tmp_path / "m.onnx", tmp_path / "vit", tmp_path / "odd", tmp_path / "bare"
     vit_config = transformers.ViTConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, image_size=32)

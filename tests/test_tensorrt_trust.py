@@ -159,6 +159,22 @@ def test_an_engine_keeps_its_runtime(machine: Machine, monkeypatch: pytest.Monke
         machine.engine()
 
 
+@pytest.mark.parametrize("blob", [GOOD, WRONG])
+def test_the_verdict_of_verify(blob: bytes, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.Store(machine.folder).save(machine.keys()[0], blob)
+    weights = machine.engine()._weights
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(command, "load_weights", lambda *_: weights)
+    for options in ([], ["--json"]):
+        done = CliRunner().invoke(command.app, ["verify", "model", str(machine.folder), *options])
+        assert done.exit_code == (0 if blob == GOOD else 2), done.output
+        if options:
+            assert json.loads(done.stdout)["accepted"] == (blob == GOOD)
+        else:
+            assert done.stdout.startswith("accepted: " if blob == GOOD else "refused: relative error 5.00e-01")
+
+
 def test_an_engine_is_described_while_another_is_made(machine: Machine) -> None:
     """explain on one thread, and the first call of other layers on another."""
     made = machine.engine()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,20 @@ def loading(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataFileError(f"model: {model}: {type(error).__name__}: {error}") from error
+
+
+def require_whole(model: str, facts: Mapping[str, Any]) -> None:
+    """Raises DataFileError where the checkpoint lacks weights: transformers makes them up and goes on.
+
+    Args:
+        model: what was loaded.
+        facts: that ``from_pretrained(model, output_loading_info=True)`` returned.
+    """
+    if missing := sorted(facts["missing_keys"]):
+        raise DataFileError(
+            f"model: {model} lacks {', '.join(missing[:5])}{', ...' if missing[5:] else ''}; "
+            "was it saved in part, or without its head?"
+        )
 
 
 class Tensors(Protocol):

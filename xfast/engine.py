@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from xfast.backends import tensorrt_check as judge
 from xfast.backends import tensorrt_network as networks
 from xfast.backends import tensorrt_runtime as runtimes
 from xfast.backends import tensorrt_store as stores
-from xfast.checkpoint import loading
+from xfast.checkpoint import loading, require_whole
 from xfast.errors import (
     BackendUnavailableError,
     DataFileError,
@@ -47,7 +48,7 @@ def load_weights(model: str, layers: int | None = None) -> EncoderWeights:
     """The encoder's weights of a checkpoint, on the CPU; ``layers``: how many will be asked for, checked first.
 
     Raises:
-        DataFileError: there is no such checkpoint.
+        DataFileError: there is no such checkpoint, or it lacks weights.
         InvalidOptionError: so many layers it has not.
         UnsupportedModelError: it is none of the supported families.
     """
@@ -58,16 +59,19 @@ def load_weights(model: str, layers: int | None = None) -> EncoderWeights:
         raise InvalidOptionError(f"layers: {layers} is not accepted; accepted: 0 to {there_are}")
     with loading(model):
         if config.model_type == "altclip_text_model":  # in no table of the Auto classes
-            loaded = transformers.AltCLIPTextModel.from_pretrained(model)
+            loaded, facts = transformers.AltCLIPTextModel.from_pretrained(model, output_loading_info=True)
         elif config.model_type == "altclip":  # no pooler to leave out
-            loaded = transformers.AltCLIPModel.from_pretrained(model)
+            loaded, facts = transformers.AltCLIPModel.from_pretrained(model, output_loading_info=True)
         else:
-            loaded = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False)
+            options = {"add_pooling_layer": False, "output_loading_info": True}
+            loaded, facts = transformers.AutoModel.from_pretrained(model, **options)
     found = find_encoders(loaded)
     if not found:
         raise UnsupportedModelError(f"model: {config.model_type} is not supported; supported: {supported_families()}")
     _, module, family = found[0]
-    return describe(module, family)
+    weights = describe(module, family)  # first: a checkpoint of another class lacks weights, too, and this names it
+    require_whole(model, facts)
+    return weights
 
 
 def _targets(runtime: runtimes.Runtime, target: str | None) -> tuple[str | None, str]:
@@ -222,7 +226,10 @@ def verify(
     layers: LayersOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare the folder's engine for this model and GPU with PyTorch: finite, within its precision, same labels."""
+    """Compare the folder's engine for this model and GPU with PyTorch: finite, within its precision, same labels.
+
+    Exit status 2 where the engine is refused.
+    """
     if not torch.cuda.is_available():
         raise BackendUnavailableError("verify runs the engine, and there is no GPU here")
     require_one_of("precision", precision, networks.PRECISIONS)
@@ -231,12 +238,18 @@ def verify(
         module.to("cuda")
     engine = backend.TensorRTEngine(weights, precision, stores.Store(folder))
     count = weights.spec.num_layers if layers is None else layers
-    report: judge.Report = engine.verify(count)
+    try:
+        report: judge.Report = engine.verify(count)
+    except judge.EngineRejectedError as rejected:
+        report = rejected.report
     if as_json:
-        facts = {"error": report.error, "bound": report.bound, "agreement": report.agreement}
+        error = report.error if math.isfinite(report.error) else None  # for which JSON has no word
+        facts = {"error": error, "bound": report.bound, "agreement": report.agreement, "finite": report.finite}
         typer.echo(json.dumps({**facts, "accepted": report.accepted}, indent=1))
-        return
-    _say(f"{'accepted' if report.accepted else 'refused'}: {report}", 140)
+    else:
+        _say(f"{'accepted' if report.accepted else 'refused'}: {report}", 140)
+    if not report.accepted:
+        raise typer.Exit(2)
 
 
 @app.command()

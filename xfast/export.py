@@ -27,7 +27,7 @@ from torch import nn
 import xfast
 from xfast.architecture import EncoderSpec, describe, family_of, find_encoders, supported_families
 from xfast.calibration import evaluated
-from xfast.checkpoint import loading
+from xfast.checkpoint import loading, require_whole
 from xfast.errors import (
     BackendUnavailableError,
     DataFileError,
@@ -38,6 +38,7 @@ from xfast.errors import (
 )
 from xfast.heads import rule_for
 from xfast.logs import errors_only
+from xfast.pages import printable
 from xfast.tensor_files import exists, is_folder
 
 OUTPUTS = {
@@ -363,7 +364,7 @@ def load(model: str, encoder: bool = False) -> nn.Module:
     """A checkpoint's model in fp32, with the head that it was saved with or, with ``encoder``, without.
 
     Raises:
-        DataFileError: there is no such checkpoint, or it lacks weights of its head.
+        DataFileError: there is no such checkpoint, or it lacks weights.
         UnsupportedModelError: its class is not in transformers, or not one that can be exported.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
@@ -377,10 +378,8 @@ def load(model: str, encoder: bool = False) -> nn.Module:
         if facts["missing_keys"] and all(name.startswith("pooler.") for name in facts["missing_keys"]):
             # saved with a head that reads the encoder itself
             made, facts = cls.from_pretrained(model, add_pooling_layer=False, **options)
-    missing = sorted(facts["missing_keys"])
     outputs_of(made)
-    if missing:
-        raise DataFileError(f"model: {model} lacks {', '.join(missing[:5])}; was it saved without its head?")
+    require_whole(model, facts)
     return made
 
 
@@ -411,10 +410,11 @@ def onnx(
     if as_json:
         typer.echo(json.dumps(facts | {"seconds": round(time.perf_counter() - started, 1)}, indent=1))
         return
-    beside = "" if made.data is None else f" and {made.data.name}"
+    written = printable(f"{made.path}" if made.data is None else f"{made.path} and {made.data.name}")
     Console(width=200).print(
-        f"{made.path}{beside}: {made.bytes / 2**20:.1f} MiB, opset {made.opset}, {', '.join(made.outputs)}; "
+        f"{written}: {made.bytes / 2**20:.1f} MiB, opset {made.opset}, {', '.join(made.outputs)}; "
         f"within {made.error:.1e} of PyTorch on {made.batches} batches",
+        markup=False,  # names of files may look like it
         highlight=False,
         soft_wrap=True,
     )
