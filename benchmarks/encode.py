@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import typer
 
-from xfast import demo
 from xfast.benchmarks.models import random_model
 from xfast.encode import source, store
 from xfast.encode.model import head_of
@@ -31,6 +30,7 @@ from xfast.encode.worker import Task, Worker
 from xfast.errors import DataFileError
 from xfast.machine import machine
 from xfast.study.corpus import load_tokenizer
+from xfast.threads import num_threads
 
 ENCODER, IN_LINE, BESIDE = "encoder", "in line", "beside"
 
@@ -121,7 +121,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Measure end to end against the encoder alone."""
-    with tempfile.TemporaryDirectory() as folder, demo.num_threads(threads):
+    with tempfile.TemporaryDirectory() as folder, num_threads(threads):
         checkpoint, path = prepare(data, sentences, model, Path(folder))
         settings = Settings(model=str(checkpoint), precision=precision, device="cpu")
         arms = Arms(settings, Execution(batch_tokens=batch_tokens, window=window), path, Path(folder))

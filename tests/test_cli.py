@@ -68,6 +68,13 @@ def test_info_for_people() -> None:
     assert result.stderr == ""
 
 
+def test_info_of_what_looks_like_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"name": "triton", "available": False, "precisions": [], "reason": "no driver [/usr/lib]"}]
+    monkeypatch.setattr(cli, "backends", lambda: rows)
+    result = runner.invoke(cli.app, ["info"])
+    assert result.exit_code == 0 and "no driver [/usr/lib]" in result.stdout
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["demo", "--help"], ["info", "--help"]])
 def test_help(arguments: list[str]) -> None:
     result = runner.invoke(cli.app, arguments)

@@ -21,6 +21,7 @@ from xfast import demo
 from xfast.benchmarks import models
 from xfast.cli import app
 from xfast.study.profiles import GROUPS, group_of, load_profiles
+from xfast.threads import num_threads
 
 WORKLOADS = [*GROUPS, "latency"]
 FIGURES = {"samples_per_s", "tokens_per_s", "p50_ms", "p95_ms", "padding", "speedup", "error"}
@@ -323,9 +324,9 @@ def test_past_the_deadline_there_is_one_round() -> None:
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
     def filled(seed: int, threads: int) -> dict[str, torch.Tensor]:
-        with demo.num_threads(threads), models._NoRandomInit():
+        with num_threads(threads), models._NoRandomInit():
             model = tiny_model(vocab_size=5000, hidden_size=256)
-        with demo.num_threads(threads):
+        with num_threads(threads):
             models.fill(model, seed, 0.02)
         return model.state_dict()
 
@@ -345,10 +346,3 @@ def test_the_default_model_has_the_size_of_xlm_r_base() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert model.config.max_position_embeddings == 514
     assert not model.training
-
-
-def test_threads_are_put_back() -> None:
-    before = torch.get_num_threads()
-    with demo.num_threads(before + 1):
-        assert torch.get_num_threads() == xfast.get_num_threads() == before + 1
-    assert torch.get_num_threads() == xfast.get_num_threads() == before

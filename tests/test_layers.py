@@ -62,6 +62,7 @@ LAYER_OF = {
     "machine": "applications",
     "files": "applications",
     "logs": "applications",
+    "progress": "applications",
     "pages": "applications",
     "figures": "applications",
     "benchmarks": "applications",
@@ -135,6 +136,15 @@ def test_imports_have_no_cycles() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_encoding_needs_no_other_application() -> None:
+    """A worker of Ray's imports ``xfast.encode`` on every machine."""
+    needed = {module for module in MODULES if module.startswith("xfast.encode")}
+    while more := {name for module in needed for name in set(_imported(module)) & MODULES.keys()} - needed:
+        needed |= more
+    others = ("xfast.benchmarks", "xfast.demo", "xfast.stilts", "xfast.study")
+    assert "xfast.api" in needed and not [name for name in needed if name.startswith(others)]
 
 
 def _roots(module: str) -> set[str]:

@@ -19,6 +19,7 @@ from reference import assert_same_bits
 
 import xfast
 from xfast import _C
+from xfast.threads import num_threads
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 THREADS = (2, 3, 5, 8)
@@ -306,6 +307,7 @@ OUT_OF_MEMORY = """
 import resource
 import numpy as np
 from xfast import _C
+from xfast.threads import num_threads
 names = ("layers", "hidden", "heads", "head_dim", "intermediate", "vocab", "positions", "types", "eps", "pre_norm")
 depth = 1 << 16
 encoder = _C.Encoder(dict(zip(names, (1, 16, 1, 16, depth, 8, 8, 1, 1e-5, False))), "fp32", "auto")
@@ -332,3 +334,14 @@ def test_no_memory_to_work_in_is_an_error_and_no_crash(tmp_path: Path) -> None:
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 3), done.stderr
+
+
+@pytest.mark.parametrize("earlier", [None, 3])
+def test_threads_of_a_block_are_put_back(earlier: int | None) -> None:
+    xfast.set_num_threads(earlier)
+    torchs, ours = torch.get_num_threads(), xfast.get_num_threads()
+    with num_threads(torchs + 1):
+        assert torch.get_num_threads() == xfast.get_num_threads() == torchs + 1
+    assert (torch.get_num_threads(), xfast.get_num_threads()) == (torchs, ours)
+    with num_threads(None):
+        assert (torch.get_num_threads(), xfast.get_num_threads()) == (torchs, ours)

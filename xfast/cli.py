@@ -1,4 +1,4 @@
-"""The ``xfast`` command. Each subcommand imports what it needs when it runs."""
+"""The ``xfast`` command: a few subcommands, groups of others, and what an error or Ctrl-C becomes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer.core
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import xfast
 from xfast import files
@@ -22,6 +23,7 @@ from xfast.export import app as export_app
 from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
 from xfast.study.cli import app as study_app
+from xfast.threads import num_threads
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -88,7 +90,7 @@ def demo(
     from xfast import demo
 
     options = demo.DemoOptions(model=model, batch_size=batch_size, sentences=sentences, seed=seed)
-    with demo.num_threads(threads):
+    with num_threads(threads):
         report = demo.run(options, Console(stderr=True))
         if as_json:
             facts = {**machine(), "run": report.run, "notes": report.notes}
@@ -157,19 +159,20 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, version in facts["versions"].items():
-        table.add_row(name, version)
+    rows = dict(facts["versions"])
     if facts["commit"]:
-        table.add_row("commit", facts["commit"])
-    table.add_row("cpu", f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} usable cores")
-    table.add_row("threads", str(facts["threads"]))
-    table.add_row("instruction set", f"{facts['isa']} (available: {', '.join(facts['isas'])})")
+        rows["commit"] = facts["commit"]
+    rows["cpu"] = f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} usable cores"
+    rows["threads"] = str(facts["threads"])
+    rows["instruction set"] = f"{facts['isa']} (available: {', '.join(facts['isas'])})"
     for backend in facts["backends"]:
         state = f"available: {', '.join(backend['precisions'])}" if backend["available"] else backend["reason"]
-        table.add_row(f"backend {backend['name']}", state)
+        rows[f"backend {backend['name']}"] = state
     for kind, rate in facts.get("ceilings", {}).items():
-        table.add_row(f"ceiling {kind}", f"{rate:.0f} {'GB/s' if kind == 'read' else 'GOP/s'}")
+        rows[f"ceiling {kind}"] = f"{rate:.0f} {'GB/s' if kind == 'read' else 'GOP/s'}"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in rows.items():
+        table.add_row(name, Text(text))  # drivers' and libraries' words may look like markup
     Console().print(table, highlight=False)
 
 

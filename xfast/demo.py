@@ -12,8 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -101,26 +100,6 @@ class DemoReport:
     results: list[dict[str, Any]]
     run: dict[str, Any]
     notes: list[str]
-
-
-@contextmanager
-def num_threads(threads: int | None) -> Iterator[None]:
-    """Stock model and xfast both use ``threads`` threads inside the block; None leaves PyTorch's default.
-
-    Raises:
-        InvalidOptionError: not accepted.
-    """
-    if threads is None:
-        yield
-        return
-    xfast.set_num_threads(threads)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        xfast.set_num_threads(None)
 
 
 def run(options: DemoOptions, console: Console) -> DemoReport:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from xfast import _C
@@ -27,3 +30,23 @@ def set_num_threads(threads: int | None) -> None:
 def get_num_threads() -> int:
     """Threads that the next call will use."""
     return min(_threads or torch.get_num_threads(), _C.max_threads)
+
+
+@contextmanager
+def num_threads(threads: int | None) -> Iterator[None]:
+    """xfast and PyTorch both use ``threads`` threads inside the block; None leaves them as they are.
+
+    Raises:
+        InvalidOptionError: not accepted.
+    """
+    if threads is None:
+        yield
+        return
+    before, torchs = _threads, torch.get_num_threads()
+    set_num_threads(threads)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torchs)
+        set_num_threads(before)

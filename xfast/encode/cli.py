@@ -113,9 +113,9 @@ def encode(
 
 def _run(source: str, output: Path, settings: Settings, execution: Execution) -> tuple[Summary, Bar]:
     from xfast.encode import job
-    from xfast.stilts.progress import bar
+    from xfast.progress import counting_bar
 
-    with bar(Console(stderr=True)) as progress:
+    with counting_bar(Console(stderr=True)) as progress:
         shown = Bar(progress)
         return job.encode(source, output, settings, execution, shown), shown
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from xfast import demo
 from xfast.encode import ray_engine, source, store
 from xfast.encode.model import State, head_of, state_of, unchanged
 from xfast.encode.rows import Shard, refuse_taken
 from xfast.encode.settings import Execution, Settings, require
 from xfast.encode.store import Plan
 from xfast.encode.worker import Progress, Task, Worker
+from xfast.threads import num_threads
 
 
 class Watcher(Protocol):
@@ -87,7 +87,7 @@ def _run(task: Task, state: State, shards: Sequence[Shard], progress: Progress) 
     if task.execution.engine == "ray":
         ray_engine.run(task, shards, progress)
         return {}
-    with demo.num_threads(task.execution.threads):
+    with num_threads(task.execution.threads):
         worker = Worker(task)
         unchanged(task.settings, state)
         worker.run(shards, progress)

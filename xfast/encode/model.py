@@ -20,7 +20,7 @@ from xfast.encode.sentences import Sentences, hub_file, pinned, sentences_of
 from xfast.encode.settings import BATCH_TOKENS, Execution, Settings
 from xfast.encode.tokens import Batch, Tokenizer
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError, XfastError
-from xfast.stilts.progress import quiet_transformers
+from xfast.logs import quiet_transformers
 
 _EMBEDDED = ("Model", "ForMaskedLM")
 _CLASSES, _TAGS = "ForSequenceClassification", "ForTokenClassification"

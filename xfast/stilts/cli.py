@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xfast.errors import InvalidOptionError
+from xfast.logs import quiet_transformers
+from xfast.progress import counting_bar
 
 app = typer.Typer(no_args_is_help=True, help="English intermediate-task training, zero-shot transfer, official scores.")
 
@@ -104,7 +106,7 @@ def train(
     given = {"model": model, "tasks": _listed(tasks), "output": output, "data": data and str(data), "seed": seed}
     run = configs.from_dict(_options(config, given, changes), str(config or "options"))
     console = _console(stderr=True)
-    with progress.quiet_transformers(), progress.bar(console) as bar:
+    with quiet_transformers(), counting_bar(console) as bar:
         trained = training.train(
             run,
             resume=not anew,
@@ -191,7 +193,7 @@ def _evaluated(
 
     chosen = tuple(_listed(languages) or ()) or None
     run = evaluation.Evaluation(model, task, output, Source(data), languages=chosen, **options)
-    with progress.quiet_transformers(), progress.bar(console) as bar:
+    with quiet_transformers(), counting_bar(console) as bar:
         return evaluation.evaluate(run, progress.EvaluationBar(bar))
 
 
@@ -275,7 +277,7 @@ def grid(
     run = configs.from_dict(_options(config, {"output": output}, changes), str(config), grids.GridConfig)
     console = _console(stderr=True)
     total = len(list(grids.cells(run)))
-    with progress.quiet_transformers(), progress.bar(console) as bar:
+    with quiet_transformers(), counting_bar(console) as bar:
         whole = bar.add_task("cells", total=total, note="")
 
         def report(cell: Any, what: str) -> None:

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from xfast.stilts.estimate import Estimate
-
-
-def bar(console: Console) -> Progress:
-    """A bar with counts, elapsed and remaining time; prints nothing where the console is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 class TrainingBar(transformers.TrainerCallback):
@@ -67,21 +50,6 @@ class EvaluationBar:
         self.progress.update(self.tasks[language], completed=done, total=total)
         if done >= total:
             self.progress.remove_task(self.tasks.pop(language))
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' reports about new heads and its own progress bars."""
-    logging = transformers.utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def cost(estimate: Estimate) -> str:
