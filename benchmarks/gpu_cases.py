@@ -178,7 +178,7 @@ def _rows(capability: int) -> Iterator[Case]:
 def _gemm(capability: int) -> Iterator[Case]:
     kinds = [*TYPES.items(), *([("fp8", ("*fp8e4nv", 1))] if capability >= 89 else [])]
     for (dtype, (pointer, size)), rows in itertools.product(kinds, (16, 64, 4096)):
-        tile = tiles.gemm_tile(rows, 1024, size, capability)
+        tile = tiles.gemm_tile(rows, size, capability)
         out = dict.fromkeys(("out", "bias", "residual"), "*bf16" if size == 1 else pointer)
         for activated, residual in ((True, False), (False, True)):
             yield Case(

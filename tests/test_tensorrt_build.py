@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import pytest
+import tensorrt_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorrt_stub import populate
@@ -151,7 +152,7 @@ def test_the_smallest_profile_is_chosen() -> None:
 
 def test_builds(rtx: Runtime, blob: bytes) -> None:
     assert isinstance(blob, bytes) and len(blob) > 1000
-    assert len(build_from(rtx, populate, profiles(64, 4, 40), workspace_bytes=1 << 28)) > 1000
+    assert len(build_from(rtx, populate, profiles(64, 4, 40))) > 1000
 
 
 def test_progress(rtx: Runtime) -> None:
@@ -210,8 +211,6 @@ def test_options_are_checked_first(rtx: Runtime) -> None:
         build_from(rtx, never, [PROFILE], "SM90")
     with pytest.raises(InvalidOptionError, match="profiles: none"):
         build_from(rtx, never, [], "SM89")
-    with pytest.raises(InvalidOptionError, match="workspace_bytes: -1"):
-        build_from(rtx, never, [PROFILE], "SM89", workspace_bytes=-1)
 
 
 def _types_do_not_match(trt: Any, network: Any) -> list[Any]:
@@ -299,7 +298,7 @@ def test_describe(rtx: Runtime) -> None:
 
     def keep(trt: Any, network: Any) -> list[Any]:
         arrays = populate(trt, network, products=2)
-        kept.extend(builder.describe(network))
+        kept.extend(tensorrt_layers.describe(network))
         return arrays
 
     log = Log(verbose=True)
@@ -314,12 +313,12 @@ def test_describe(rtx: Runtime) -> None:
     assert {tensor["dtype"] for tensor in (*norm["inputs"], *norm["outputs"])} == {"FLOAT"}
     assert kept[-1]["type"] == "GATHER" and kept[-1]["outputs"][0]["name"] == OUTPUT
 
-    compiled = builder.compiled_layers(log)
+    compiled = tensorrt_layers.compiled_layers(log)
     assert [layer["type"] for layer in compiled].count("gemm") == 2
     gemms = [layer for layer in compiled if layer["type"] == "gemm"]
     assert all(tensor["dtype"] == "Half" for layer in gemms for tensor in (*layer["inputs"], *layer["outputs"]))
     assert {"name": OUTPUT, "dtype": "Float"} in [tensor for layer in compiled for tensor in layer["outputs"]]
-    assert builder.compiled_layers(Log()) == []
+    assert tensorrt_layers.compiled_layers(Log()) == []
 
 
 def test_what_a_header_tells(rtx: Runtime, blob: bytes) -> None:
@@ -425,7 +424,7 @@ def test_an_encoder(rtx: Runtime, precision: str) -> None:
     header = builder.inspect(rtx, made)["header"]
     assert header["targets"] == ["SM89"] and header["tf32"] is False
     assert set(INPUTS) <= {name for name in INPUTS if name.encode() in made}
-    dtypes = {tensor["dtype"] for layer in builder.compiled_layers(log) for tensor in layer["constants"]}
+    dtypes = {tensor["dtype"] for layer in tensorrt_layers.compiled_layers(log) for tensor in layer["constants"]}
     assert {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}[precision] in dtypes
 
 

@@ -28,7 +28,6 @@ def _changed_keys() -> dict[str, Key]:
         "runtime": "tensorrt",
         "version": "1.7.1.117",
         "target": "SM80",
-        "workspace_bytes": 1 << 30,
         "network": KEY.network + 1,
     }
     made = {name: dataclasses.replace(KEY, **{name: value}) for name, value in changes.items()}
@@ -90,7 +89,6 @@ def test_keys_survive_json(key: Key) -> None:
         {"layers": True},
         {"layers": 2.0},
         {"spec": {**KEY.to_json()["spec"], "family": ["x"]}},
-        {"workspace_bytes": "1"},
         {"surplus": 1},
     ],
     ids=str,

@@ -290,7 +290,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match="LayerNorms"):
         Built(dataclasses.replace(weights, spec=dataclasses.replace(spec, norm="pre")), "fp16")
     for layers in (-1, 4):
-        with pytest.raises(InvalidOptionError, match=f"layers is {layers}; accepted: 0 to 3"):
+        with pytest.raises(InvalidOptionError, match=f"layers: {layers} is not accepted; accepted: 0 to 3"):
             Built(weights, "fp16", layers)
 
 

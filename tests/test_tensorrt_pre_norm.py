@@ -11,6 +11,7 @@ from typing import Any
 
 import models
 import pytest
+import tensorrt_layers
 import torch
 from models import quick_settings
 
@@ -52,7 +53,7 @@ def test_head_sizes(head_dim: int, precision: str) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_residual_stream_is_float32_and_norms_are_where_they_belong(precision: str) -> None:
     network = run(made(XL)[1], precision)[1].network
-    layers = {layer["name"]: layer for layer in tensorrt_build.describe(network)}
+    layers = {layer["name"]: layer for layer in tensorrt_layers.describe(network)}
     for index in range(3):
         for part, product in (("attention", "qkv"), ("ffn", "ffn_in")):
             stream, norm = layers[f"layer{index}.{part}_residual"], layers[f"layer{index}.{part}_norm"]
@@ -145,7 +146,7 @@ def _compiled(weights: Any, precision: str, target: str) -> tuple[list[dict[str,
     """The layers that the builder's log tells of, and the engine's bytes."""
     log = Log(verbose=True)
     blob = tensorrt_build.build(weights, precision, None, PROFILES, target, runtime=find("tensorrt_rtx"), log=log)
-    return tensorrt_build.compiled_layers(log), len(blob)
+    return tensorrt_layers.compiled_layers(log), len(blob)
 
 
 @pytest.mark.parametrize("target", ["SM89", "SM120"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import models
 import pytest
+import tensorrt_layers
 import torch
 import transformers
 from models import quick_settings
@@ -170,7 +171,7 @@ def test_every_product_gets_an_8_bit_kernel(precision: str, target: str) -> None
     _, weights = made(num_hidden_layers=2, hidden_size=128, intermediate_size=512)
     log = Log(verbose=True)
     tensorrt_build.build(weights, precision, None, PROFILES[-1:], target, runtime=find("tensorrt_rtx"), log=log)
-    layers = tensorrt_build.compiled_layers(log)
+    layers = tensorrt_layers.compiled_layers(log)
     products = [layer for layer in layers if layer["type"] == "gemm"]
     eight = KERNEL_TYPE[precision]
     assert len(products) == 2 * 4

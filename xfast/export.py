@@ -291,9 +291,9 @@ def _write(traced: _Traced, path: Path, example: dict[str, torch.Tensor]) -> int
         raise ExportError(f"{type(traced.model).__name__} was not exported: {type(error).__name__}: {text}") from error
 
 
-def samples(spec: EncoderSpec, seed: int = 0) -> Iterator[dict[str, torch.Tensor]]:
+def samples(spec: EncoderSpec) -> Iterator[dict[str, torch.Tensor]]:
     """Batches to compare on, of ``LENGTHS`` and the longest: padding on the right, on the left, holes, none."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     longest = spec.usable_positions
     for length in (*(each for each in LENGTHS if each < longest), longest):
         rows = 2 if length == longest else 4

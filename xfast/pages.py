@@ -65,9 +65,9 @@ def limit(sheet: Sheet) -> float:
     return max((abs(item.value) for row in sheet.rows for item in row if item.value is not None), default=0.0) or 1.0
 
 
-def signed(value: float, decimals: int = 1) -> str:
-    """A difference, always with a sign; no negative zero."""
-    return f"{round(value, decimals) + 0.0:+.{decimals}f}"
+def signed(value: float) -> str:
+    """A difference to one decimal, always with a sign; no negative zero."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def printable(text: str) -> str:

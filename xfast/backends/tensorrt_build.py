@@ -160,7 +160,6 @@ def build(
     profiles: Sequence[Profile],
     target: str | Sequence[str] | None = None,
     progress: Progress | None = None,
-    workspace_bytes: int | None = None,
     *,
     runtime: Runtime | None = None,
     log: Log | None = None,
@@ -174,16 +173,15 @@ def build(
         profiles: at least one.
         target: see :meth:`Runtime.set_target`.
         progress: see ``Progress``; may be called from any thread. What it raises cancels the build and is raised here.
-        workspace_bytes: most scratch memory on the GPU; None for TensorRT's own limit.
         runtime: None for the one that is found.
-        log: takes TensorRT's messages. A verbose one can be given to :func:`compiled_layers` afterwards.
+        log: takes TensorRT's messages. A verbose one is told the layers after fusion, too.
 
     Returns:
         The serialised engine.
 
     Raises:
         BackendUnavailableError: no TensorRT that is accepted.
-        InvalidOptionError: precision, target, profiles or workspace_bytes.
+        InvalidOptionError: precision, target or profiles.
         InvalidWeightsError: NaN, infinity, or values too large for the precision.
         EngineBuildError: TensorRT refused, e.g. because there is no GPU or no memory; its messages are attached.
         BuildCancelledError: ``progress`` returned False.
@@ -194,7 +192,7 @@ def build(
         return list(build_network(trt, network, weights, precision, layers))
 
     runtime = find() if runtime is None else runtime
-    return build_from(runtime, populate, profiles, target, progress, workspace_bytes, log=log)
+    return build_from(runtime, populate, profiles, target, progress, log=log)
 
 
 def build_from(
@@ -203,15 +201,12 @@ def build_from(
     profiles: Sequence[Profile],
     target: str | Sequence[str] | None = None,
     progress: Progress | None = None,
-    workspace_bytes: int | None = None,
     *,
     log: Log | None = None,
 ) -> bytes:
     """As :func:`build`, for any strongly typed network whose inputs are among ``tensorrt_network.INPUTS``."""
     if not profiles:
         raise InvalidOptionError("profiles: none is given; at least one is needed")
-    if workspace_bytes is not None and workspace_bytes < 0:
-        raise InvalidOptionError(f"workspace_bytes: {workspace_bytes} is not accepted; accepted: 0 or more")
     target = runtime.check_target(target) or None
     trt = runtime.module
     # a log of this build's own: an error of an earlier one is none of its
@@ -221,7 +216,7 @@ def build_from(
             network = builder.create_network(_network_flags(trt))
             network.name = "xfast"  # by default a counter of this process, which would change the engine's bytes
             arrays = populate(trt, network)
-            config = _configure(runtime, builder, network, profiles, target, workspace_bytes)
+            config = _configure(runtime, builder, network, profiles, target)
             monitor = _monitor(trt, progress, runtime.logger)
             config.progress_monitor = monitor
             serialised = builder.build_serialized_network(network, config)
@@ -247,12 +242,7 @@ def _network_flags(trt: Any) -> int:
 
 
 def _configure(
-    runtime: Runtime,
-    builder: Any,
-    network: Any,
-    profiles: Sequence[Profile],
-    target: Sequence[str] | None,
-    workspace_bytes: int | None,
+    runtime: Runtime, builder: Any, network: Any, profiles: Sequence[Profile], target: Sequence[str] | None
 ) -> Any:
     trt = runtime.module
     config = builder.create_builder_config()
@@ -261,8 +251,6 @@ def _configure(
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # else large engines allocate while they run: no graphs
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # layers, with dtypes, stay readable in the engine
-    if workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     runtime.set_target(config, target)
     for profile in profiles:
         _add_profile(builder, network, config, profile)
@@ -337,63 +325,6 @@ def _monitor(trt: Any, progress: Progress | None, sink: Any) -> Any:
     return Monitor()
 
 
-def describe(network: Any) -> list[dict[str, Any]]:
-    """The layers of a network definition in their order.
-
-    Returns:
-        One dict a layer: ``name``, ``type`` (``"NORMALIZATION"``, ...), ``inputs`` and ``outputs``: a list of
-        ``{"name", "dtype", "shape"}``, dtypes as ``"FLOAT"``, ``"HALF"``, ``"BF16"``, ``"INT32"``, -1 for a dynamic
-        size. Inputs that are left out do not appear.
-    """
-    made = []
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        inputs = [layer.get_input(place) for place in range(layer.num_inputs)]
-        outputs = [layer.get_output(place) for place in range(layer.num_outputs)]
-        made.append(
-            {
-                "name": layer.name,
-                "type": layer.type.name,
-                "inputs": [_tensor(tensor) for tensor in inputs if tensor is not None],
-                "outputs": [_tensor(tensor) for tensor in outputs if tensor is not None],
-            }
-        )
-    return made
-
-
-def _tensor(tensor: Any) -> dict[str, Any]:
-    try:
-        shape = list(tensor.shape)
-    except ValueError:  # its rank is not known: the network is wrong
-        shape = None
-    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": shape}
-
-
-_COMPILED = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: (?P<rest>.*)$", re.MULTILINE)
-_COMPILED_TENSOR = re.compile(r"\{ Name: (?P<name>.*?), Dimensions: .*?Datatype: (?P<dtype>\w+)")
-
-
-def compiled_layers(log: Log) -> list[dict[str, Any]]:
-    """What TensorRT made of the network: the layers after fusion as a build told a verbose log, no GPU needed.
-
-    Returns:
-        One dict for each layer of each profile: ``name``, ``type`` (``"gemm"``, ``"kgen"`` for generated ones, ...),
-        ``inputs``, ``constants`` and ``outputs``: a list of ``{"name", "dtype"}``, dtypes as ``"Float"``, ``"Half"``.
-        What a kernel computes in between is not told. Empty when the messages do not hold it (another version, not
-        verbose).
-    """
-    found: list[dict[str, Any]] = []
-    for _, text in log.messages:
-        for match in _COMPILED.finditer(text) if "LayerType: " in text else ():
-            parts = re.split(r", (?:Constants|Outputs|TacticName): ", match["rest"])
-            lists = [[m.groupdict() for m in _COMPILED_TENSOR.finditer(part)] for part in (*parts, "", "")[:3]]
-            found.append(
-                {"name": match["name"], "type": match["type"]}
-                | dict(zip(("inputs", "constants", "outputs"), lists, strict=True))
-            )
-    return found
-
-
 _HEADER = struct.Struct("<4s12xQ4B4xI")  # magic, bytes in all, version, targets as bits
 _SECTIONS, _SECTION = 64, struct.Struct("<4s4xQQ")  # tag, offset, bytes
 # The layout of a tensorrt_rtx plan is nowhere described; this is what 1.7.1 writes, and only 1.7 is read with it.
@@ -406,8 +337,7 @@ def inspect(runtime: Runtime, blob: bytes) -> dict[str, Any]:
     """What can be read of a serialised engine here.
 
     Without a GPU that is the header (``tensorrt_rtx`` only) and TensorRT's opinion of it: deserialising, and with it
-    the inspector, needs a GPU even for engines built without. What the network is made of can be read without a GPU
-    while building: :func:`describe` before, :func:`compiled_layers` after fusion.
+    the inspector, needs a GPU even for engines built without.
 
     Returns:
         ``bytes``; ``header``: None when its layout is not known, else ``version``, ``bytes``, ``targets``, ``tf32``

@@ -89,7 +89,7 @@ def output_dtype(spec: EncoderSpec, precision: str, layers: int) -> torch.dtype:
     return DTYPES[precision] if ends_in_norm else torch.float32
 
 
-def has_fused_attention(trt: Any, network: Any, head_dim: int, precision: str) -> bool:
+def has_fused_attention(trt: Any, network: Any, head_dim: int) -> bool:
     """Whether attention becomes TensorRT's attention layer; else products and a softmax that TensorRT may fuse."""
     if not hasattr(network, "add_attention_v2") or not hasattr(getattr(trt, "IAttention", None), "key_value_lengths"):
         return False
@@ -100,7 +100,7 @@ def has_fused_attention(trt: Any, network: Any, head_dim: int, precision: str) -
 
 def decomposes_attention(trt: Any, head_dim: int, precision: str) -> bool:
     """Whether an engine holds attention's scores, fp32 [B, heads, L, L], instead of computing them piece by piece."""
-    return precision == "fp32" or not has_fused_attention(trt, trt.INetworkDefinition, head_dim, precision)
+    return precision == "fp32" or not has_fused_attention(trt, trt.INetworkDefinition, head_dim)
 
 
 def build_network(
@@ -132,7 +132,7 @@ def build_network(
         raise UnsupportedModelError(reason)
     layers = spec.num_layers if layers is None else layers
     if not 0 <= layers <= spec.num_layers:
-        raise InvalidOptionError(f"layers is {layers}; accepted: 0 to {spec.num_layers}")
+        raise InvalidOptionError(f"layers: {layers} is not accepted; accepted: 0 to {spec.num_layers}")
     graph = _Graph(trt, network, DTYPES[precision])
     encoder = _Encoder(graph, weights, precision)
     hidden = encoder.embeddings()
@@ -246,7 +246,7 @@ class _Encoder:
         self.operands = torch.float32 if self.quantized else graph.dtype
         trt, network = graph.trt, graph.network
         self.inputs = {name: network.add_input(name, trt.int32, (-1,) * len(dims)) for name, dims in INPUTS.items()}
-        self.fused = has_fused_attention(trt, network, weights.spec.head_dim, precision)
+        self.fused = has_fused_attention(trt, network, weights.spec.head_dim)
         self._shared: dict[str, Any] = {}
 
     def embeddings(self) -> Any:

@@ -102,7 +102,6 @@ class Key:
     runtime: str
     version: str
     target: str
-    workspace_bytes: int | None = None
     network: int = NETWORK_VERSION
 
     def __post_init__(self) -> None:
@@ -145,7 +144,7 @@ class Key:
 
 def _has_its_types(data: Any) -> bool:
     """Whether the fields of numbers and strings hold what their annotations say."""
-    plain = {"int": (int,), "float": (float,), "str": (str,), "bool": (bool,), "int | None": (int, type(None))}
+    plain = {"int": (int,), "float": (float,), "str": (str,), "bool": (bool,)}
     return all(
         type(getattr(data, each.name)) in plain.get(str(each.type), (tuple, EncoderSpec)) for each in fields(data)
     )

@@ -97,7 +97,7 @@ def read(shard: Shard, schema: pa.Schema, settings: Settings) -> Rows:
         DataFileError: the file is damaged or not the one that was planned, or a bad row is not to be skipped.
     """
     table = _slice(shard, settings)
-    columns = [_values(table.column(name), name) for name in text_columns(settings)]
+    columns = [_values(table.column(name)) for name in text_columns(settings)]
     good: list[int] = []
     skipped: list[tuple[str, str]] = []
     for row, values in enumerate(zip(*columns, strict=True)):
@@ -127,7 +127,7 @@ def _wrong(value: Any, column: str) -> str | None:
     return f"{column!r} is not UTF-8" if isinstance(value, _NotText) else wrong(value, column)
 
 
-def _values(column: pa.ChunkedArray, name: str) -> list[Any]:
+def _values(column: pa.ChunkedArray) -> list[Any]:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -27,7 +27,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["rows"])
 def delta_kernel(
-    out, grad, delta, rows, heads, stride_out, stride_grad,
+    out, grad, delta, rows, stride_out, stride_grad,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """delta [H, Q] = sum over columns of grad * out."""
@@ -223,7 +223,7 @@ def _delta(out: torch.Tensor, grad: torch.Tensor, like: torch.Tensor) -> torch.T
     queries, heads, head_dim = out.shape
     delta = torch.empty_like(like)
     delta_kernel[(triton.cdiv(queries, 16), heads)](
-        out, grad, delta, queries, heads, out.stride(0), grad.stride(0), D=head_dim, BLOCK=next_power_of_2(head_dim),
+        out, grad, delta, queries, out.stride(0), grad.stride(0), D=head_dim, BLOCK=next_power_of_2(head_dim),
         ROWS=16, ACC=accumulator(out.dtype),
     )  # fmt: skip
     return delta

@@ -108,7 +108,7 @@ def gemm(
     out = torch.empty(rows, columns, dtype=dtype or a.dtype, device=a.device)
     if out.numel() == 0:
         return out
-    tile = gemm_tile(rows, columns, a.element_size(), capability_of(a.device))
+    tile = gemm_tile(rows, a.element_size(), capability_of(a.device))
     grid = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     gemm_kernel[(grid,)](
         a, b, a if bias is None else bias, a if residual is None else residual, out, scale_a, scale_b,
@@ -143,24 +143,22 @@ def refused_scaled() -> list[str]:
 def cublas_scaled_gemm(
     x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = True
 ) -> torch.Tensor:
-    """As :func:`scaled_gemm`, by cuBLASLt or not at all."""
+    """As :func:`scaled_gemm`, by cuBLASLt or not at all.
+
+    ``fast``: Hopper's tensor cores keep about 14 bits of an e4m3 sum; not promoting it to fp32 in between is what
+    inference libraries do, and what :func:`gemm` does: 2^-13 is far below e4m3's own 2^-4.
+    """
     return torch._scaled_mm(
         x[0], w[0].T, scale_a=x[1], scale_b=w[1].contiguous(), bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
 
 
-def scaled_gemm(
-    x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None, fast: bool = True
-) -> torch.Tensor:
-    """e4m3 product through ``torch._scaled_mm`` with one scale a row on both sides: [rows, out] in ``dtype`` (bf16).
-
-    ``fast``: Hopper's tensor cores keep about 14 bits of an e4m3 sum; not promoting it to fp32 in between is what
-    inference libraries do, and what :func:`gemm` does: 2^-13 is far below e4m3's own 2^-4.
-    """
+def scaled_gemm(x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """e4m3 product through ``torch._scaled_mm`` with one scale a row on both sides: [rows, out] in ``dtype`` (bf16)."""
     shape = (bucket(x[0].shape[0]), *w[0].shape)
     if not INTERPRETED and shape not in _REFUSED:  # torch has no such product on the CPU
         try:
-            return cublas_scaled_gemm(x, w, dtype, bias, fast)
+            return cublas_scaled_gemm(x, w, dtype, bias)
         except RuntimeError as error:
             # pytorch/ao#4582: cuBLASLt has no such kernel for few rows of some deep products
             if "NOT_SUPPORTED" not in str(error):

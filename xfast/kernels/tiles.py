@@ -65,7 +65,7 @@ def attention_backward_tile(head_dim: int, itemsize: int, dropout: bool) -> Tile
     return Tile(64, 32, head_dim, 4, 2)
 
 
-def gemm_tile(rows: int, columns: int, itemsize: int, capability: int) -> Tile:
+def gemm_tile(rows: int, itemsize: int, capability: int) -> Tile:
     """Tile of the Triton matrix product: tall and wide enough to fill the tensor cores, small for few rows."""
     small = shared_memory_limit(capability) < 128 * 1024
     if itemsize >= 4:
