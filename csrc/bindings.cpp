@@ -71,7 +71,8 @@ class PyEncoder {
     const Precision chosen = precision_of(precision);
     require_group(group);
     require_divisor(divisor, chosen, linear.in_features());
-    encoder_.choose(linear, chosen, group, divisor ? divisor->data() : nullptr);
+    linear =
+        PackedLinear(chosen, group, linear.out_features(), linear.in_features(), divisor ? divisor->data() : nullptr);
   }
 
   bool set_linear(int64_t layer, const std::string& name, int64_t first, const py::array& weight,
@@ -173,11 +174,11 @@ class PyEncoder {
     require(layers >= 0 && layers <= s.layers, "layers: out of range");
     const int64_t total = check_lengths(cu_seqlens, s);
     require(ids.has_value() != embeds.has_value(), "give exactly one of ids and embeds");
-    if (ids) check_ids(*ids, "ids", total, s.vocab);
+    if (ids) require_ids(*ids, "ids", total, s.vocab);
     if (embeds) require_array(*embeds, "embeds", {total, s.hidden});
-    check_ids(position_ids, "position_ids", total, s.positions);
-    if (type_ids) check_ids(*type_ids, "type_ids", total, s.types);
-    if (rows) check_rows(*rows, total);
+    require_ids(position_ids, "position_ids", total, s.positions);
+    if (type_ids) require_ids(*type_ids, "type_ids", total, s.types);
+    if (rows) require_ascending(*rows, "rows", total, "the number of tokens");
     require_array(out, "out", {rows ? rows->shape(0) : total, s.hidden});
     require(out.writeable(), "out: read-only");
     float* states = nullptr;
@@ -255,19 +256,6 @@ class PyEncoder {
     require(total * std::max(3 * s.hidden, s.intermediate) < (int64_t{1} << 40), "cu_seqlens: too many tokens");
     return total;
   }
-  static void check_ids(const I32& ids, const char* name, int64_t total, int64_t size) {
-    require_array(ids, name, {total});
-    const int32_t* values = ids.data();
-    for (int64_t i = 0; i < total; ++i)
-      require(values[i] >= 0 && values[i] < size, std::string(name) + ": value out of range");
-  }
-  static void check_rows(const I32& rows, int64_t total) {
-    require_array(rows, "rows", {-1});
-    const int32_t* values = rows.data();
-    for (py::ssize_t i = 0; i < rows.shape(0); ++i)
-      require(values[i] >= 0 && values[i] < total && (i == 0 || values[i] > values[i - 1]),
-              "rows: must ascend and be below the number of tokens");
-  }
 
   static py::array read_only(py::array array) {
     array.attr("setflags")(py::arg("write") = false);
@@ -293,8 +281,7 @@ IdView id_view(const std::optional<I64>& ids, const char* name, int64_t batch, i
 
 MaskType mask_type(const std::optional<py::array>& mask) {
   if (!mask) return MaskType::kNone;
-  const char order = mask->dtype().byteorder();
-  const char kind = order == '=' || order == '|' ? mask->dtype().kind() : '>';
+  const char kind = native_kind(*mask);
   const auto size = mask->dtype().itemsize();
   if (kind == 'i' && size == 8) return MaskType::kI64;
   if (kind == 'i' && size == 4) return MaskType::kI32;
@@ -338,7 +325,6 @@ py::dict py_unpad(int64_t batch, int64_t length, const std::optional<I64>& ids, 
   result["type_ids"] = head_of(out_types, r.total);
   result["indices"] = head_of(indices, r.total);
   result["cu_seqlens"] = cu_seqlens;
-  result["max_seqlen"] = r.max_seqlen;
   result["first_masked"] = r.first_masked;
   return result;
 }
@@ -350,7 +336,7 @@ void py_pad(const F32& packed, const I32& indices, const py::array& out, int thr
   require_array(out, "out", {-1, cols});
   require(out.writeable(), "out: read-only");
   const int64_t slots = out.shape(0);
-  require_ascending(indices, slots);
+  require_ascending(indices, "indices", slots, "out's rows");
   float* dst = exact<float>(out, "out");
   py::gil_scoped_release release;
   pad(packed.data(), indices.data(), total, slots, cols, dst, threads);

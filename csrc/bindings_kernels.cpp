@@ -35,9 +35,8 @@ class PyLinear {
     require_array(weight, "weight", {-1, -1});
     require(weight.shape(0) > 0 && weight.shape(1) > 0, "weight: must not be empty");
     if (bias) require_array(*bias, "bias", {weight.shape(0)});
-    linear_ = PackedLinear(precision_, group, weight.shape(0), weight.shape(1));
     require_divisor(divisor, precision_, weight.shape(1));
-    if (divisor) linear_.smooth(divisor->data());
+    linear_ = PackedLinear(precision_, group, weight.shape(0), weight.shape(1), divisor ? divisor->data() : nullptr);
     const MatrixView view{table_view(weight, "weight"), weight.shape(0), weight.shape(1)};
     require(linear_.set_rows(0, view, bias ? bias->data() : nullptr, 1), "weight: holds NaN or infinity");
   }
@@ -67,7 +66,6 @@ class PyLinear {
                   y.mutable_data(),
                   out,
                   residual ? residual->data() : nullptr,
-                  out,
                   {},
                   nullptr,
                   0});
@@ -129,18 +127,13 @@ F32 attention(const std::string& isa, const F32& q, const F32& k, const F32& v, 
 // word[ids] + type[type_ids] + position[position_ids] -> [tokens, hidden]
 F32 embed(const std::string& isa, const py::array& word, const py::array& position, const py::array& type,
           const I32& ids, const I32& position_ids, const I32& type_ids) {
-  const auto check = [](const I32& values, const char* name, int64_t count, int64_t size) {
-    require_array(values, name, {count});
-    for (int64_t i = 0; i < count; ++i)
-      require(values.at(i) >= 0 && values.at(i) < size, std::string(name) + ": value out of range");
-  };
   require_array(word, "word", {-1, -1});
   const int64_t hidden = word.shape(1), tokens = ids.size();
   require_array(position, "position", {-1, hidden});
   require_array(type, "type", {-1, hidden});
-  check(ids, "ids", tokens, word.shape(0));
-  check(position_ids, "position_ids", tokens, position.shape(0));
-  check(type_ids, "type_ids", tokens, type.shape(0));
+  require_ids(ids, "ids", tokens, word.shape(0));
+  require_ids(position_ids, "position_ids", tokens, position.shape(0));
+  require_ids(type_ids, "type_ids", tokens, type.shape(0));
   F32 x({tokens, hidden});
   kernel_table(isa).embed({table_view(word, "word"), table_view(position, "position"), table_view(type, "type"),
                            ids.data(), nullptr, position_ids.data(), type_ids.data(), x.mutable_data(), hidden, 0,

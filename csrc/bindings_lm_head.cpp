@@ -36,7 +36,7 @@ void py_lm_head(const std::string& isa, const std::string& precision, const F32&
   require_array(out, "out", {-1, args.vocab});
   require(out.writeable(), "out: read-only");
   args.slots = out.shape(0);
-  require_ascending(indices, args.slots);
+  require_ascending(indices, "indices", args.slots, "out's rows");
   const TableView result = table_view(out, "out");
   require(result.type != TableType::kF16, "out: expected float32 or uint16 (bf16 bits) values");
   args.out = const_cast<void*>(result.data);

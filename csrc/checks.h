@@ -36,17 +36,31 @@ inline void require_array(const py::array& array, const char* name, const std::v
                         ")");
 }
 
-// Rows of an output with `slots` rows: each at most once, in order.
-inline void require_ascending(const I32& indices, int64_t slots) {
-  const int32_t* values = indices.data();
-  for (int64_t i = 0; i < indices.size(); ++i)
-    require(values[i] >= 0 && values[i] < slots && (i == 0 || values[i] > values[i - 1]),
-            "indices: must ascend and be below out's rows");
+// Rows of something with `size` rows (`what`): each at most once, in order.
+inline void require_ascending(const I32& rows, const char* name, int64_t size, const char* what) {
+  require_array(rows, name, {-1});
+  const int32_t* values = rows.data();
+  for (int64_t i = 0; i < rows.size(); ++i)
+    if (values[i] < 0 || values[i] >= size || (i > 0 && values[i] <= values[i - 1]))
+      throw py::value_error(std::string(name) + ": must ascend and be below " + what);
+}
+
+// `count` rows of a table with `size` rows.
+inline void require_ids(const I32& ids, const char* name, int64_t count, int64_t size) {
+  require_array(ids, name, {count});
+  const int32_t* values = ids.data();
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < 0 || values[i] >= size) throw py::value_error(std::string(name) + ": value out of range");
+}
+
+// NumPy's letter for the kind of values, or one that it does not have where their bytes are in another order.
+inline char native_kind(const py::array& array) {
+  const char order = array.dtype().byteorder();
+  return order == '=' || order == '|' ? array.dtype().kind() : '>';
 }
 
 inline TableView table_view(const py::array& array, const char* name) {
-  const bool native = array.dtype().byteorder() == '=' || array.dtype().byteorder() == '|';
-  const char kind = native ? array.dtype().kind() : '>';
+  const char kind = native_kind(array);
   const auto size = array.dtype().itemsize();
   if (kind == 'f' && size == 4) return {array.data(), TableType::kF32};
   if (kind == 'f' && size == 2) return {array.data(), TableType::kF16};

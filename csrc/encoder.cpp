@@ -53,6 +53,10 @@ class Worker {
 
  private:
   Range share(int64_t begin, int64_t end) const { return xfast::share(member_, begin, end); }
+  // This thread's part of [begin, end): all of it where rows are shared out instead.
+  Range part_of(const RowSet& set, int64_t begin, int64_t end) const {
+    return set.by_columns ? share(begin, end) : Range{begin, end};
+  }
   void sync() const { member_.barrier->wait(); }
   void sync(const RowSet& set) const {
     if (set.by_columns) sync();
@@ -60,9 +64,7 @@ class Worker {
   void copy_row(float* to, const float* from) const { std::memcpy(to, from, shape_.hidden * sizeof(float)); }
 
   // This thread's rows of a block (rows mode: all of them), relative to the block.
-  Range rows_of(const RowSet& set, const Block& block) const {
-    return set.by_columns ? share(0, block.end - block.begin) : Range{0, block.end - block.begin};
-  }
+  Range rows_of(const RowSet& set, const Block& block) const { return part_of(set, 0, block.end - block.begin); }
   template <class F>
   void for_blocks(const RowSet& set, F&& body) const {
     for (const Block& block : set.blocks)
@@ -129,7 +131,6 @@ class Worker {
                   out,
                   ldo,
                   out,
-                  ldo,
                   out_operand,
                   nullptr,
                   0};
@@ -144,8 +145,7 @@ class Worker {
     return plan_.all.by_columns ? share(0, panels_for(linear.out_features())).begin : 0;
   }
   Range panels_of(const RowSet& set, const PackedLinear& linear) const {
-    const int64_t panels = panels_for(linear.out_features());
-    return set.by_columns ? share(0, panels) : Range{0, panels};
+    return part_of(set, 0, panels_for(linear.out_features()));
   }
 
   // Queries, keys and values: row r of the packed tokens at q + (r - first) * ldq, keys at kv + hidden likewise.
@@ -288,8 +288,8 @@ class Worker {
     // Panel that holds the first key; queries before it in the same panel are computed in vain when hidden % 32 != 0.
     const int64_t key_panel = hidden / kPanel, panels = panels_for(3 * hidden);
     for_blocks(all, [&](const Block& block) {
-      const Range range = all.by_columns ? share(key_panel, panels) : Range{key_panel, panels};
-      multiply(block, block.operand, layer.qkv, range, Epilogue::kBias, qkv + block.begin * ld, ld, nullptr);
+      multiply(block, block.operand, layer.qkv, part_of(all, key_panel, panels), Epilogue::kBias,
+               qkv + block.begin * ld, ld, nullptr);
     });
     sync();
     for_blocks(set, [&](const Block& block) {
@@ -305,7 +305,7 @@ class Worker {
     sync();
     query_rows(layer.qkv);
     sync();
-    const Projected p{set.q, set.ldq, 0, qkv, 0};
+    const Projected p{plan_.selected_q, plan_.ld, 0, qkv, 0};
     if (set.by_columns) {
       attend(set, set.groups[0], share(0, shape_.heads), p, layer);
       sync();
@@ -324,8 +324,7 @@ class Worker {
     LinearView queries = linear.view();
     queries.out_features = shape_.hidden;  // masks the keys that share the last panel
     for_blocks(set, [&](const Block& block) {
-      const int64_t panels = panels_for(shape_.hidden);
-      const Range range = set.by_columns ? share(0, panels) : Range{0, panels};
+      const Range range = part_of(set, 0, panels_for(shape_.hidden));
       if (range.begin >= range.end) return;
       float* out = plan_.selected_q + block.begin * plan_.ld;
       kernels_.gemm({linear.precision(),
@@ -338,7 +337,6 @@ class Worker {
                      out,
                      plan_.ld,
                      nullptr,
-                     0,
                      {},
                      nullptr,
                      0});
@@ -382,11 +380,6 @@ Encoder::Encoder(const EncoderShape& shape, Precision precision, const KernelTab
     layer.ffn_out = PackedLinear(precision, kDefaultGroup, shape.hidden, shape.intermediate);
     layers_.push_back(std::move(layer));
   }
-}
-
-void Encoder::choose(PackedLinear& linear, Precision precision, int64_t group, const float* divisor) {
-  linear = PackedLinear(precision, group, linear.out_features(), linear.in_features());
-  if (divisor != nullptr) linear.smooth(divisor);
 }
 
 OperandNeeds Encoder::needs() const {

@@ -60,11 +60,6 @@ class Encoder {
   Encoder(const EncoderShape& shape, Precision precision, const KernelTable& kernels);
 
   const EncoderShape& shape() const { return shape_; }
-  // That of products for which choose() was not called.
-  Precision precision() const { return precision_; }
-  // Another precision for one product: before its weights are set. `group`: int4 only. `divisor`: see
-  // PackedLinear::smooth, or null.
-  void choose(PackedLinear& linear, Precision precision, int64_t group, const float* divisor);
   OperandNeeds needs() const;
   const KernelTable& kernels() const { return kernels_; }
   std::vector<Layer>& layers() { return layers_; }

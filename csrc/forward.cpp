@@ -151,8 +151,6 @@ int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const
     cut(selected, args, shape, precision);
     lay_out(selected, carver, shape, needs);
     selected_q = carver.take<float>(selected.rows * ld);
-    selected.q = selected_q;
-    selected.ldq = ld;
   }
   for (float*& buffer : qkv) buffer = carver.take<float>(all.rows * ld_qkv);
 

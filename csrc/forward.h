@@ -46,8 +46,6 @@ struct RowSet {
   int64_t rows = 0;
   bool by_columns = false;
   float* x = nullptr;    // [rows, ld] residual stream
-  const float* q = nullptr;
-  int64_t ldq = 0;
   std::vector<Block> blocks;
   std::vector<Group> groups;
   bool any_shared = false;

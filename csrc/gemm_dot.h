@@ -1,5 +1,5 @@
-// The multiply-accumulate step of each precision on each target. Four policies a target: DotF32, DotBf16, DotInt8,
-// DotInt16.
+// The multiply-accumulate step of each precision on each target. Five policies a target: DotF32, DotF32Exact,
+// DotBf16, DotInt8, DotInt16.
 //
 //   Acc      accumulator register            A   one 4-byte activation group, broadcast
 //   B        one register of 4-byte weight groups (Reg lanes = outputs)

@@ -57,7 +57,7 @@ void finish_tile(const GemmArgs& args, const uint8_t* acc, int64_t row0, int64_t
       }
       if constexpr (E == Epilogue::kBiasGelu) y[v] = P == Precision::kFp32 ? gelu(y[v]) : gelu_rounded(y[v]);
       if constexpr (E == Epilogue::kBiasResidual)
-        y[v] = add(y[v], load_n(args.residual + row * args.ldr + col + 16 * v, valid - 16 * v));
+        y[v] = add(y[v], load_n(args.residual + row * args.ldo + col + 16 * v, valid - 16 * v));
       if constexpr (!Direct) store_n(args.out + row * args.ldo + col + 16 * v, y[v], valid - 16 * v);
     }
     // A panel of 32 outputs is two fp32 chunks or one bf16 chunk; padded outputs are zero (weights and bias are).

@@ -53,8 +53,7 @@ struct GemmArgs {
   Epilogue epilogue;
   float* out;             // [rows, ldo] row-major; unused when out_operand.data is set
   int64_t ldo;
-  const float* residual;  // [rows, ldr], kBiasResidual only; may alias out
-  int64_t ldr;
+  const float* residual;  // [rows, ldo], kBiasResidual only; may alias out
   Operand out_operand;    // fp32 and bf16: write the next product's operand directly
   const uint8_t* next;    // start of the weights that are read after this call (prefetch hint), or null
   int64_t next_bytes;

@@ -66,7 +66,6 @@ UnpadResult unpad(const UnpadArgs& args, int32_t* ids, int32_t* position_ids, in
       indices[t++] = static_cast<int32_t>(i);
     }
     cu_seqlens[row + 1] = static_cast<int32_t>(t);
-    result.max_seqlen = std::max<int64_t>(result.max_seqlen, t - cu_seqlens[row]);
   }
   result.total = t;
   return result;

@@ -37,7 +37,6 @@ struct UnpadResult {
   int64_t row = 0, col = 0;
   double value = 0;
   int64_t total = 0;         // packed tokens written
-  int64_t max_seqlen = 0;
   int64_t first_masked = 0;  // sequences whose column 0 is masked
 };
 

@@ -152,8 +152,9 @@ inline V16 scale_by_power(V16 a, V16 n) {
   }
   return a;
 }
-// 16 values in [-127, 127] -> bytes + 128
+// 16 values in [-127, 127] -> bytes
 inline void store_i8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(static_cast<int8_t>(a.v[i])); }
+// likewise, + 128
 inline void store_u8(uint8_t* p, I16 a) { XFAST_LANES p[i] = static_cast<uint8_t>(a.v[i] + 128); }
 // a's and b's values in [-32767, 32767] -> 16 bits each, in the order that costs this target least: the pair of values
 // 2p and 2p + 1 (of 32: a's, then b's) lies at pair_slot(p).

@@ -21,17 +21,18 @@ struct MatrixView {
 class PackedLinear {
  public:
   PackedLinear() = default;
-  // `group`: int4 only.
-  PackedLinear(Precision precision, int64_t group, int64_t out_features, int64_t in_features)
+  // `group`: int4 only. Inputs are divided by `divisor` [in_features] (null = not smoothed; quantised precisions) when
+  // they are quantised, weights multiplied when they are packed: the same product, with outliers moved to where they
+  // do less harm.
+  PackedLinear(Precision precision, int64_t group, int64_t out_features, int64_t in_features,
+               const float* divisor = nullptr)
       : precision_(precision),
         group_(precision == Precision::kInt4 ? group : 0),
         out_features_(out_features),
         in_features_(in_features),
-        chunks_(chunks_for(precision, in_features)) {}
-
-  // Inputs are divided by `divisor` [in_features] when they are quantised, weights multiplied when they are packed:
-  // the same product, with outliers moved to where they do less harm. Quantised precisions, before set_rows.
-  void smooth(const float* divisor);
+        chunks_(chunks_for(precision, in_features)) {
+    if (divisor != nullptr) smooth(divisor);
+  }
 
   // Packs w [rows, in_features] and bias [rows] (null = zeros) as outputs [first, first + w.rows), on `threads`
   // threads. Returns false, leaving those outputs unusable, when w or bias holds a NaN or infinity.
@@ -63,6 +64,7 @@ class PackedLinear {
   }
 
  private:
+  void smooth(const float* divisor);
   void allocate();
   bool set_row(int64_t n, const MatrixView& w, int64_t row, float* values);
   void set_row_int4(int64_t n, const float* values);

@@ -101,7 +101,7 @@ def feeds_of(weights: EncoderWeights, batch: dict[str, torch.Tensor], rows: Sequ
     """The network's inputs for a batch padded on the right."""
     packed = unpad(weights.spec, **batch)
     starts, lengths = packed.cu_seqlens[:-1], np.diff(packed.cu_seqlens)
-    columns = np.arange(packed.max_seqlen)
+    columns = np.arange(lengths.max())
     padded = np.where(columns < lengths[:, None], starts[:, None] + columns, 0)
     values = {
         "token_ids": packed.ids,

@@ -1,4 +1,4 @@
-"""Signatures of csrc/bindings.cpp. bf16 arrays cross as uint16, which NumPy has."""
+"""Signatures of csrc/bindings*.cpp. bf16 arrays cross as uint16, which NumPy has."""
 
 from __future__ import annotations
 

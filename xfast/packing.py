@@ -33,7 +33,6 @@ class Packed:
         position_ids, type_ids: int32 [T].
         indices: int32 [T], ``row * length + column`` of each packed token.
         cu_seqlens: int32 [batch + 1].
-        max_seqlen: tokens of the longest sequence.
         first_masked: number of sequences whose column 0 is masked.
     """
 
@@ -45,7 +44,6 @@ class Packed:
     type_ids: np.ndarray
     indices: np.ndarray
     cu_seqlens: np.ndarray
-    max_seqlen: int
     first_masked: int
 
     @property
@@ -119,7 +117,6 @@ def unpad(
         type_ids=result["type_ids"],
         indices=result["indices"],
         cu_seqlens=result["cu_seqlens"],
-        max_seqlen=result["max_seqlen"],
         first_masked=result["first_masked"],
     )
 

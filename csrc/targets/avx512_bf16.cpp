@@ -3,5 +3,4 @@
 #define XFAST_AVX512
 #define XFAST_VNNI
 #define XFAST_BF16
-#define XFAST_BF16_NOTE "bf16 dot-product instruction"
 #include "target.inc"

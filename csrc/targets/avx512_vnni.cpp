@@ -2,6 +2,4 @@
 #define XFAST_TARGET avx512_vnni
 #define XFAST_AVX512
 #define XFAST_VNNI
-#define XFAST_BF16_NOTE \
-  "no bf16 instruction here: values are widened to fp32, so bf16 is slower than int8 and no faster than fp32"
 #include "target.inc"

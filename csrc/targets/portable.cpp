@@ -1,5 +1,3 @@
 // Plain C++ for any CPU.
 #define XFAST_TARGET portable
-#define XFAST_BF16_NOTE \
-  "no bf16 instruction here: values are widened to fp32, so bf16 is slower than int8 and no faster than fp32"
 #include "target.inc"
