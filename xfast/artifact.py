@@ -18,7 +18,7 @@ from typing import Any
 from xfast import _C, locks
 from xfast.architecture import EncoderSpec
 from xfast.errors import ArtifactError, ArtifactWriteError, DataFileError
-from xfast.recipe import GROUP_SIZES, LINEARS, PRECISIONS, QUANTISED, StoredFormat
+from xfast.recipe import CPU_PRECISIONS, GROUP_SIZES, LINEARS, QUANTISED, StoredFormat
 from xfast.tensor_files import (
     FileRecord,
     Mapped,
@@ -107,7 +107,7 @@ def formats_of(manifest: Manifest, layers: int) -> list[dict[str, StoredFormat]]
         layer, _, name = key.partition(".")
         good = layer.isascii() and layer.isdigit() and int(layer) < layers and name in LINEARS
         good = good and isinstance(value, dict) and value.keys() == {"precision", "group_size", "smoothed"}
-        good = good and value["precision"] in PRECISIONS and type(value["smoothed"]) is bool
+        good = good and value["precision"] in CPU_PRECISIONS and type(value["smoothed"]) is bool
         good = good and type(value["group_size"]) is int and value["group_size"] in GROUP_SIZES
         if not good or (value["smoothed"] and value["precision"] not in QUANTISED):
             raise ArtifactError(f"{MANIFEST}: recipe: {key!r:.100}: {value!r:.100} is not accepted")
@@ -202,7 +202,7 @@ def _check(manifest: Manifest, path: Path) -> None:
         and isinstance(m.aliases, dict)
         and all(isinstance(name, str) for name in m.aliases.values())
     )
-    if not good or m.precision not in PRECISIONS:
+    if not good or m.precision not in CPU_PRECISIONS:
         raise ArtifactError(f"{path}: a field has a value that format {FORMAT} does not accept")
     if m.layout != _C.pack_version:
         raise ArtifactError(f"{path}: packed in layout {m.layout!r}; this version reads layout {_C.pack_version}")

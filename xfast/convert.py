@@ -22,7 +22,7 @@ from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint, Tensors
 from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError, require_one_of
-from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, Recipe
+from xfast.recipe import CPU_PRECISIONS, DEFAULT_GROUP_SIZE, Recipe
 from xfast.tensor_files import DTYPES, Entry, as_array, as_bytes
 from xfast.threads import get_num_threads
 
@@ -101,7 +101,7 @@ def _require_same(checkpoint: Tensors, identity: list[list[Any]]) -> None:
 
 
 def _recipe(precision: str, group_size: int) -> Recipe:
-    require_one_of("precision", precision, PRECISIONS)
+    require_one_of("precision", precision, CPU_PRECISIONS)
     if group_size != DEFAULT_GROUP_SIZE and precision != "int4":
         raise InvalidOptionError(f"group-size: {group_size} is only accepted with int4, not with {precision}")
     return Recipe(group_size)

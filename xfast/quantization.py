@@ -42,7 +42,7 @@ from xfast.quantization_reports import (
     ProductOutliers,
     SensitivityReport,
 )
-from xfast.recipe import DEFAULT_GROUP_SIZE, GPU_PRECISIONS, LINEARS, QUANTISED, LinearFormat, Recipe
+from xfast.recipe import ALL_PRECISIONS, DEFAULT_GROUP_SIZE, LINEARS, QUANTISED, LinearFormat, Recipe
 from xfast.trials import NativeTrials, Trials, TritonTrials
 
 PRECISIONS = ("int4", "int8", "bf16", "fp32")
@@ -170,7 +170,7 @@ def mixed(
         calibration: batches as the model takes them.
         tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`; on a GPU
             y_fp32 is what the original code gives.
-        precisions: to choose from, of ``PRECISIONS`` or on a GPU ``GPU_PRECISIONS``; None: on the CPU all, bf16 only
+        precisions: to choose from, of ``PRECISIONS`` or on a GPU ``ALL_PRECISIONS``; None: on the CPU all, bf16 only
             where it has the instruction; on a GPU fp8 (where it has none: int8) and bf16, which are about speed (for
             memory: int4, int8, bf16).
         group_size: of int4.
@@ -365,7 +365,7 @@ def _strengths(given: Any, default: Sequence[float], single: bool = False) -> li
 
 
 def _precisions(given: Sequence[str] | None, on_gpu: Target | None) -> tuple[str, ...]:
-    accepted = PRECISIONS if on_gpu is None else GPU_PRECISIONS
+    accepted = PRECISIONS if on_gpu is None else ALL_PRECISIONS
     if given is None:
         # Without the instruction bf16 takes the time of fp32
         if on_gpu is not None:

@@ -21,11 +21,11 @@ DEFAULT_GROUP_SIZE = 64
 """Where nothing is said; artifacts do not name it, so it cannot change within their format."""
 
 QUANTISED = ("int8", "int4")
-PRECISIONS = ("fp32", "bf16", *QUANTISED)
+CPU_PRECISIONS = ("fp32", "bf16", *QUANTISED)
 """What a product can be computed in on the CPU."""
 
-GPU_PRECISIONS = (*PRECISIONS, "fp16", "fp8")
-"""What a product can be computed in by Triton; int8 and int4 quantise the weights alone. All that there is."""
+ALL_PRECISIONS = (*CPU_PRECISIONS, "fp16", "fp8")
+"""What a product can be computed in by Triton, where int8 and int4 quantise the weights alone."""
 
 
 @dataclass(frozen=True, eq=False)  # arrays do not compare to one truth value
@@ -111,7 +111,7 @@ class Recipe:
                 raise InvalidOptionError(f"{where}: expected a LinearFormat, got {chosen!r}")
             if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and key[1] in LINEARS):
                 raise InvalidOptionError(f"{where}: expected (layer, name), names: {', '.join(LINEARS)}")
-            require_one_of(f"{where}.precision", chosen.precision, GPU_PRECISIONS)
+            require_one_of(f"{where}.precision", chosen.precision, ALL_PRECISIONS)
             _check_group(f"{where}.group_size", chosen.group_size)
             if chosen.divisor is not None:
                 _check_divisor(f"{where}.divisor", chosen)

@@ -13,7 +13,7 @@ from xfast.architecture import EncoderSpec, EncoderWeights, roles_of
 from xfast.backends.base import unusual_norms
 from xfast.errors import InvalidOptionError, InvalidWeightsError
 from xfast.packing import Packed, unpad
-from xfast.recipe import LINEARS, PRECISIONS, QUANTISED, LinearFormat, PackedWeights, Recipe, StoredFormat, summary
+from xfast.recipe import CPU_PRECISIONS, LINEARS, QUANTISED, LinearFormat, PackedWeights, Recipe, StoredFormat, summary
 from xfast.tensor_files import as_array
 from xfast.threads import get_num_threads
 
@@ -178,8 +178,8 @@ class NativeBackend:
         if device.type != "cpu":
             return f"the model is on {device}, this backend runs on cpu"
         for wanted in (precision, *(recipe.precisions() if recipe else ())):
-            if wanted not in PRECISIONS:
-                return f"precision {wanted} is not available on the CPU; available: {', '.join(PRECISIONS)}"
+            if wanted not in CPU_PRECISIONS:
+                return f"precision {wanted} is not available on the CPU; available: {', '.join(CPU_PRECISIONS)}"
         return unusual_norms(spec)
 
     def automatic(self, device: torch.device) -> bool:

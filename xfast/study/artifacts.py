@@ -20,7 +20,7 @@ from xfast.artifact import manifest_in
 from xfast.benchmarks.models import SeededTensors
 from xfast.convert import convert
 from xfast.errors import ArtifactError, ArtifactWriteError
-from xfast.recipe import DEFAULT_GROUP_SIZE, PRECISIONS, QUANTISED
+from xfast.recipe import CPU_PRECISIONS, DEFAULT_GROUP_SIZE, QUANTISED
 from xfast.study.factors import EngineName, Settings
 
 FOLDER = "artifacts"
@@ -84,7 +84,7 @@ def refusal(found: Artifact, engine: EngineName, device: str) -> str:
 
 def can_be_made(settings: Settings, engine: EngineName) -> bool:
     """Whether arms of seeded weights can be artifacts for an engine."""
-    native = engine.backend == _NATIVE and engine.precision in PRECISIONS
+    native = engine.backend == _NATIVE and engine.precision in CPU_PRECISIONS
     return native and settings.device == "cpu" and not settings.baseline
 
 
