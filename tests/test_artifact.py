@@ -452,6 +452,13 @@ def test_a_manifest_of_something_else(changes: dict[str, Any], text: str, tmp_pa
         xfast.load(tmp_path)
 
 
+@pytest.mark.parametrize("folder", [3, None, b"folder"])
+def test_what_is_no_folder(folder: Any) -> None:
+    for call in (lambda: xfast.load(folder), lambda: xfast.save(accelerated(), folder)):
+        with pytest.raises(xfast.InvalidOptionError, match=f"folder: expected a str or a path, got {folder!r}"):
+            call()
+
+
 def test_checksum_does_not_depend_on_threads_and_sees_every_byte(rng: np.random.Generator) -> None:
     for size in (0, 1, 7, 63, 64, 65, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 5):
         data = rng.integers(0, 256, size, np.uint8)

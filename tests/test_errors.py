@@ -51,7 +51,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
             xfast.InvalidOptionError,
             ("tolerance", repr(value)),
         )
-        for value in (0, -1.0, math.nan, "0.1")
+        for value in (0, -1.0, math.nan, math.inf, "0.1")
     ),
     ({"precision": "auto", "calibration": [3], "tolerance": 1.0}, xfast.InvalidOptionError, ("calibration", "mapping")),
     ({"precision": "auto", "calibration": BATCH[0], "tolerance": 1.0}, xfast.InvalidOptionError, ("calibration",)),

@@ -95,7 +95,8 @@ def test_gains_are_those_of_the_norm_that_feeds_the_product(family: str) -> None
 
 def test_strength_is_the_exponent_of_the_gains() -> None:
     model = build()
-    divisors = {s: quantization.smooth(model, strength=s).linears[1, "ffn_in"].divisor for s in (0, 0.25, 0.5)}
+    strengths = (0, np.float32(0.25), 0.5)
+    divisors = {s: quantization.smooth(model, strength=s).linears[1, "ffn_in"].divisor for s in strengths}
     assert np.allclose(divisors[0], 1)
     assert np.allclose(divisors[0.25] ** 2, divisors[0.5], rtol=1e-5)
     assert not np.allclose(divisors[0.25], 1, atol=0.1)

@@ -207,11 +207,13 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
     The model stays as it is, and in use. Weights that it still holds are not written, packed ones only.
 
     Raises:
-        InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders; not a tokenizer.
+        InvalidOptionError: the model is not accelerated, not on the CPU, or has several encoders; ``folder`` or
+            ``tokenizer`` is something else.
         UnsupportedModelError: loading could not build it again (its own class, replaced modules).
         ArtifactWriteError: disk full, read-only, or the folder holds something else.
         DataFileError: a Hub model's tokenizer differs between the revisions in the cache, and none was given.
     """
+    path = _path_of(folder)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise InvalidOptionError(f"tokenizer: expected a tokenizer of transformers or None, got {tokenizer!r:.80}")
     root = _module_of(model)
@@ -222,7 +224,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, tokenizer: Any = None) -
         raise InvalidOptionError(
             "model: expected one with an encoder that xfast.accelerate made fast on the CPU; see xfast.explain"
         )
-    save_model(root, patches[0].plan, engines[0], Path(folder), tokenizer)
+    save_model(root, patches[0].plan, engines[0], path, tokenizer)
 
 
 def load(
@@ -250,13 +252,14 @@ def load(
     Raises:
         ArtifactError: no artifact, of another format, incomplete or damaged.
         BackendUnavailableError: the backend does not run on the device, or not what the artifact's recipe asks for.
-        InvalidOptionError: ``verify``, ``device`` or ``backend`` is something else, or ``head`` is for another encoder.
+        InvalidOptionError: ``folder``, ``verify``, ``device`` or ``backend`` is something else, or ``head`` is for
+            another encoder.
     """
     if verify is not None and not isinstance(verify, bool):
         raise InvalidOptionError(f"verify: expected True, False or None, got {verify!r}")
     require_one_of("backend", backend, ("auto", *(one.name for one in PACKED_BACKENDS)))
     level = {None: "checksum", True: "full", False: "size"}[verify]
-    loaded = load_model(Path(folder), level, _device(device), backend)
+    loaded = load_model(_path_of(folder), level, _device(device), backend)
     root = loaded.model if head is None else put_under(head, loaded)
     options = Options(loaded.backend_name, loaded.manifest.precision, loaded.manifest.layers, keep_weights=False)
     patch = EncoderPatch(loaded.encoder, options)
@@ -264,6 +267,13 @@ def load(
     for installed in (patch, *_head_patches(root, [loaded.encoder])):
         installed.install()
     return root
+
+
+def _path_of(folder: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise InvalidOptionError(f"folder: expected a str or a path, got {folder!r:.80}") from None
 
 
 def _device(device: str | torch.device) -> torch.device:

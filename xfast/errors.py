@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from numbers import Real
+from typing import TypeGuard
 
 
 class XfastError(Exception):
@@ -56,6 +59,11 @@ class BackendUnavailableError(XfastError, RuntimeError):
 def in_short(error: BaseException) -> str:
     """What an error says, on one line of at most 200 characters: drivers and libraries write pages."""
     return " ".join(str(error).split())[:200]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether an option is a finite number; NumPy's are, too."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
 
 
 def require_one_of(name: str, value: object, accepted: Collection[str]) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from xfast.architecture import EncoderSpec
-from xfast.errors import InvalidOptionError, require_one_of
+from xfast.errors import InvalidOptionError, is_number, require_one_of
 from xfast.recipe import Recipe
 
 PRECISIONS = ("model", "fp32", "fp16", "bf16", "int8", "int4", "fp8", "auto")
@@ -97,6 +96,5 @@ class Options:
             raise InvalidOptionError("calibration: every batch must be a mapping such as a tokenizer returns")
         # They are measured on again when weights change: what the caller does with the list must not matter
         object.__setattr__(self, "calibration", tuple(dict(batch) for batch in self.calibration))
-        real = isinstance(self.tolerance, Real) and not isinstance(self.tolerance, bool)
-        if not real or not self.tolerance > 0:  # type: ignore[operator]
-            raise InvalidOptionError(f'precision="auto" needs tolerance > 0, got {self.tolerance!r}')
+        if not is_number(self.tolerance) or not self.tolerance > 0:
+            raise InvalidOptionError(f'precision="auto" needs tolerance, a finite number > 0, got {self.tolerance!r}')

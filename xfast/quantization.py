@@ -7,10 +7,8 @@ docs/quantization.md says when to use which.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from xfast.calibration import (
     product_inputs,
     read_batches,
 )
-from xfast.errors import InvalidOptionError, require_one_of
+from xfast.errors import InvalidOptionError, is_number, require_one_of
 from xfast.mixed_precision import Ladders, cheapest, climb, formats_of
 from xfast.quantization_reports import (
     MixedReport,
@@ -139,7 +137,7 @@ def sensitivity(
     require_one_of("precision", precision, PRECISIONS[:-1])
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
-        raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe, got {type(recipe).__name__}")
+        raise InvalidOptionError(f"recipe: expected an xfast.recipe.Recipe or None, got {recipe!r:.80}")
     recipe.check(target.weights.spec)
     batches = read_batches(target.weights.spec, calibration)
     formats = {key: _in_precision(recipe.of(*key, precision), precision) for key in target.products()}
@@ -190,8 +188,8 @@ def mixed(
     target = find_target(model, gpu=backend != "native")
     if not isinstance(smoothing, bool):
         raise InvalidOptionError(f"smoothing: expected True or False, got {smoothing!r}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < tolerance < math.inf:
-        raise InvalidOptionError(f"tolerance: expected a number > 0, got {tolerance!r}")
+    if not is_number(tolerance) or not tolerance > 0:
+        raise InvalidOptionError(f"tolerance: expected a finite number > 0, got {tolerance!r}")
     Recipe(group_size)  # checks it
     batches = read_batches(target.weights.spec, calibration)
     on_gpu = backend == "triton" or (backend == "auto" and target.device.type == "cuda")
@@ -357,7 +355,7 @@ def _strengths(given: Any, default: Sequence[float], single: bool = False) -> li
     if given is None:
         return list(default)
     values = [given] if single or not isinstance(given, Sequence) or isinstance(given, str) else list(given)
-    real = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= 1 for v in values)
+    real = all(is_number(value) and 0 <= value <= 1 for value in values)
     if not values or not real:
         some = "a number" if single else "a number, or several,"
         raise InvalidOptionError(f"strength: expected {some} from 0 to 1, got {given!r}")
