@@ -1,6 +1,6 @@
 """The GPU backend: Triton kernels around cuBLASLt products, on packed tokens. Needs the package ``triton``.
 
-A layer is eight launches (eleven with fp8): QKV in one product, attention, the output projection added to the residual
+A layer is eight launches (nine with fp8): QKV in one product, attention, the output projection added to the residual
 stream, LayerNorm (which adds the projection's bias), the two FFN products with bias + GELU between them, LayerNorm.
 Every launch takes its sizes from the host but its *lengths* from the device, so that a captured graph serves every
 batch that fits its bucket (``backends/cuda_graphs.py``).

@@ -1,4 +1,4 @@
-"""What every kernel's launcher needs: dtypes, pointers that may be absent, and whether Triton interprets."""
+"""What the kernels and their launchers share: devices and what they can do, dtypes, loads and products."""
 
 from __future__ import annotations
 
