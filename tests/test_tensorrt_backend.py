@@ -173,7 +173,7 @@ def test_altclips_text_tower(precision: str, limit: float, simulated: list[tuple
 def test_graphs_of_enlarged_batches(simulated: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The network on padding of every kind that a graph's sizes add, tokens, sequences, columns and rows."""
     monkeypatch.setattr(cuda_graphs, "MEETINGS_BEFORE_CAPTURE", 0)
-    monkeypatch.setattr(tensorrt_graphs, "Graphs", lambda device: cuda_graphs.Graphs(device, Captures()))
+    monkeypatch.setattr(tensorrt_graphs, "capture_on", lambda _: Captures())
     for head in ("base-no-pooler", "sequence-classification"):
         model, stock = _model(head=head), _model(head=head)
         fast = xfast.accelerate(model, backend="tensorrt")

@@ -248,7 +248,7 @@ def test_letting_go_waits_for_what_runs(stream: Stream, monkeypatch: pytest.Monk
         Event.waited, capturing[0] = 0, capture
         del loaded
         assert Event.waited == waits
-    graphs = cuda_graphs.Graphs(CPU)
+    graphs = cuda_graphs.Graphs(CPU, None)
     graphs._done = Event()  # type: ignore[assignment]
     capturing[0], Event.waited = False, 0
     del graphs

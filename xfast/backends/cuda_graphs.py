@@ -121,13 +121,18 @@ def capture_cuda() -> Capture:
     return capture
 
 
-class Graphs:
-    """The captured graphs of one engine, by a key that names all that a graph depends on."""
+def capture_on(device: torch.device) -> Capture | None:
+    """What captures graphs on a device, or None where there are none."""
+    return capture_cuda() if device.type == "cuda" else None
 
-    def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
+
+class Graphs:
+    """The captured graphs of one engine, by a key that names all that a graph depends on; without ``capture`` none."""
+
+    def __init__(self, device: torch.device, capture: Capture | None) -> None:
         self._done: torch.cuda.Event | None = None
         self.device = device
-        self.capture = capture_cuda() if capture is None and device.type == "cuda" else capture
+        self.capture = capture
         self.refused: dict[Hashable, str] = {}
         self._again: dict[Hashable, int] = {}  # those of them that want for memory: the call that tries once more
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()

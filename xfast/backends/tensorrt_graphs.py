@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from xfast.backends.cuda_graphs import Graphs, bucket_for
+from xfast.backends.cuda_graphs import Graphs, bucket_for, capture_on
 from xfast.backends.tensorrt_build import Profile, choose
 from xfast.backends.tensorrt_network import INPUTS
 
@@ -64,7 +64,7 @@ class GraphRunner:
     def __init__(self, session: Recordable, profiles: Sequence[Profile]) -> None:
         self._session, self._profiles = session, profiles
         self.bound: float | None = None
-        self.graphs = Graphs(session.device)
+        self.graphs = Graphs(session.device, capture_on(session.device))
 
     def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> torch.Tensor:
         """[R, hidden_size] on the device; ``profile`` takes the inputs as they are."""

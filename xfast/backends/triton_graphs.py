@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xfast.backends.cuda_graphs import Graphs, bucket_for
+from xfast.backends.cuda_graphs import Graphs, bucket_for, capture_on
 from xfast.backends.triton_forward import DeviceBatch, TritonForward
 from xfast.kernels.tiles import Tile
 
@@ -34,9 +34,7 @@ class GraphCache:
 
     def __init__(self, forward: TritonForward, capture: bool = True) -> None:
         self._forward = forward
-        self.graphs = Graphs(forward.device)
-        if not capture:
-            self.graphs.capture = None
+        self.graphs = Graphs(forward.device, capture_on(forward.device) if capture else None)
 
     def run(
         self, packed: DevicePacked, selected: torch.Tensor | None, layers: int, hidden_states: bool
