@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfast.errors import UnsupportedModelError
+from xfast.errors import InvalidWeightsError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EncoderSpec:
     final_norm: bool = False
 
     def product_shape(self, name: str) -> tuple[int, int]:
-        """(out, in) of a layer's product: "qkv", "attention_out", "ffn_in" or "ffn_out"."""
+        """(out, in) of a layer's product, "qkv", "attention_out", "ffn_in" or "ffn_out", or of a linear role."""
         hidden, inner = self.hidden_size, self.intermediate_size
         shapes = {"qkv": (3 * hidden, hidden), "ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
         return shapes.get(name, (hidden, hidden))
@@ -246,10 +246,8 @@ def _family_named(architecture: str) -> Family | None:
 def _check_shapes(weights: EncoderWeights) -> None:
     """Refuses layers that no longer have the sizes of the spec (pruned heads, swapped modules)."""
     spec = weights.spec
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    shapes = {"ffn_in": (inner, hidden), "ffn_out": (hidden, inner)}
     for (layer, role), module in weights.modules.items():
-        expected = shapes.get(role, (hidden, hidden) if role in LINEAR_ROLES else None)
+        expected = spec.product_shape(role) if role in LINEAR_ROLES else None
         if expected is not None and tuple(module.weight.shape) != expected:
             name = weights.names[layer, role]
             raise UnsupportedModelError(f"{name}.weight has shape {tuple(module.weight.shape)}, expected {expected}")
@@ -262,6 +260,18 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Whether a parameter is a dense array in memory, not one of a class that computes its values itself (torchao)."""
     computes = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return tensor.layout == torch.strided and not computes
+
+
+def require_values(name: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidWeightsError where a parameter has no values."""
+    if tensor.is_meta:
+        raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidWeightsError where a tensor holds NaN or infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise InvalidWeightsError(f"{name} holds NaN or infinity")
 
 
 def _padding_idx(module: nn.Module, family: Family) -> int:

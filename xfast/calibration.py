@@ -24,6 +24,8 @@ from xfast.architecture import (
     describe,
     find_encoders,
     layers_of,
+    require_finite,
+    require_values,
     roles_of,
     supported_families,
 )
@@ -36,7 +38,7 @@ from xfast.errors import (
     UnsupportedModelError,
 )
 from xfast.locks import ThreadLock
-from xfast.packing import Packed, PositionOverflowError, unpad
+from xfast.packing import ARGUMENTS, Packed, PositionOverflowError, unpad
 from xfast.recipe import LINEARS, LinearFormat
 
 Product = tuple[int, str]
@@ -45,7 +47,6 @@ Product = tuple[int, str]
 # Enough for a product's error: tokens differ more than outputs do, and each output has its own scale.
 _TOKENS = 256
 _OUTPUTS = 256
-_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
 
@@ -98,8 +99,7 @@ def find_target(model: Any, *, gpu: bool = False) -> Target:
     weights = describe(module, family)
     for name, owner, parameter in weights.parameters():
         tensor = getattr(owner, parameter)
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"model: {name} is on the meta device: it has no values; load the weights first")
+        require_values(f"model: {name}", tensor)
         if tensor.device.type != "cpu" and not (gpu and tensor.device == weights.modules[-1, "word"].weight.device):
             places = "on the CPU or with all weights on one GPU" if gpu else "on the CPU only"
             raise BackendUnavailableError(
@@ -109,8 +109,8 @@ def find_target(model: Any, *, gpu: bool = False) -> Target:
             raise BackendUnavailableError(
                 f"model: {name} is {tensor.dtype}; supported: float32, bfloat16, float16: use model.float()"
             )
-        if not isinstance(owner, nn.Embedding) and not bool(torch.isfinite(tensor).all()):
-            raise InvalidWeightsError(f"model: {name} holds NaN or infinity")
+        if not isinstance(owner, nn.Embedding):
+            require_finite(f"model: {name}", tensor)
     for key, norm in weights.modules.items():
         missing = [
             name for name in ("weight", "bias") if isinstance(norm, nn.LayerNorm) and getattr(norm, name) is None
@@ -143,7 +143,7 @@ def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
             raise InvalidOptionError(
                 f"calibration[{index}]: expected a mapping such as a tokenizer returns, got {_brief(given)}"
             )
-        for name in _ARGUMENTS:
+        for name in ARGUMENTS:
             if not isinstance(given.get(name), torch.Tensor | None):
                 raise InvalidInputError(
                     f"calibration[{index}]: {name} is a {type(given[name]).__name__}; expected a tensor: call the "
@@ -163,7 +163,7 @@ def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
 def encoder_arguments(batch: Any) -> dict[str, torch.Tensor]:
     """The encoder's share of a model's batch; multiple choice's (batch, choices, length) is flattened."""
     given = {}
-    for name in _ARGUMENTS:
+    for name in ARGUMENTS:
         value = batch.get(name)
         if isinstance(value, torch.Tensor):
             given[name] = value.flatten(0, 1) if value.dim() == (4 if name == "inputs_embeds" else 3) else value

@@ -78,7 +78,6 @@ class Checkpoint:
     """
 
     def __init__(self, model: str) -> None:
-        self.model = model
         config = tokenizer_files.find(model, "config.json")
         if config is None:
             raise DataFileError(

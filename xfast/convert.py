@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from xfast import _C, artifact, packed_model, tokenizer_files
-from xfast.architecture import FAMILIES, describe, find_encoders, supported_families
+from xfast.architecture import FAMILIES, describe, find_encoders, require_finite, supported_families
 from xfast.artifact import Manifest, Staging
 from xfast.backends.native import pack_layer
 from xfast.checkpoint import Checkpoint, Tensors
-from xfast.errors import DataFileError, InvalidOptionError, InvalidWeightsError, UnsupportedModelError, require_one_of
+from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, require_one_of
 from xfast.recipe import CPU_PRECISIONS, DEFAULT_GROUP_SIZE, Recipe
 from xfast.tensor_files import DTYPES, Entry, as_array, as_bytes
 from xfast.threads import get_num_threads
@@ -227,15 +227,12 @@ class _Source:
         tensor = self._checkpoint.read(self._names[name], first, rows)
         return tensor.to(self.dtype) if packed_model.is_parameter(self.root, name) else tensor
 
-    def _full(self, inner: str) -> str:
-        return f"{self._path}.{inner}" if self._path else inner
-
     def packed_layer(self, layer: int, precision: str, recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
         """Reads a layer, packs it and lets it go."""
         roles = [key for key in self.weights.modules if key[0] == layer]
         for key in roles:
             for parameter, held in self.weights.modules[key].named_parameters():
-                values = self._read(self._full(f"{self.weights.names[key]}.{parameter}"))
+                values = self._read(packed_model.full_name(self._path, f"{self.weights.names[key]}.{parameter}"))
                 setattr(self.weights.modules[key], parameter, nn.Parameter(values, requires_grad=False))
                 del held
         packed = pack_layer(self.weights, layer, precision, recipe)
@@ -245,12 +242,12 @@ class _Source:
 
     def packed_words(self) -> tuple[np.ndarray, np.ndarray]:
         """The word table in 8 bits a value and its scales, read some rows at a time."""
-        name = self._full(f"{self.weights.names[-1, 'word']}.weight")
+        name = packed_model.full_name(self._path, f"{self.weights.names[-1, 'word']}.weight")
         rows, columns = self._checkpoint.entry(self._names[name]).shape
         values, scales = np.empty((rows, columns), np.int8), np.empty(rows, np.float32)
         for first in range(0, rows, _ROWS):
             table = self._read(name, first, _ROWS)
-            _require_finite(name, table)
+            require_finite(name, table)
             part = slice(first, first + len(table))
             values[part], scales[part] = _C.quantize_rows(as_array(table), get_num_threads())
         return values, scales
@@ -259,7 +256,7 @@ class _Source:
         """The bytes of a tensor that is stored as it is."""
         tensor = self._read(name)
         if name in self._inside:
-            _require_finite(name, tensor)
+            require_finite(name, tensor)
         return as_bytes(tensor)
 
 
@@ -278,11 +275,6 @@ def _dtype_of(checkpoint: Tensors, names: Iterable[str]) -> torch.dtype:
     if named is not None and len(set(types)) > 1:
         raise DataFileError(f"model: dtype {named!r:.50} in config.json; accepted: float32, bfloat16, float16")
     return types[0] if types else torch.float32
-
-
-def _require_finite(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise InvalidWeightsError(f"{name} holds NaN or infinity")
 
 
 def _skeleton(checkpoint: Tensors, architecture: str | None, **changes: Any) -> nn.Module:

@@ -25,7 +25,15 @@ from rich.console import Console
 from torch import nn
 
 import xfast
-from xfast.architecture import EncoderSpec, describe, family_of, find_encoders, supported_families
+from xfast.architecture import (
+    EncoderSpec,
+    describe,
+    family_of,
+    find_encoders,
+    require_finite,
+    require_values,
+    supported_families,
+)
 from xfast.calibration import evaluated
 from xfast.checkpoint import loading, require_whole
 from xfast.errors import (
@@ -184,12 +192,10 @@ def outputs_of(model: nn.Module) -> tuple[str, ...]:
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+        require_values(name, parameter)
         if parameter.dtype != torch.float32:
             raise InvalidWeightsError(f"{name} is {parameter.dtype}; accepted: torch.float32, see model.float()")
-        if not bool(torch.isfinite(parameter).all()):
-            raise InvalidWeightsError(f"{name} holds NaN or infinity")
+        require_finite(name, parameter)
 
 
 def check_free(out: Path, force: bool) -> None:

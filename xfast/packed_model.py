@@ -81,6 +81,11 @@ def parameters_outside(root: nn.Module, encoder: nn.Module) -> set[int]:
     return {id(p) for m in root.modules() if m not in inside for p in m.parameters(recurse=False)}
 
 
+def full_name(encoder_path: str, inner: str) -> str:
+    """What a tensor of the encoder is called in its model."""
+    return f"{encoder_path}.{inner}" if encoder_path else inner
+
+
 @dataclass(frozen=True)
 class Contents:
     """How a model's tensors are divided. Names are those of its ``state_dict``.
@@ -94,11 +99,6 @@ class Contents:
     packed_words: bool
     stored: dict[str, torch.Tensor]
     aliases: dict[str, str]
-
-    def full_name(self, layer: int, role: str) -> str:
-        """The weight of a role."""
-        prefix = f"{self.encoder_path}." if self.encoder_path else ""
-        return f"{prefix}{self.weights.names[layer, role]}.weight"
 
     def shapes(self) -> Shapes:
         """What the file of stored tensors holds."""
@@ -118,11 +118,11 @@ def contents_of(root: nn.Module, precision: str) -> Contents:
         )
     path, encoder, family = encoders[0]
     weights = describe(encoder, family)
-    draft = Contents(path, weights, frozenset(), False, {}, {})
     word = weights.modules[-1, "word"].weight
     packed_words = precision in QUANTISED and id(word) not in parameters_outside(root, encoder)
-    packed = {draft.full_name(layer, role) for layer, role in weights.modules if layer >= 0 and role in LINEAR_ROLES}
-    packed |= {draft.full_name(-1, "word")} if packed_words else set()
+    alone = {(layer, role) for layer, role in weights.modules if layer >= 0 and role in LINEAR_ROLES}
+    alone |= {(-1, "word")} if packed_words else set()
+    packed = {full_name(path, f"{weights.names[at]}.weight") for at in alone}
     first: dict[int, str] = {}
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -246,13 +246,14 @@ def write(
     advance(artifact.PARAMETERS)
     staging.tensors(artifact.PARAMETERS, contents.shapes(), lambda: (value(name) for name in contents.stored))
     staging.content(artifact.CONFIG, config_json(root))
-    draft = _draft(root, contents, precision)
-    draft = dataclasses.replace(draft, layers=layers, recipe=artifact.recipe_content(precision, formats))
+    draft = _draft(root, contents, precision, layers, artifact.recipe_content(precision, formats))
     unchanged()
     return staging.commit(lambda records: dataclasses.replace(draft, files=dict(records)))
 
 
-def _draft(root: nn.Module, contents: Contents, precision: str) -> Manifest:
+def _draft(
+    root: nn.Module, contents: Contents, precision: str, layers: int | None, recipe: dict[str, dict[str, Any]]
+) -> Manifest:
     """The manifest of a model without its files."""
     modules, spec = contents.weights.modules, contents.weights.spec
     return Manifest(
@@ -261,7 +262,8 @@ def _draft(root: nn.Module, contents: Contents, precision: str) -> Manifest:
         arguments=arguments_of(root),
         encoder=contents.encoder_path,
         precision=precision,
-        layers=None,
+        layers=layers,
+        recipe=recipe,
         spec=asdict(spec),
         linear_dtype=_name(modules[0, "query"].weight.dtype if spec.num_layers else torch.float32),
         word_dtype=_name(modules[-1, "word"].weight.dtype),
@@ -460,7 +462,8 @@ def _assign(model: nn.Module, contents: Contents, reader: Reader, mapped: Mapped
 def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path) -> None:
     """Packed weights stay on the meta device, in the type that they had."""
     for (layer, role), leaf in contents.weights.modules.items():
-        if contents.full_name(layer, role) not in contents.packed:
+        name = full_name(contents.encoder_path, f"{contents.weights.names[layer, role]}.weight")
+        if name not in contents.packed:
             continue
         dtype = _TORCH_NAMES.get(manifest.linear_dtype if layer >= 0 else manifest.word_dtype)
         if dtype is None or not dtype.is_floating_point:

@@ -65,6 +65,10 @@ class Packed:
         return out.view(self.batch, self.length, cols).to(dtype)
 
 
+ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+"""What an encoder is called with, in the order of :func:`unpad`."""
+
+
 def unpad(
     spec: EncoderSpec,
     input_ids: torch.Tensor | None,

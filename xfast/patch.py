@@ -28,11 +28,10 @@ from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedErro
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
-from xfast.packing import PositionOverflowError
+from xfast.packing import ARGUMENTS, PositionOverflowError
 from xfast.plan import CHANGED, FreedCopy, Plan
 from xfast.truncation import run_layers
 
-_ENCODER_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 # Arguments that change no result of the encoder (num_items_in_batch: Trainer hands it to every model)
 _FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 _contexts = threading.local()  # .by_encoder: id of an encoder's patch -> HeadContext of the call in progress
@@ -291,7 +290,7 @@ class EncoderPatch(Patch):
         static = _static_refusal(module, call, train)
         if static is not None:
             return static
-        tensors = [t for name in _ENCODER_ARGUMENTS if (t := call.get(name)) is not None]
+        tensors = [t for name in ARGUMENTS if (t := call.get(name)) is not None]
         if not tensors or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors):
             return "an input is not a plain tensor"
         if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
@@ -318,7 +317,7 @@ class EncoderPatch(Patch):
 
     def _run(self, module: nn.Module, call: dict[str, Any]) -> Any:
         engine = self._engine_for(module, call)
-        packed = engine.unpad(*(call.get(name) for name in _ENCODER_ARGUMENTS))
+        packed = engine.unpad(*(call.get(name) for name in ARGUMENTS))
         context = current_context(self)
         want_states = bool(_flag(module, call, "output_hidden_states"))
         pooler = getattr(module, "pooler", None)
@@ -352,7 +351,7 @@ class EncoderPatch(Patch):
             raise CannotRunError(reason)
         _refuse_elsewhere(call, given.device)
         spec = training.current(module, spec)
-        packed = training.pack(spec, *(call.get(name) for name in _ENCODER_ARGUMENTS))
+        packed = training.pack(spec, *(call.get(name) for name in ARGUMENTS))
         context = current_context(self)
         reads_first = context is not None and (context.rows == "first" or context.needs_first)
         _refuse_batch(packed, getattr(module, "pooler", None) is not None or reads_first)
@@ -433,7 +432,7 @@ def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _refuse_elsewhere(call: dict[str, Any], device: torch.device) -> None:
-    for name in _ENCODER_ARGUMENTS:
+    for name in ARGUMENTS:
         if (given := call.get(name)) is not None and given.device != device:
             raise CannotRunError(f"an input is on {given.device}, the model on {device}")
 
@@ -479,6 +478,6 @@ def _static_refusal(module: nn.Module, call: dict[str, Any], train: bool = False
     if not is_exact_attention(getattr(module.config, "_attn_implementation", None)):
         return f"attention is the user's own: {module.config._attn_implementation!r}"
     for name, value in call.items():
-        if value is not None and name not in _ENCODER_ARGUMENTS and name not in _FLAGS:
+        if value is not None and name not in ARGUMENTS and name not in _FLAGS:
             return f"{name} is given"
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfast.architecture import PRECISION_OF, EncoderWeights, Family, describe, parameter_dtype
+from xfast.architecture import PRECISION_OF, EncoderWeights, Family, describe, parameter_dtype, require_values
 from xfast.backends.base import CannotRunError, Engine, choose
 from xfast.backends.native import NativeBackend, NativeEngine
 from xfast.backends.tensorrt import TensorRTBackend
@@ -20,7 +20,6 @@ from xfast.errors import (
     BackendUnavailableError,
     InvalidInputError,
     InvalidOptionError,
-    InvalidWeightsError,
     UnsupportedModelError,
     WeightsFreedError,
 )
@@ -329,8 +328,7 @@ def _common_device(weights: EncoderWeights) -> torch.device:
     devices = set()
     for name, module, parameter in weights.parameters():
         tensor = getattr(module, parameter)
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+        require_values(name, tensor)
         devices.add(tensor.device)
     if len(devices) > 1:
         return torch.device("meta")  # spread over several devices: no backend takes it

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from xfast import _C
 from xfast.architecture import EncoderWeights
 from xfast.backends.base import Engine
 from xfast.backends.native import NativeEngine, pack_layer
@@ -23,8 +24,6 @@ from xfast.calibration import Batch, Product, products_of, relative_error
 from xfast.errors import BackendUnavailableError, InvalidInputError
 from xfast.quantization_reports import Measured
 from xfast.recipe import LINEARS, LinearFormat, PackedWeights, Recipe
-
-_ALIGNMENT = 64  # of packed arrays, as the kernels read them
 
 
 class Trials(ABC):
@@ -145,7 +144,7 @@ def _mapped(layer: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str
             places = {}
             for name, arrays in layer.items():
                 for key, array in arrays.items():
-                    file.seek(-file.tell() % _ALIGNMENT, 1)
+                    file.seek(-file.tell() % _C.chunk_bytes, 1)  # the kernels read packed arrays by chunks
                     places[name, key] = file.tell(), array
                     file.write(np.ascontiguousarray(array).data)
             file.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xfast.architecture import EncoderWeights
+from xfast.architecture import EncoderWeights, require_finite, require_values
 from xfast.errors import InvalidWeightsError
 
 
@@ -33,10 +33,8 @@ class ParameterReader:
         if not self.has(layer, role, parameter):
             raise InvalidWeightsError(f"{name} is missing")
         tensor: torch.Tensor = getattr(self._weights.modules[layer, role], parameter).detach()
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidWeightsError(f"{name} holds NaN or infinity")
+        require_values(name, tensor)
+        require_finite(name, tensor)
         return tensor if self._device is None else tensor.to(self._device)
 
     def rounded(self, tensor: torch.Tensor, dtype: torch.dtype, layer: int, role: str, parameter: str) -> torch.Tensor:

@@ -28,9 +28,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from xfast.architecture import EncoderSpec, EncoderWeights
+from xfast.architecture import EncoderSpec, EncoderWeights, require_values
 from xfast.backends.tensorrt_build import NETWORK_VERSION, Profile
-from xfast.errors import InvalidInputError, InvalidOptionError, InvalidWeightsError
+from xfast.errors import InvalidInputError, InvalidOptionError
 
 VARIABLE = "XFAST_CACHE"
 """Environment variable with the folder to use instead of the user's cache folder."""
@@ -61,8 +61,7 @@ def digest(weights: EncoderWeights) -> str:
     hashed = hashlib.sha256()
     for name, module, parameter in sorted(weights.parameters(), key=lambda each: each[0]):
         tensor = getattr(module, parameter).detach()
-        if tensor.is_meta:
-            raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+        require_values(name, tensor)
         hashed.update(_json([name, str(tensor.dtype), list(tensor.shape)]) + b"\n")
         for chunk in _chunks(tensor):
             hashed.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
@@ -216,7 +215,7 @@ class Store:
     """Engines in a folder, None for ``default_folder()``; it is made when the first one is saved.
 
     Nothing is raised because of what the disk holds or refuses. ``reasons`` counts what went wrong by kind: ``absent``,
-    ``unreadable``, ``truncated``, ``version``, ``foreign``, ``corrupt`` (load), ``unwritable`` (save, remove, prune);
+    ``unreadable``, ``truncated``, ``version``, ``foreign``, ``corrupt`` (load), ``unwritable`` (save, prune);
     ``notes`` are the last explanations, with the file's name.
 
     Raises:
@@ -323,10 +322,6 @@ class Store:
                 reason = str(error)
             found.append(Entry(path.stem, path, status.st_size, status.st_mtime, key, reason))
         return tuple(found)
-
-    def remove(self, key: Key) -> bool:
-        """Whether the key's file was there and is gone now."""
-        return self._unlink(self.path(key))
 
     def prune(self, max_bytes: int, *, held: bool = True) -> tuple[str, ...]:
         """Removes the least recently used files until at most ``max_bytes`` are left, and what dead processes left.

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from xfast.architecture import QKV_ROLES, EncoderWeights, roles_of
+from xfast.architecture import PRECISION_OF, QKV_ROLES, EncoderWeights, roles_of
 from xfast.backends.parameters import ParameterReader
 from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
 from xfast.kernels.packed_layout import unpack, unpack_int4
@@ -18,7 +18,7 @@ from xfast.recipe import QUANTISED, LinearFormat, PackedWeights, Recipe
 COMPUTED = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "bf16", "int8": "bf16", "int4": "bf16"}
 """What everything but a product's operands (fp8) or weights (int8, int4) is computed in, by an encoder's precision."""
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {precision: dtype for dtype, precision in PRECISION_OF.items()}
 
 _ROWS = 1 << 14  # of a word table that are expanded at once
 _QUANTISED = ("fp8", *QUANTISED)

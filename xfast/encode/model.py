@@ -138,9 +138,7 @@ class Encoder:
             self.model: Any = _accelerated(settings, head)
             _, module, family = find_encoders(self.model)[0]
             spec = describe(module, family).spec
-            # RoBERTa counts positions from the padding's number + 1
-            reserved = spec.pad_token_id + 1 if spec.position_rule == "padding" else 0
-            room = spec.max_positions - reserved
+            room = spec.usable_positions
             self.pad_id = spec.pad_token_id
             self.hidden_size = spec.hidden_size
             self.tokenizer = Tokenizer(

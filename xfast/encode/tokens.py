@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import normalizers
 
+from xfast.encode.sentences import pinned
 from xfast.errors import DataFileError, InvalidOptionError, TokenIdError, UnsupportedModelError
 
 
@@ -183,9 +184,8 @@ def batches(window: Window, budget: int, pad_id: int) -> Iterator[Batch]:
 
 
 def _load(name: str, revision: str | None) -> Any:
-    more = {} if revision is None else {"revision": revision}
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(name, **more)
+        loaded = transformers.AutoTokenizer.from_pretrained(name, **pinned(revision))
     except Exception as error:  # readers of bad files raise whatever they like
         raise DataFileError(f"tokenizer: {name}: {error}") from error
     if len(loaded) <= len(loaded.all_special_ids):  # transformers 5 makes one up where the files are missing
