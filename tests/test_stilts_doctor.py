@@ -13,6 +13,7 @@ import pytest
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.doctor import ERROR, MISSING, OK, WARNING, Diagnosis, Finding, Row, diagnose, table_rows
 from xfast.stilts.languages import XTREME, XTREME_R
+from xfast.stilts.retrieval_data import tatoeba
 from xfast.stilts.scoring import TARGETS
 from xfast.stilts.tasks import INTERMEDIATE_TASKS, get
 
@@ -209,7 +210,7 @@ def test_sizes_of_test_sets_are_known_by_language(write: Write, tmp_path: Path) 
         ("xnli/dev-de.tsv", b"a\tb\tneutral\n\xff", "xnli", "dev", "dev-de.tsv:2: not UTF-8"),
         ("xnli/dev-de.tsv", "", "xnli", "dev", "dev-de.tsv: no examples; was the download interrupted?"),
         ("xquad/xquad.de.json", '{"data": [', "xquad", "test", "xquad.de.json:1: not JSON, perhaps truncated"),
-        ("tatoeba/de-en.de", "eins\nzwei\n", "tatoeba", "test", "de-en.de: 2 sentences, 1 in English, 0 labels"),
+        ("tatoeba/de-en.de", "eins\nzwei\n", "tatoeba", "test", "de-en.en: 2 and 1 sentences, expected as many"),
         ("bucc2018/de-en.dev.de", "de-1 Hund\n", "bucc2018", "dev", "de:1: 'de-1 Hund'; expected id<TAB>sentence"),
         ("mewslix/wikinews_mentions/test-de.jsonl", "[", "mewslix", "test", "test-de.jsonl:1: not JSON"),
         ("lareqa/xquad-r/de.json", "[1]", "lareqa", "test", "de.json: not SQuAD's format"),
@@ -394,7 +395,22 @@ def test_tatoeba_in_both_layouts(write: Write, tmp_path: Path) -> None:
     assert row(diagnosis, "tatoeba").languages == "3/36"
     write("labels/tatoeba/test-de.tsv", "2\n0\n")
     ((_, language, said),) = found(diagnose(tmp_path), "tatoeba", "test", ERROR)
-    assert language == "de" and said.endswith("de-en.de: 3 sentences, 3 in English, 2 labels")
+    assert language == "de" and said.endswith("labels/tatoeba/test-de.tsv: 2 labels for 3 sentences")
+
+
+def test_what_evaluation_refuses_of_tatoeba_is_a_finding(write: Write, tmp_path: Path) -> None:
+    for name in ("de-en.de", "tatoeba.deu-eng.deu", "tatoeba.deu-eng.eng", "fr-en.fr", "fr-en.en"):
+        write(f"tatoeba/{name}", "eins\nzwei\n")
+    write("labels/tatoeba/test-fr.tsv", "0\n7\n")
+    diagnosis = diagnose(tmp_path)
+    assert diagnosis.found == ()
+    for language in ("de", "fr"):
+        with pytest.raises(DataFileError):
+            tatoeba(tmp_path, language)
+    ((_, language, said),) = found(diagnosis, "tatoeba", "test", ERROR)
+    assert language == "fr" and "test-fr.tsv:2: '7'" in said
+    missing = {code: said for _, codes, said in found(diagnosis, "tatoeba", "test", MISSING) for code in codes.split()}
+    assert missing["de"].endswith("languages: tatoeba/{language}-en.en")
 
 
 def test_bucc(write: Write, tmp_path: Path) -> None:
