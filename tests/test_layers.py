@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +163,33 @@ def _roots(module: str) -> set[str]:
 @pytest.mark.parametrize("module", [name for name in MODULES if _layer(name) < LAYERS.index("model")])
 def test_backends_know_no_model_class(module: str) -> None:
     assert not _roots(module) & {"transformers", "sentence_transformers"}
+
+
+def _reached(application: str) -> set[str]:
+    """Modules of applications that this one imports, and those that they import."""
+    todo, found = [name for name in MODULES if name.startswith(application)], set()
+    while todo:
+        name = todo.pop()
+        if name not in found and name in MODULES and _layer(name) == LAYERS.index("applications"):
+            found.add(name)
+            todo += _imported(name)
+    return found
+
+
+# A package by the module that it holds; what transformers and torch import themselves; what is done without.
+PACKAGES = {"faiss": "faiss-cpu"}
+INDIRECT = {"protobuf", "safetensors", "sentencepiece", "tensorboard"}
+DONE_WITHOUT = {"xfast.stilts": {"yaml"}, "xfast.study": {"datasets", "pynvml"}}  # transformers brings yaml
+
+
+@pytest.mark.parametrize("application", list(DONE_WITHOUT))
+def test_an_extra_has_what_its_application_imports(application: str) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    always = {re.split("[><=]", name)[0] for name in project["dependencies"]} | sys.stdlib_module_names | {"xfast"}
+    imported = set().union(*map(_roots, _reached(application))) - always - DONE_WITHOUT[application]
+    extra = set(project["optional-dependencies"][application.split(".")[1]])
+    assert {PACKAGES.get(name, name) for name in imported} == extra - INDIRECT
 
 
 def _includes(path: Path) -> list[str]:
