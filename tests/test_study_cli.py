@@ -58,6 +58,7 @@ def test_a_study_from_the_command_line_to_its_report(tmp_path: Path) -> None:
         (["--batch-sizes", "16,x"], "batch-sizes: '16,x'"),
         (["--baseline", "/nowhere"], "/nowhere is no folder"),
         (["--baseline", "/tmp", "--sizes", "large"], "a size of their own"),
+        (["--baseline", "/tmp", "--sizes", "base"], "sizes: 'base' is not accepted with checkpoints"),
         (["--data", "/nowhere"], "no folder"),
         (["--profiles", "/nowhere.json"], "nowhere.json: cannot read the length profiles"),
         (["--profiles", "p.json", "--data", "d"], "profiles: not accepted with data"),

@@ -99,7 +99,7 @@ def run(
     from xfast.study.run import start
 
     settings = Settings(
-        sizes=_sizes(sizes, baseline),
+        sizes=_sizes(context, sizes, baseline),
         engines=_list(engines),
         tasks=_list(tasks),
         languages=None if languages is None else _list(languages),
@@ -133,11 +133,16 @@ def _quickened(context: typer.Context, settings: Any) -> Any:
     from xfast.study.factors import quick as quickened
 
     for name in QUICK:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             option = name.replace("_", "-")
             raise InvalidOptionError(f"quick: it sets --{option} itself; leave out --quick or --{option}")
     return quickened(settings)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave this option, be it with its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()
@@ -190,12 +195,12 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise InvalidOptionError(f"{option}: {text!r}; accepted: numbers parted by commas") from None
 
 
-def _sizes(text: str, baseline: list[str] | None) -> tuple[str, ...]:
+def _sizes(context: typer.Context, text: str, baseline: list[str] | None) -> tuple[str, ...]:
     from xfast.study.factors import CHECKPOINT
 
     if not baseline:
         return _list(text)
-    if text != "base":
+    if _given(context, "sizes"):
         raise InvalidOptionError(f"sizes: {text!r} is not accepted with checkpoints, which have a size of their own")
     return (CHECKPOINT,)
 
