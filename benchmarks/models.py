@@ -99,7 +99,7 @@ def config_of(size: str) -> Any:
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
-    """The model that ``--model`` names: a size in ``SIZES``, a directory or a Hub id.
+    """The model of this name: a size in ``SIZES``, a directory or a Hub id.
 
     Raises:
         InvalidOptionError, InvalidInputError, UnsupportedModelError: see ``load_model``.
@@ -213,20 +213,18 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):  # which class this is, before gigabytes of weights are read
             kind = AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers, the Hub client and readers of bad files raise whatever they like
-        raise InvalidInputError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+        raise InvalidInputError(f"model: {name}: cannot load it: {_first_line(error)}") from error
     if family_of(kind) is None:
-        raise UnsupportedModelError(
-            f"--model {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}"
-        )
+        raise UnsupportedModelError(f"model: {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}")
     try:
         model, loaded = AutoModel.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # as above
-        raise InvalidInputError(f"--model {name}: cannot load its weights: {_first_line(error)}") from error
+        raise InvalidInputError(f"model: {name}: cannot load its weights: {_first_line(error)}") from error
     missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise InvalidInputError(f"--model {name}: {len(missing)} weights are missing, {missing[0]} among them")
+        raise InvalidInputError(f"model: {name}: {len(missing)} weights are missing, {missing[0]} among them")
     return model.eval()
 
 

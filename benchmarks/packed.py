@@ -24,7 +24,7 @@ import typer
 import xfast
 from xfast.benchmarks.metrics import gflop_per_token
 from xfast.benchmarks.models import SIZES, SeededTensors, config_of
-from xfast.errors import InvalidOptionError
+from xfast.errors import require_one_of
 from xfast.machine import ceiling, machine, peak_memory
 from xfast.threads import get_num_threads
 
@@ -161,8 +161,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
 ) -> None:
     """Convert, load and run a large model."""
-    if size not in SIZES:
-        raise InvalidOptionError(f"--size: {size!r} is not accepted; accepted: {', '.join(SIZES)}")
+    require_one_of("size", size, SIZES)
     precisions = precision.split(",")
     document: dict[str, Any] = {**machine(), "threads": get_num_threads(), "size": size}
     artifacts = {name: str(folder / f"{size}-{name}") for name in precisions}

@@ -225,7 +225,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("We couldn't connect\nand here is a page of advice")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    assert refusal("--model", "some/model") == "error: --model some/model: cannot load it: We couldn't connect"
+    assert refusal("--model", "some/model") == "error: model: some/model: cannot load it: We couldn't connect"
 
 
 @pytest.mark.parametrize("family", ["Roberta", "Camembert", "Bert"])
