@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xfast.errors import BackendUnavailableError
+from xfast import figures, files
 
 Row = dict[str, Any]
 
@@ -14,42 +14,28 @@ _COLOURS = {"fp32": "Greens", "bf16": "Oranges", "int8": "Blues"}
 _PANEL_INCHES = (11.0, 4.2)
 
 
-def require() -> None:
-    """Asked before anything is measured.
-
-    Raises:
-        BackendUnavailableError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise BackendUnavailableError("plot: needs matplotlib; pip install matplotlib") from None
-
-
 def save(document: Row, path: Path) -> None:
-    """Tokens per second: bars by workload and engine, and a line chart for each sweep.
+    """Tokens per second: bars by workload and engine, and a line chart for each sweep; needs matplotlib.
 
     Raises:
-        BackendUnavailableError: matplotlib is not installed.
+        InvalidOptionError: the file cannot be written.
     """
-    require()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = _panels(document["results"])
-    figure = Figure(figsize=(_PANEL_INCHES[0], _PANEL_INCHES[1] * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.new(_PANEL_INCHES[0], _PANEL_INCHES[1] * len(panels))
     labels = [engine["label"] for engine in document["engines"]]
     for index, (kind, rows) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, index + 1)
-        (_bars if kind == "bars" else _lines)(axes, rows, labels, kind)
+        if kind == "bars":
+            _bars(axes, rows, labels)
+        else:
+            _lines(axes, rows, labels, kind)
         axes.set_ylabel("real tokens per second")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     model, run = document["model"]["name"], document["run"]
     threads = "/".join(str(count) for count in run["threads"])
     figure.suptitle(f"{model}, {threads} threads, {document['machine']['cpu']}", fontsize=10)
-    figure.savefig(path, dpi=120, format="png")
+    files.save("plot", path, figures.png(figure))
 
 
 def _panels(results: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -72,7 +58,7 @@ def _colours(labels: Sequence[str]) -> dict[str, Any]:
     return shades
 
 
-def _bars(axes: Any, rows: Sequence[Row], labels: Sequence[str], _: str) -> None:
+def _bars(axes: Any, rows: Sequence[Row], labels: Sequence[str]) -> None:
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     present = [label for label in labels if any(row["label"] == label for row in rows)]
     colours, width = _colours(labels), 0.85 / len(present)

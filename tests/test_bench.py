@@ -21,7 +21,7 @@ from models import make_config
 from rich.console import Console
 from typer.testing import CliRunner
 
-from xfast.benchmarks import bench, harness, isa, peers, report
+from xfast.benchmarks import bench, harness, isa, peers, plot, report
 from xfast.cli import app
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 
@@ -150,12 +150,16 @@ def test_plot_is_a_png(run: tuple[dict[str, Any], str, Path]) -> None:
     assert run[2].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_plot_without_matplotlib(run: tuple[dict[str, Any], str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfast.benchmarks import plot
+def test_a_plot_that_cannot_be_written(run: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InvalidOptionError, match=r"plot: cannot write .*: Is a directory"):
+        plot.save(run[0], tmp_path)
 
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(BackendUnavailableError, match="pip install matplotlib"):
-        plot.save(run[0], Path("never.png"))
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    result = runner.invoke(app, ["bench", "--plot", "never.png"])
+    assert result.exit_code == 2 and "pip install matplotlib" in result.stderr, result.output
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -241,6 +245,8 @@ def test_no_engine_at_all_is_an_error(small: Path, monkeypatch: pytest.MonkeyPat
         (["--data", "/no/such/folder", "--workload", "xnli"], ["data: /no/such/folder"]),
         (["--json", "/no/such/folder/x.json"], ["json: /no/such/folder"]),
         (["--plot", "/no/such/folder/x.png"], ["plot: /no/such/folder"]),
+        (["--plot", "."], ["plot: .; accepted: a file's name"]),
+        (["--plot", "/proc/x.png"], ["plot: /proc/x.png: "]),  # where nobody can make a file, root included
     ],
 )
 def test_bad_options(arguments: list[str], parts: list[str]) -> None:

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 import xfast
-from xfast import files
+from xfast import figures, files
 from xfast.convert import run as convert
 from xfast.encode.cli import encode
 from xfast.engine import app as engine_app
-from xfast.errors import InvalidOptionError, XfastError
+from xfast.errors import XfastError
 from xfast.export import app as export_app
 from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
@@ -132,10 +132,10 @@ def bench(
     from xfast.benchmarks import plot as drawing
 
     for option, path in (("json", json_file), ("plot", plot)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InvalidOptionError(f"{option}: {path}: expected the name of a file, in a folder that is there")
+        if path is not None:
+            files.require_place(option, path)
     if plot is not None:
-        drawing.require()
+        figures.require("plot", "matplotlib")
     options = bench.Options(model, workload, precision, peers, threads, rounds, data, zentorch_python, isa, seed)
     document = bench.run(options, Console(stderr=True))
     report.show(document, Console(width=None if Console().is_terminal else report.WIDTH))

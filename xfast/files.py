@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from xfast.errors import InvalidOptionError
@@ -24,6 +25,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, like :func:`write_bytes`."""
     write_bytes(path, text.encode())
+
+
+def require_place(argument: str, path: Path) -> None:
+    """Asked before a long computation whose result :func:`save` is to write into a folder that is there.
+
+    Raises:
+        InvalidOptionError: no file can be written there; names the argument and the file.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=path.absolute().parent):  # root may write where no file can be made
+            pass
+    except OSError as error:
+        why = f": {error.strerror}" if error.strerror else ""
+        raise InvalidOptionError(f"{argument}: {path}{why}; accepted: a file's name in a folder that is there") from None
 
 
 def save(argument: str, path: Path, content: bytes) -> None:
