@@ -177,7 +177,7 @@ def test_bad_margins_are_refused(margin: float) -> None:
         compare([np.zeros(5)], margin)
 
 
-@pytest.mark.parametrize(("count", "least"), [(2, 0.925), (3, 0.925), (7, 0.925), (12, 0.925), (13, 0.91), (25, 0.92)])
+@pytest.mark.parametrize(("count", "least"), [(2, 0.925), (3, 0.925), (7, 0.925), (12, 0.925), (13, 0.94), (25, 0.94)])
 def test_intervals_of_rates_hold_the_middle_and_repeat(count: int, least: float) -> None:
     generator = np.random.default_rng(4)
     covered = 0
@@ -189,7 +189,7 @@ def test_intervals_of_rates_hold_the_middle_and_repeat(count: int, least: float)
     assert statistics.interval(values) == statistics.interval(values)
 
 
-@pytest.mark.parametrize("count", range(6, 13))
+@pytest.mark.parametrize("count", [*range(6, 13), 40])
 def test_a_median_lies_in_its_interval(count: int) -> None:
     """Also of two values alone, as of visits that a machine's other work slows down."""
     values = [1 / (1.0 if at < 0.6 * count else 1.1) for at in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -47,33 +48,15 @@ def _scopes(cells: Cells) -> Iterator[tuple[str, list[str]]]:
 
 def _test(cells: Cells, keys: Sequence[str], scope: str, arm: str, settings: Settings) -> document.Equivalence:
     logs = [cells.logs(key, arm) for key in keys if arm in cells.arms(key)]
-    made = document.Equivalence(
-        scope=scope,
-        arm=arm,
-        ratio=float(np.exp(np.median(np.concatenate(logs)))) if logs else 1.0,
-        interval90=list(NOTHING_KNOWN),
-        interval95=list(NOTHING_KNOWN),
-        p_value=1.0,
-        margin=settings.margin,
-        verdict=document.UNDECIDED,
-        pairs=sum(map(len, logs)),
-        cells=len(logs),
-        pairs_needed=None,
-        cells_needed=None,
-    )
-    if made["pairs"] < statistics.MIN_UNITS:
-        return made
-    found = statistics.compare(logs, settings.margin)
-    return {
-        **made,
-        "ratio": found.ratio,
-        "interval90": list(found.interval90),
-        "interval95": list(found.interval95),
-        "p_value": found.p_value,
-        "verdict": found.verdict,
-        "pairs_needed": found.pairs_needed,
-        "cells_needed": found.cells_needed,
-    }
+    pairs = sum(map(len, logs))
+    if pairs < statistics.MIN_UNITS:
+        ratio = float(np.exp(np.median(np.concatenate(logs)))) if logs else 1.0
+        known = NOTHING_KNOWN, NOTHING_KNOWN, 1.0, document.UNDECIDED
+        found = statistics.Comparison(ratio, *known, pairs, len(logs), None, None)
+    else:
+        found = statistics.compare(logs, settings.margin)
+    row = {**asdict(found), "interval90": list(found.interval90), "interval95": list(found.interval95)}
+    return document.part(document.Equivalence, {**row, "scope": scope, "arm": arm, "margin": settings.margin})
 
 
 def notes(settings: Settings, tests: Sequence[document.Equivalence]) -> Iterator[str]:

@@ -93,7 +93,7 @@ def _front(
     points = []
     for kind, mine in by_kind.items():
         prices = [costs.of(kind, code) or 0.0 for code in shared]
-        points.append((kind, statistics.geometric_mean(prices), plain.fmean(mine[code] for code in shared)))
+        points.append((kind, plain.geometric_mean(prices), plain.fmean(mine[code] for code in shared)))
     best = statistics.pareto([(price, value) for _, price, value in points])
     return [
         document.ParetoPoint(

@@ -21,8 +21,9 @@ The same encoder runs with the weights of every arm; the only difference between
 of a size and engine live in one process and take turns, so that every comparison is of neighbours in time.
 
 Throughput is of whole batches, medians over rounds; latency is of single texts, one at a time, and its quantiles are
-over texts, of each the median of its responses. Ratios are times over the baseline's, from paired visits. The control
-is the baseline a second time: it shows what noise looks like.
+over texts, of each the median of its responses. Ratios are times over the baseline's, from paired visits. Intervals of
+a cell are order statistics of the median from 6 rounds on, Student's of the mean logarithm below. The control is the
+baseline a second time: it shows what noise looks like.
 
 Whether two arms cost the same is asked with two one-sided tests against a margin: “equivalent” is a finding, not the
 absence of one. Tests of single languages are not corrected for their number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
 import numpy as np
 
@@ -59,7 +60,6 @@ def _scaling_row(
     batches: Sequence[document.Cell],
     single: Sequence[document.Cell],
 ) -> document.Scaling:
-    mean = statistics.geometric_mean
     return document.Scaling(
         size=batches[0]["size"],
         engine=engine,
@@ -67,9 +67,9 @@ def _scaling_row(
         group=group,
         task=batches[0]["task"],
         parameters=facts["parameters"],
-        samples_per_s=mean([row["throughput"][arm]["samples_per_s"] for row in batches]),
-        tokens_per_s=mean([row["throughput"][arm]["tokens_per_s"] for row in batches]),
-        p50_ms=mean([row["latency"][arm]["p50_ms"] for row in single]) if single else None,
+        samples_per_s=geometric_mean([row["throughput"][arm]["samples_per_s"] for row in batches]),
+        tokens_per_s=geometric_mean([row["throughput"][arm]["tokens_per_s"] for row in batches]),
+        p50_ms=geometric_mean([row["latency"][arm]["p50_ms"] for row in single]) if single else None,
     )
 
 
