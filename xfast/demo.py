@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from torch import nn
 
 import xfast
+from xfast.benchmarks.metrics import distance
 from xfast.benchmarks.models import load_model, random_model
 from xfast.benchmarks.workloads import Model, Workload, batches_of
 from xfast.errors import InvalidOptionError
@@ -247,7 +248,8 @@ def _measure(
             if turn == 0 and name == REFERENCE:
                 reference = outputs
             elif turn == 0:
-                tally.error, tally.cosine = _distance(outputs, reference)
+                away = distance(torch.cat(outputs).numpy(), torch.cat(reference).numpy())
+                tally.error, tally.cosine = away["max_rel"], away["cosine_mean"]
     return tallies
 
 
@@ -270,14 +272,6 @@ def _pass(
                 done(ids, mask)
         packed = [hidden[mask.bool()] for hidden, (_, mask) in zip(outputs, workload.batches, strict=True)]
     return seconds, packed
-
-
-def _distance(outputs: list[torch.Tensor], reference: list[torch.Tensor]) -> tuple[float, float]:
-    """(max |y - y_ref| / max |y_ref|, mean cosine over tokens)."""
-    got, want = torch.cat(outputs), torch.cat(reference)
-    scale = float(want.abs().max()) or 1.0
-    cosine = torch.nn.functional.cosine_similarity(got, want, dim=1).mean()
-    return float((got - want).abs().max()) / scale, float(cosine)
 
 
 def _rows(workloads: list[Workload], tallies: dict[tuple[str, str], Tally]) -> list[dict[str, Any]]:

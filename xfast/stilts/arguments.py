@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,8 +53,6 @@ REFUSED = {
 
 HARMLESS = ("even_batches", "non_blocking", "use_seedable_sampler")
 """Settings of ``accelerator_config`` that change no batch. Others train on a part of each batch, or on several."""
-
-_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 def trainer_arguments(config: RunConfig) -> transformers.TrainingArguments:
@@ -114,21 +111,14 @@ def trainer_arguments(config: RunConfig) -> transformers.TrainingArguments:
     return arguments
 
 
-@contextlib.contextmanager
-def accelerate_precision(precision: str) -> Iterator[None]:
+def accelerate_precision(precision: str) -> AbstractContextManager[None]:
     """The run's precision where accelerate looks for it: ``accelerate launch`` and earlier runs leave theirs there.
 
     transformers 5 reads it when it makes its arguments, transformers 4 when it makes its accelerator.
     """
-    before = os.environ.get(_PRECISION)
-    os.environ[_PRECISION] = "no" if precision == "fp32" else precision
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_PRECISION]
-        else:
-            os.environ[_PRECISION] = before
+    from accelerate.utils import patch_environment  # evaluation does without accelerate
+
+    return patch_environment(ACCELERATE_MIXED_PRECISION="no" if precision == "fp32" else precision)
 
 
 def _check_batches(arguments: transformers.TrainingArguments) -> None:
