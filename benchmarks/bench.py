@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from xfast import _C
 from xfast.benchmarks import harness, metrics, peers, workloads
 from xfast.benchmarks.isa import SWITCHES
 from xfast.benchmarks.models import SIZES, model_of
-from xfast.errors import BackendUnavailableError, InvalidOptionError
+from xfast.errors import BackendUnavailableError, InvalidOptionError, require_one_of
 from xfast.machine import machine
 
 FORMAT = 1
@@ -69,8 +68,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= _MAX_ROUNDS:
             raise InvalidOptionError(f"rounds: {self.rounds} is not accepted; accepted: 1 to {_MAX_ROUNDS}")
-        if self.isa is not None and self.isa not in SWITCHES:
-            raise InvalidOptionError(f"isa: {self.isa!r} is not accepted; accepted: {', '.join(SWITCHES)}")
+        if self.isa is not None:
+            require_one_of("isa", self.isa, SWITCHES)
         precisions = peers.PRECISIONS if self.precision == "all" else _parts(self.precision)
         object.__setattr__(self, "works", tuple(workloads.expand(_parts(self.workload))))
         object.__setattr__(self, "engines", tuple(peers.choose(self.peers, precisions)))
@@ -85,8 +84,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     for name in options.works:  # what is wrong shows before gigabytes are made
         workloads.workload(name, data_dir=options.data, seed=options.seed)
-    python = options.zentorch_python or os.environ.get("XFAST_ZENTORCH_PYTHON")
-    settings = harness.Settings(options.engines, options.counts, options.rounds, options.isa, python)
+    settings = harness.Settings(
+        options.engines, options.counts, options.rounds, options.isa, options.zentorch_python or None
+    )
     runners = len(harness.runners_of(settings))
     steps = runners * (2 + options.rounds * len(options.works))
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

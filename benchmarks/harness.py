@@ -106,7 +106,7 @@ class Worker:
             raise WorkerError(" ".join(str(answer["error"]).split())[:300])
         return answer
 
-    def ask(self, do: str, limit_s: float = BUILD_LIMIT_S, **arguments: Any) -> dict[str, Any]:
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Wakes the worker, asks, and stops it again once it has answered."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
@@ -115,7 +115,7 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerError(self._end()) from None
-        answer = self.read(limit_s)
+        answer = self.read(BUILD_LIMIT_S)
         self.stop()
         return answer
 

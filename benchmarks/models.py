@@ -215,7 +215,9 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     except Exception as error:  # transformers, the Hub client and readers of bad files raise whatever they like
         raise InvalidInputError(f"model: {name}: cannot load it: {_first_line(error)}") from error
     if family_of(kind) is None:
-        raise UnsupportedModelError(f"model: {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}")
+        raise UnsupportedModelError(
+            f"model: {name} is a {type(kind).__name__}; xfast accelerates {supported_families()}"
+        )
     try:
         model, loaded = AutoModel.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True

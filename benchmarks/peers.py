@@ -6,16 +6,13 @@ adapters live in one module per family of engines (``peers_*.py``), each with on
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from xfast.errors import InvalidOptionError
 
@@ -115,29 +112,3 @@ def missing(engine: str) -> str | None:
     """The pip name that would add what an engine lacks, or None when it is installed here."""
     absent = [pip for module, pip in ENGINES[engine].packages.items() if importlib.util.find_spec(module) is None]
     return " ".join(absent) or None
-
-
-def versions(engine: str) -> dict[str, str]:
-    """Installed versions of the packages behind an engine."""
-    return {pip: importlib.metadata.version(pip) for pip in ENGINES[engine].packages.values()}
-
-
-def build(
-    engine: str,
-    model: nn.Module,
-    threads: int,
-    calibration: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
-) -> Run:
-    """An engine ready to run ``model`` on ``threads`` threads in this process. May change ``model``.
-
-    ``calibration`` are padded batches for engines that quantise with fixed ranges; None for random ids.
-    """
-    from xfast.benchmarks.workloads import Model, workload
-
-    torch.set_num_threads(threads)
-    row = ENGINES[engine]
-    if calibration is None:
-        calibration = workload("mixed", Model.of(model.config), seed=1).batches
-    module = importlib.import_module(f"xfast.benchmarks.{row.module}")
-    run: Run = module.build(model, row.precision, threads=threads, calibration=calibration, **row.options)
-    return run

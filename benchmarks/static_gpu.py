@@ -8,6 +8,7 @@ the tile's share of a multiprocessor; it is a floor, to be held against measurem
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -155,7 +156,7 @@ def main(
         bool,
         typer.Option("--model-forms", help="Only the forms that XLM-R large runs in (bf16, fp8), and XXL's attention."),
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write everything to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
 ) -> None:
     """Compiles every kernel for NVIDIA GPUs, without one, and prints what the code says."""
     results = []
@@ -175,10 +176,9 @@ def main(
                 step, bound,
             )  # fmt: skip
     _console().print(table)
-    if json is not None:
-        import json as writer
-
-        json.write_text(writer.dumps({"triton": triton.__version__, "kernels": [asdict(r) for r in results]}, indent=1))
+    if json_file is not None:
+        facts = {"triton": triton.__version__, "kernels": [asdict(r) for r in results]}
+        json_file.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -171,13 +171,13 @@ def padded(sequences: Sequence[torch.Tensor], batch_size: int, pad: int) -> tupl
     return tuple(batches)
 
 
-def mixed_lengths(count: int = SENTENCES, seed: int = 0) -> list[int]:
+def mixed_lengths() -> list[int]:
     """Log-normal token lengths, mean about 42, cut at 256: sentences and short paragraphs as they arrive."""
-    draw = np.random.default_rng(seed).lognormal(mean=3.45, sigma=0.75, size=count)
+    draw = np.random.default_rng(0).lognormal(mean=3.45, sigma=0.75, size=SENTENCES)
     return [int(length) for length in np.clip(draw, 3, 256)]
 
 
-def alpha_lengths(alpha: float, seed: int = 0) -> list[int]:
+def alpha_lengths(alpha: float) -> list[int]:
     """Token lengths of one batch of 16 padded to 256 with ``alpha`` of its slots real: spread evenly, shuffled."""
     batch, longest = _ALPHA_SLOTS
     total = round(alpha * batch * longest)
@@ -186,22 +186,21 @@ def alpha_lengths(alpha: float, seed: int = 0) -> list[int]:
     edges = np.cumsum(np.linspace(mean - spread, mean + spread, batch - 1))
     others = np.diff(np.rint(edges), prepend=0)  # rounds the running sum, so that the total is exact
     lengths = [*(int(length) for length in others), longest]
-    return [lengths[index] for index in np.random.default_rng(seed).permutation(batch)]
+    return [lengths[index] for index in np.random.default_rng(0).permutation(batch)]
 
 
 def find_data(data_dir: Path | None = None) -> Path | None:
-    """The folder with real text: the given one, else ``XFAST_TEST_DATA``, else ../shared/data where it exists.
+    """The folder with real text: the given one, else ``XFAST_TEST_DATA``; None where neither is given.
 
     Raises:
         InvalidInputError: a folder was given, here or in ``XFAST_TEST_DATA``, and holds no ``xtreme/``.
     """
     given = data_dir or os.environ.get("XFAST_TEST_DATA")
-    if given:
-        if not (Path(given) / "xtreme").is_dir():
-            raise InvalidInputError(f"data: {given} holds no xtreme/ folder, XTREME's download layout")
-        return Path(given)
-    near = Path.cwd().parent / "shared" / "data"
-    return near if (near / "xtreme").is_dir() else None
+    if not given:
+        return None
+    if not (Path(given) / "xtreme").is_dir():
+        raise InvalidInputError(f"data: {given} holds no xtreme/ folder, XTREME's download layout")
+    return Path(given)
 
 
 def _task(name: str, task: str, language: str | None, model: Model, data_dir: Path | None, seed: int) -> Workload:

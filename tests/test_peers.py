@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from models import make_config
 
 from xfast.benchmarks import peers
-from xfast.benchmarks.workloads import Model, batches_of
+from xfast.benchmarks.workloads import Model, batches_of, workload
 from xfast.errors import InvalidOptionError
 
 # Largest difference over the largest value: what 8 bits of mantissa and int8 ranges cost on a small model.
@@ -46,7 +47,10 @@ def test_an_engine_computes_what_transformers_computes(engine: str) -> None:
     batches = batches_of([9, 20, 3, 32, 1, 17], 3, Model.of(model.config))
     with torch.inference_mode():
         wanted = [model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy() for ids, mask in batches]
-    run = peers.build(engine, model, 1)
+    torch.set_num_threads(1)
+    adapter = importlib.import_module(f"xfast.benchmarks.{row.module}")
+    calibration = workload("mixed", Model.of(model.config), seed=1).batches
+    run = adapter.build(model, row.precision, threads=1, calibration=calibration, **row.options)
     for (ids, mask), want in zip(batches, wanted, strict=True):
         got = run(ids, mask)
         real = mask.numpy().astype(bool)
@@ -61,13 +65,6 @@ def test_a_missing_engine_is_named_by_its_pip_packages(monkeypatch: pytest.Monke
     assert peers.missing("openvino-int8") == "openvino nncf"
     assert peers.missing("openvino-fp32") == "openvino"
     assert peers.missing("transformers-fp32") is None
-
-
-def test_versions() -> None:
-    assert peers.versions("transformers-fp32") == {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def test_every_engine_has_a_precision_and_a_builder() -> None:

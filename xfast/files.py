@@ -40,7 +40,9 @@ def require_place(argument: str, path: Path) -> None:
             pass
     except OSError as error:
         why = f": {error.strerror}" if error.strerror else ""
-        raise InvalidOptionError(f"{argument}: {path}{why}; accepted: a file's name in a folder that is there") from None
+        raise InvalidOptionError(
+            f"{argument}: {path}{why}; accepted: a file's name in a folder that is there"
+        ) from None
 
 
 def save(argument: str, path: Path, content: bytes) -> None:
