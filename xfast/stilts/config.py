@@ -228,7 +228,8 @@ def from_dict(values: Mapping[str, Any], where: str = "config", kind: Any = RunC
 
 
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
-    kinds = tuple(getattr(kind, "__origin__", kind) for kind in (get_args(hint) if _is_union(hint) else (hint,)))
+    alternatives = get_args(hint) if _is_optional(hint) else (hint,)
+    kinds = tuple(getattr(kind, "__origin__", kind) for kind in alternatives)
     if value is None and type(None) in kinds:
         return None
     if tuple in kinds:
@@ -247,7 +248,7 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     raise InvalidOptionError(f"{where}: {name}: {value!r}; accepted: {accepted}")
 
 
-def _is_union(hint: Any) -> bool:
+def _is_optional(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
 

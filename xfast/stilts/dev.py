@@ -13,7 +13,6 @@ import torch
 
 from xfast.stilts import metrics, prediction
 from xfast.stilts.batches import Masking, Padding, by_length, masked_batch
-from xfast.stilts.config import RunConfig
 from xfast.stilts.features import IGNORED
 from xfast.stilts.mixture import TrainingSet
 from xfast.stilts.task import CHOICE, CLASSIFICATION, MATCHING, MLM, SPAN
@@ -28,9 +27,7 @@ class Evaluator:
     A run of masked language modelling alone has the negative loss as its score. False: there is nothing to evaluate.
     """
 
-    def __init__(
-        self, config: RunConfig, tokenizer: Any, sets: Mapping[str, TrainingSet], padding: Padding, masking: Masking
-    ) -> None:
+    def __init__(self, sets: Mapping[str, TrainingSet], padding: Padding, masking: Masking) -> None:
         self.sets = {name: s for name, s in sets.items() if len(s.dev)}
         self.padding = padding
         self.masking = masking

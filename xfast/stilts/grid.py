@@ -221,7 +221,7 @@ def _run_cells(config: GridConfig, folder: Path, say: Report, training: _Trainin
 
 def _had(config: GridConfig, cell: Cell, before: Rows) -> dict[str, dict[str, Any]]:
     """A cell's rows by the splits that it is to have."""
-    splits = dict.fromkeys(split_of(config, cell.target, split) for split in config.splits)
+    splits = dict.fromkeys(split_of(cell.target, split) for split in config.splits)
     return {split: before.get((*cell.key, split), {}) for split in splits}
 
 
@@ -345,7 +345,7 @@ def _partial(found: Mapping[str, Any], every: Sequence[str]) -> str | None:
     return ", ".join(parts) or None
 
 
-def split_of(config: GridConfig, target: str, split: str) -> str:
+def split_of(target: str, split: str) -> str:
     """The split a target is evaluated on: the one asked for, where it is there."""
     task = get(target)
     if target == "bucc2018":
@@ -361,7 +361,7 @@ def evaluation(config: GridConfig, model: str, target: str, split: str, folder: 
         target,
         folder / "predictions",
         config.source,
-        split=split_of(config, target, split),
+        split=split_of(target, split),
         benchmark=config.benchmark,
         languages=config.languages,
         tokenizer=config.target.get("tokenizer", config.model),

@@ -293,18 +293,18 @@ def bucc_f1(gold: Collection[tuple[str, str]], predicted: Collection[tuple[str, 
     return _f1(len(right & guessed), len(guessed), len(right))
 
 
-def average_precision(gold: Collection[str], ranked: Sequence[str], k: int = 20) -> float:
-    """Average precision of the first ``k`` of a ranking, 0 to 1; the divisor is min(number of gold items, k)."""
+def average_precision(gold: Collection[str], ranked: Sequence[str]) -> float:
+    """Average precision of the first 20 of a ranking, 0 to 1; the divisor is min(number of gold items, 20)."""
     if not gold:
         raise InvalidInputError("gold: a query without a right answer")
     gold = set(gold)  # an answer counts once, also where a file names it twice
     hits, total, seen = 0, 0.0, set()
-    for rank, item in enumerate(ranked[:k], start=1):
+    for rank, item in enumerate(ranked[:20], start=1):
         if item in gold and item not in seen:
             hits += 1
             total += hits / rank
         seen.add(item)
-    return total / min(len(gold), k)
+    return total / min(len(gold), 20)
 
 
 def map_20(gold: Mapping[str, Collection[str]], predicted: Mapping[str, Sequence[str]]) -> Scores:

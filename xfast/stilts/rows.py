@@ -74,10 +74,10 @@ def csv_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]
         raise DataFileError(f"{path}:{start}: the row that begins here: {error}") from None
 
 
-def headed_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, fields by column name) of a CSV or TSV file whose first row names the columns."""
+def headed_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, fields by column name) of a CSV file whose first row names the columns."""
     header: list[str] = []
-    for number, row in csv_rows(path, delimiter):
+    for number, row in csv_rows(path, ","):
         if not header:
             header = row
         elif len(row) != len(header):

@@ -8,7 +8,6 @@ from xfast.stilts import languages
 
 CLASSIFICATION, CHOICE, SPAN, TAGGING = "classification", "choice", "span", "tagging"
 MATCHING, BITEXT, MLM = "matching", "bitext", "mlm"
-TRAINABLE = (CLASSIFICATION, CHOICE, SPAN, TAGGING, MATCHING, MLM)
 
 INTERMEDIATE, TARGET, PART = "intermediate", "target", "part"
 

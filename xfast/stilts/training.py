@@ -315,7 +315,7 @@ def _trainer(
     masking = Masking(tokenizer.mask_token_id, len(tokenizer), frozenset(tokenizer.all_special_ids), seed=config.seed)
     arguments = trainer_arguments(config)
     schedule = _schedule(config, sets, arguments)
-    evaluator = dev.Evaluator(config, tokenizer, sets, padding, masking)
+    evaluator = dev.Evaluator(sets, padding, masking)
     if evaluator and last is not None and (made := _stopped(last, config.patience)):
         schedule = dataclasses.replace(schedule, steps=made)
         arguments.max_steps = made

@@ -51,7 +51,11 @@ def answer(study: Study) -> Answer:
     """The findings of a study that :func:`xfast.study.view.check` accepts."""
     chosen = view.setting(study)
     rows = view.throughput_cells(study, chosen) if chosen else {}
-    lead = [*_cost(study), *_gain(study), *(_speed(study, rows, chosen) if chosen and rows else _nothing(study))]
+    lead = [
+        *_cost(study),
+        *_gain(study),
+        *(_speed(study, rows, chosen) if chosen and rows else ["No throughput was measured."]),
+    ]
     lead += [*(_between(study, rows, chosen) if chosen else ()), *_left_out(study)]
     return Answer(list(_warnings(study)), list(_cautions(study)), lead, list(_languages(study)))
 
@@ -167,10 +171,6 @@ def _half_width(rows: Sequence[Accuracy]) -> float:
         share = (row["value"] / 100 * row["examples"] + 2) / count
         variance += share * (1 - share) / count
     return 100 * 1.96 * variance**0.5 / (len(rows) / 2)
-
-
-def _nothing(study: Study) -> Iterator[str]:
-    yield "No throughput was measured."
 
 
 def _speed(study: Study, rows: _Rows, chosen: view.Setting) -> Iterator[str]:

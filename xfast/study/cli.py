@@ -13,7 +13,6 @@ from xfast.errors import InvalidOptionError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     help="Throughput, latency and accuracy by language, with and without intermediate training.",
 )
 

@@ -21,7 +21,6 @@ from xfast.stilts.retrieval_data import mewslix_texts
 from xfast.stilts.rows import csv_rows
 from xfast.study.profiles import JOSHI_CLASS, MAX_LENGTH, LengthProfile, Tokenizer, measure, save_profiles
 
-Sample = str | tuple[str, str]
 Samples = dict[tuple[str, str], list[Any]]
 """(task, language) -> its samples, all texts or all pairs."""
 

@@ -29,7 +29,6 @@ _PROBES = {
     "layer": "Layer by layer",
     "early": "How early an answer is settled",
     "quantisation": "What int8 and the other engines change",
-    "windows": "Windows of long inputs",
     "answers": "Answers",
 }
 """Titles of the kinds of probes that the document names; any other kind is its own title."""

@@ -214,10 +214,10 @@ def _front(axes: Any, points: Sequence[ParetoPoint], colours: dict[str, str], na
 def probes(study: Study) -> dict[str, Drawing]:
     """A figure for each kind of probe, by name, of the size and task that it has most of."""
     rows = sorted(study["probes"], key=lambda row: row["probe"])
-    return {kind: _probe(study, list(mine)) for kind, mine in groupby(rows, key=lambda row: row["probe"])}
+    return {kind: _probe(list(mine)) for kind, mine in groupby(rows, key=lambda row: row["probe"])}
 
 
-def _probe(study: Study, rows: Sequence[Probe]) -> Drawing:
+def _probe(rows: Sequence[Probe]) -> Drawing:
     counts = Counter((row["size"], row["task"]) for row in rows)
     size, task = max(counts, key=lambda key: counts[key])
     mine = [row for row in rows if (row["size"], row["task"]) == (size, task)]

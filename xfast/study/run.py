@@ -26,8 +26,8 @@ from xfast.study.fit import Fit, Room, fit
 from xfast.study.store import Store, visit_name
 from xfast.study.work import Texts, Work, batches_of
 
-_SHARE_OF_CEILING = {"native": 0.5, "auto": 0.5, STOCK: 0.25}
-"""What an engine is taken to reach of the machine's arithmetic, for the estimate of time."""
+_SHARE_OF_CEILING, _STOCK_SHARE = 0.5, 0.25
+"""What an engine, and transformers itself, is taken to reach of the machine's arithmetic, for the estimate of time."""
 
 _BUILD_S_PER_PARAMETER = 1.2e-8
 _CONVERT_S_PER_PARAMETER = 2e-8
@@ -258,7 +258,8 @@ def _seconds(settings: Settings, texts: Texts, group: Group) -> float:
     """Estimated seconds of a group, from the machine's arithmetic and the tokens of its cells, probes and scores."""
     engine, known = EngineName.parse(group.engine), group.facts
     kind = {"bf16": "bf16", "int8": "int8", "int4": "int8"}.get(engine.precision, "fp32")
-    rate = 1e9 * _SHARE_OF_CEILING.get(engine.backend, 0.5) * ceiling(kind, settings.threads, seconds=0.1)
+    share = _STOCK_SHARE if engine.backend == STOCK else _SHARE_OF_CEILING
+    rate = 1e9 * share * ceiling(kind, settings.threads, seconds=0.1)
     token_s = 2.0 * (known["parameters"] - known["embedding"]) / rate
     runs = len(group.fit.arms) + group.shared_control
     made = group.fit.models + (group.shared_control and group.fit.models > 0)
