@@ -23,6 +23,7 @@ from xfast.benchmarks.isa import SWITCHES
 from xfast.benchmarks.models import SIZES, model_of
 from xfast.errors import BackendUnavailableError, InvalidOptionError, require_one_of
 from xfast.machine import machine
+from xfast.terminal import listed
 
 FORMAT = 1
 """Version of the JSON document."""
@@ -70,8 +71,8 @@ class Options:
             raise InvalidOptionError(f"rounds: {self.rounds} is not accepted; accepted: 1 to {_MAX_ROUNDS}")
         if self.isa is not None:
             require_one_of("isa", self.isa, SWITCHES)
-        precisions = peers.PRECISIONS if self.precision == "all" else _parts(self.precision)
-        object.__setattr__(self, "works", tuple(workloads.expand(_parts(self.workload))))
+        precisions = peers.PRECISIONS if self.precision == "all" else _parts("precision", self.precision)
+        object.__setattr__(self, "works", tuple(workloads.expand(_parts("workload", self.workload))))
         object.__setattr__(self, "engines", tuple(peers.choose(self.peers, precisions)))
         object.__setattr__(self, "counts", _threads(self.threads))
 
@@ -197,15 +198,17 @@ def document(
     }
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
+def _parts(option: str, text: str) -> tuple[str, ...]:
+    if not (parts := listed(text)):
+        raise InvalidOptionError(f"{option}: {text!r} is not accepted; at least one is needed")
+    return parts
 
 
 def _threads(text: str | None) -> tuple[int, ...]:
     if text is None:
         return (xfast.get_num_threads(),)
     counts = []
-    for part in _parts(text):
+    for part in _parts("threads", text):
         if not part.isdecimal() or not 1 <= int(part) <= _C.max_threads:
             raise InvalidOptionError(
                 f"threads: {part!r} is not accepted; accepted: 1 to {_C.max_threads}, separated by commas"

@@ -23,6 +23,7 @@ from xfast.study.factors import ONE_TASK, SORTED, Settings, pairs_of
 from xfast.study.languages import LOW_RESOURCE
 from xfast.study.profiles import load_profiles
 from xfast.study.work import Texts, batches_of, facts
+from xfast.terminal import listed
 
 THREADS = torch.get_num_threads()  # read early: the other stems measure on one thread and leave it at that
 SAMPLES = 32
@@ -32,7 +33,7 @@ def _settings() -> Settings:
     languages = os.environ.get("XFAST_BENCH_LANGUAGES")
     return Settings(
         tasks=(os.environ.get("XFAST_BENCH_TASK", ONE_TASK),),
-        languages=tuple(languages.split(",")) if languages else None,
+        languages=listed(languages) if languages else None,
         data=os.environ.get("XFAST_TEST_DATA") or None,
         samples=SAMPLES,
     )

@@ -26,6 +26,7 @@ from xfast.benchmarks.metrics import gflop_per_token
 from xfast.benchmarks.models import SIZES, SeededTensors, config_of
 from xfast.errors import require_one_of
 from xfast.machine import ceiling, machine, peak_memory
+from xfast.terminal import listed
 from xfast.threads import get_num_threads
 
 SHAPES = ((1, 8), (1, 32), (8, 64))
@@ -162,7 +163,7 @@ def main(
 ) -> None:
     """Convert, load and run a large model."""
     require_one_of("size", size, SIZES)
-    precisions = precision.split(",")
+    precisions = listed(precision)
     document: dict[str, Any] = {**machine(), "threads": get_num_threads(), "size": size}
     artifacts = {name: str(folder / f"{size}-{name}") for name in precisions}
     for name, target in artifacts.items():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from xfast.errors import InvalidOptionError
+from xfast.terminal import listed
 
 Run = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
 
@@ -96,7 +97,9 @@ def choose(peers: str, precisions: Iterable[str]) -> list[str]:
     if unknown := [precision for precision in wanted if precision not in PRECISIONS]:
         raise InvalidOptionError(f"precision: {unknown[0]!r} is not accepted; accepted: {', '.join(PRECISIONS)}")
     rest = [engine for engine in ENGINES.values() if engine.family != "xfast"]
-    names = [] if peers == "none" else [part.strip() for part in peers.split(",")]
+    names = () if peers == "none" else listed(peers)
+    if not names and peers != "none":
+        raise InvalidOptionError(f"peers: {peers!r} is not accepted; accepted: all, none, or names")
     chosen = [f"xfast-{precision}" for precision in PRECISIONS if precision in wanted]
     for name in names:
         found = rest if name == "all" else [engine for engine in rest if name in (engine.name, engine.family)]

@@ -67,6 +67,7 @@ LAYER_OF = {
     "progress": "applications",
     "pages": "applications",
     "figures": "applications",
+    "terminal": "applications",
     "benchmarks": "applications",
     "stilts": "applications",
     "study": "applications",

@@ -379,6 +379,8 @@ def test_commands_from_training_to_scores(base: Path, data: Path, tmp_path: Path
     assert set(evaluated["languages"]) == {"ur", "tr"}
     done = _run("predict", model, "udpos", tmp_path / "q", "--data", data, "--languages", "ur")
     assert done.exit_code == 0 and "12 predictions in 1 languages" in done.stdout
+    done = _run("predict", model, "udpos", tmp_path / "q", "--data", data, "--languages", "ur", "--json")
+    assert json.loads(done.stdout)["examples"] == {"ur": 12}
     assert (tmp_path / "q/udpos/test-ur.tsv").read_bytes() == (tmp_path / "p/udpos/test-ur.tsv").read_bytes()
     done = _run("score", tmp_path / "p", data / "xtreme/labels", "--allow-missing", "--json")
     assert json.loads(done.stdout)["tasks"]["udpos"]["languages"] == pytest.approx(evaluated["languages"])

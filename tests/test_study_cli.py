@@ -94,10 +94,10 @@ def test_profile_measures_a_folder(tmp_path: Path, data_dir: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "sw-en.sw").write_bytes((data_dir / "xtreme" / "tatoeba" / "sw-en.sw").read_bytes())
     out = tmp_path / "profiles.json"
-    found = invoke("profile", tmp_path, "--tokenizer", data_dir / "tokenizer" / "xlmr", "--out", out)
+    found = invoke("profile", tmp_path, "--tokenizer", data_dir / "tokenizer" / "xlmr", "--output", out)
     assert found.exit_code == 0, found.output
     shipped = [one for one in load_profiles() if (one.task, one.language) == ("tatoeba", "sw")]
     assert load_profiles(out) == shipped
     assert "text" not in json.loads(out.read_text())
-    refused = invoke("profile", tmp_path, "--out", out)
+    refused = invoke("profile", tmp_path, "--output", out)
     assert refused.exit_code == BAD_INPUT and "no folder" in refused.stderr

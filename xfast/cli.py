@@ -24,6 +24,7 @@ from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
 from xfast.study.cli import app as study_app
 from xfast.threads import num_threads
+from xfast.terminal import JsonFlag
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport
@@ -33,8 +34,6 @@ BAD_INPUT = 2
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 class Commands(typer.core.TyperGroup):
@@ -201,6 +200,8 @@ def _print_report(report: DemoReport, console: Console) -> None:
 
 
 def _table(workload: str, rows: list[dict[str, Any]]) -> Table:
+    from xfast.demo import REFERENCE
+
     samples, tokens = rows[0]["samples"], rows[0]["tokens"]
     what = f"{samples} sentences, {tokens} tokens"
     if workload == "latency":
@@ -225,6 +226,6 @@ def _table(workload: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['p95_ms']:.1f}",
             f"{row['padding']:.0%}",
             f"{row['speedup']:.2f}x",
-            "-" if row["engine"] == "transformers-fp32" else f"{row['error']:.1e}",
+            "-" if row["engine"] == REFERENCE else f"{row['error']:.1e}",
         )
     return table

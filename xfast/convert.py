@@ -24,6 +24,7 @@ from xfast.checkpoint import Checkpoint, Tensors
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, require_one_of
 from xfast.recipe import CPU_PRECISIONS, DEFAULT_GROUP_SIZE, Recipe
 from xfast.tensor_files import DTYPES, Entry, as_array, as_bytes
+from xfast.terminal import JsonFlag
 from xfast.threads import get_num_threads
 
 Advance = Callable[[str], None]
@@ -307,7 +308,7 @@ def run(
         str | None, typer.Option(help="Class of transformers, XLMRobertaModel for example.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Verify the SHA-256 of every file of the artifact.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Convert a checkpoint into a packed artifact for xfast.load, or check one."""
     if folder is None and not check:

@@ -34,6 +34,7 @@ from xfast.errors import (
 )
 from xfast.pages import printable
 from xfast.tensor_files import is_folder
+from xfast.terminal import JsonFlag
 
 app = typer.Typer(no_args_is_help=True, help="TensorRT engines: build, inspect, verify, prune. Not yet run on a GPU.")
 
@@ -41,7 +42,6 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of a transformers m
 Folder = Annotated[Path, typer.Argument(help="Folder of engines; XFAST_CACHE=FOLDER makes accelerate use it.")]
 PrecisionOption = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or fp8 (8.9 or later).")]
 LayersOption = Annotated[int | None, typer.Option(help="Run the first LAYERS layers only.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def load_weights(model: str, layers: int | None = None) -> EncoderWeights:

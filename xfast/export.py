@@ -48,6 +48,7 @@ from xfast.heads import rule_for
 from xfast.logs import errors_only
 from xfast.pages import printable
 from xfast.tensor_files import exists, is_folder
+from xfast.terminal import JsonFlag
 
 OUTPUTS = {
     "ForSequenceClassification": ("logits",),
@@ -403,7 +404,7 @@ def onnx(
     out: Annotated[Path, typer.Argument(help="The file to write. Weights above 1.5 GB go to OUT.data beside it.")],
     encoder: Annotated[bool, typer.Option("--encoder", help="Without the head it was saved with.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT and OUT.data if they are there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Write a model as ONNX for any batch and length, compared with PyTorch by ONNX Runtime before OUT appears."""
     require_packages()

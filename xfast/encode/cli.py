@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from xfast.encode.settings import Execution, Settings, require
+from xfast.terminal import JsonFlag
 
 if TYPE_CHECKING:
     from xfast.encode.job import Summary
@@ -54,7 +55,6 @@ Overlap = Annotated[
     bool | None,
     typer.Option("--overlap/--no-overlap", help="Tokenise beside the encoder. Default: where a core is left for it."),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def encode(

@@ -15,19 +15,21 @@ from rich.table import Table
 from xfast.errors import InvalidOptionError
 from xfast.logs import quiet_transformers
 from xfast.progress import counting_bar
+from xfast.terminal import JsonFlag, listed
 
 app = typer.Typer(no_args_is_help=True, help="English intermediate-task training, zero-shot transfer, official scores.")
 
 WIDTH = 120
 """Columns of tables that do not go to a terminal."""
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Data = Annotated[Path | None, typer.Option(help="Data folder: XTREME's download folder, or one with xtreme/ in it.")]
 Benchmark = Annotated[str, typer.Option(help="xtreme or xtreme-r.")]
 Languages = Annotated[str | None, typer.Option(help="Comma-separated; default: all of the benchmark.")]
 Config = Annotated[Path | None, typer.Option(help="YAML, TOML or JSON file with options.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, any option of the file; may be repeated.")]
 Precision = Annotated[str, typer.Option(help="Of the evaluation: model, fp32, bf16, int8, ...; see xfast.accelerate.")]
+Layer = Annotated[int | None, typer.Option(help="Hidden state for Tatoeba and BUCC; default: 14 of 24.")]
+Pooling = Annotated[str, typer.Option(help="mean or cls, for Tatoeba and BUCC.")]
 Backend = Annotated[str, typer.Option(help="auto, native, triton, or none for stock transformers.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of one sequence, as in training; default: the recipe's.")]
 
@@ -58,10 +60,6 @@ def _options(config: Path | None, given: dict[str, Any], changes: Iterable[str] 
         except yaml.YAMLError as error:
             raise InvalidOptionError(f"set: {change!r}: {error}") from None
     return values
-
-
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 @app.command("tasks")
@@ -103,7 +101,8 @@ def train(
     from xfast.stilts import config as configs
     from xfast.stilts import progress, training
 
-    given = {"model": model, "tasks": _listed(tasks), "output": output, "data": data and str(data), "seed": seed}
+    named = None if tasks is None else list(listed(tasks))
+    given = {"model": model, "tasks": named, "output": output, "data": data and str(data), "seed": seed}
     run = configs.from_dict(_options(config, given, changes), str(config or "options"))
     console = _console(stderr=True)
     with quiet_transformers(), counting_bar(console) as bar:
@@ -141,8 +140,8 @@ def evaluate(
     languages: Languages = None,
     precision: Precision = "model",
     backend: Backend = "auto",
-    layer: Annotated[int | None, typer.Option(help="Hidden state for Tatoeba and BUCC; default: 14 of 24.")] = None,
-    pooling: Annotated[str, typer.Option(help="mean or cls, for Tatoeba and BUCC.")] = "mean",
+    layer: Layer = None,
+    pooling: Pooling = "mean",
     limit: Annotated[int | None, typer.Option(help="Examples per language; then nothing is written.")] = None,
     max_length: MaxLength = None,
     as_json: JsonFlag = False,
@@ -168,12 +167,19 @@ def predict(
     languages: Languages = None,
     precision: Precision = "model",
     backend: Backend = "auto",
+    layer: Layer = None,
+    pooling: Pooling = "mean",
     max_length: MaxLength = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Write predictions in XTREME's submission layout; no score is shown."""
     console = _console(stderr=True)
     options = {"split": split, "benchmark": benchmark, "precision": precision, "backend": backend}
-    result = _evaluated(model, task, output, data, languages, console, **options, max_length=max_length)
+    more = {"layer": layer, "pooling": pooling, "max_length": max_length}
+    result = _evaluated(model, task, output, data, languages, console, **options, **more)
+    if as_json:
+        _print_json({name: result[name] for name in ("task", "split", "examples", "missing", "notes")})
+        return
     written = sum(result["examples"].values())
     _console().print(f"{output / task}: {written} predictions in {len(result['examples'])} languages", highlight=False)
     _show_missing(result, console)
@@ -191,8 +197,8 @@ def _evaluated(
     from xfast.stilts import evaluation, progress
     from xfast.stilts.data import Source
 
-    chosen = tuple(_listed(languages) or ()) or None
-    run = evaluation.Evaluation(model, task, output, Source(data), languages=chosen, **options)
+    chosen = listed(languages or "")
+    run = evaluation.Evaluation(model, task, output, Source(data), languages=chosen or None, **options)
     with quiet_transformers(), counting_bar(console) as bar:
         return evaluation.evaluate(run, progress.EvaluationBar(bar))
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from xfast.errors import InvalidOptionError
+from xfast.terminal import listed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,10 +100,10 @@ def run(
 
     settings = Settings(
         sizes=_sizes(context, sizes, baseline),
-        engines=_list(engines),
-        tasks=_list(tasks),
-        languages=None if languages is None else _list(languages),
-        policies=_list(policies),
+        engines=listed(engines),
+        tasks=listed(tasks),
+        languages=None if languages is None else listed(languages),
+        policies=listed(policies),
         batch_sizes=_numbers("batch-sizes", batch_sizes),
         token_budget=token_budget,
         samples=samples,
@@ -158,7 +159,7 @@ def report(
 @app.command()
 def profile(
     data: Annotated[Path, typer.Argument(help="Folder with xtreme/ and optionally mlm/.", file_okay=False)],
-    out: Annotated[Path, typer.Option(help="JSON file to write.", dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="JSON file to write.", dir_okay=False)],
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder. Default: DATA/tokenizer/xlmr.")] = None,
 ) -> None:
     """Measure token lengths by task and language: quantiles, words, fertility; figures only, no text."""
@@ -168,10 +169,10 @@ def profile(
     found = measure_profiles(
         data,
         tokenizer or data / "tokenizer" / "xlmr",
-        out,
+        output,
         lambda items: track(items, description="Tokenising", console=console, disable=not console.is_terminal),
     )
-    typer.echo(f"{len(found)} profiles, {len({one.language for one in found})} languages -> {out}")
+    typer.echo(f"{len(found)} profiles, {len({one.language for one in found})} languages -> {output}")
 
 
 def _write(document: dict[str, Any], folder: Path, console: Console) -> None:
@@ -183,13 +184,9 @@ def _write(document: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(note, style="yellow", markup=False, highlight=False)
 
 
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _list(text))
+        return tuple(int(part) for part in listed(text))
     except ValueError:
         raise InvalidOptionError(f"{option}: {text!r}; accepted: numbers parted by commas") from None
 
@@ -198,7 +195,7 @@ def _sizes(context: typer.Context, text: str, baseline: list[str] | None) -> tup
     from xfast.study.factors import CHECKPOINT
 
     if not baseline:
-        return _list(text)
+        return listed(text)
     if _given(context, "sizes"):
         raise InvalidOptionError(f"sizes: {text!r} is not accepted with checkpoints, which have a size of their own")
     return (CHECKPOINT,)
