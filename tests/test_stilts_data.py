@@ -159,7 +159,7 @@ def test_conllu_works_for_every_tagging_task(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_is_a_typed_error(tmp_path: Path) -> None:
     source = Source(tmp_path)
-    with pytest.raises(InvalidOptionError, match="split: 'validation'; accepted: train, dev, test"):
+    with pytest.raises(InvalidOptionError, match="split: 'validation' is not accepted; accepted: train, dev, test"):
         source.load(get("mnli"), "validation")
     with pytest.raises(InvalidOptionError, match="tatoeba has sentence files"):
         source.load(get("tatoeba"), "test")

@@ -103,7 +103,7 @@ def test_the_tasks_of_a_benchmark(tmp_path: Path) -> None:
 
 
 def test_what_is_no_folder_or_benchmark(tmp_path: Path) -> None:
-    with pytest.raises(InvalidOptionError, match="benchmark: 'glue'; accepted: xtreme, xtreme-r"):
+    with pytest.raises(InvalidOptionError, match="benchmark: 'glue' is not accepted; accepted: xtreme, xtreme-r"):
         diagnose(tmp_path, "glue")
     with pytest.raises(DataFileError, match="nowhere: no such folder"):
         diagnose(tmp_path / "nowhere")

@@ -17,16 +17,14 @@ from xfast.stilts import metrics
 from xfast.stilts.retrieval import (
     AMBIGUOUS,
     Candidate,
-    Sentences,
     apply_threshold,
     best_threshold,
-    bucc,
     bucc_pairs,
     mine,
     nearest,
     rank,
-    tatoeba,
 )
+from xfast.stilts.retrieval_data import Sentences, bucc, tatoeba
 
 
 @pytest.fixture

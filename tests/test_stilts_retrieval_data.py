@@ -11,15 +11,17 @@ import pytest
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.languages import XTREME
-from xfast.stilts.retrieval import (
+from xfast.stilts.retrieval_data import (
+    CROSSES,
+    NO_SENTENCE,
     bucc,
     lareqa,
     mewslix_entities,
     mewslix_mentions,
     mewslix_pairs,
+    mewslix_texts,
     tatoeba,
 )
-from xfast.stilts.retrieval_data import CROSSES, NO_SENTENCE, mewslix_texts
 
 Write = Callable[[str, str], Path]
 

@@ -205,7 +205,7 @@ def test_a_task_without_any_language_is_missing(tmp_path: Path) -> None:
 
 def test_folders_and_options_that_are_none(tmp_path: Path) -> None:
     predictions, labels = _tree(tmp_path, "xtreme", ["xnli"])
-    with pytest.raises(InvalidOptionError, match=r"benchmark: 'glue'; accepted: xtreme, xtreme-r"):
+    with pytest.raises(InvalidOptionError, match=r"benchmark: 'glue' is not accepted; accepted: xtreme, xtreme-r"):
         score(predictions, labels, "glue")
     with pytest.raises(DataFileError, match="nowhere: no such folder"):
         score(predictions, tmp_path / "nowhere")

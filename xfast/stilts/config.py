@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from xfast import files
-from xfast.errors import DataFileError, InvalidOptionError
+from xfast.errors import DataFileError, InvalidOptionError, require_one_of
 from xfast.stilts.data import SPLITS, Source
 from xfast.stilts.task import BITEXT, MATCHING, MLM, Recipe, Task
 from xfast.stilts.tasks import get
@@ -122,9 +122,9 @@ class RunConfig:
             )
         if "mlm" in self.tasks and not self.mlm_files:
             raise InvalidOptionError("mlm_files: masked language modelling needs text files")
-        _among("batching", self.batching, BATCHING)
-        _among("precision", self.precision, PRECISIONS)
-        _among("heads", self.heads, ("new", "checkpoint"))
+        require_one_of("batching", self.batching, BATCHING)
+        require_one_of("precision", self.precision, PRECISIONS)
+        require_one_of("heads", self.heads, ("new", "checkpoint"))
         for name in _POSITIVE:
             _within(name, getattr(self, name), lambda value: 0 < value < math.inf, "more than 0")
         for name in _NOT_NEGATIVE:
@@ -171,11 +171,6 @@ class RunConfig:
         files.write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
 
-def _among(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise InvalidOptionError(f"{name}: {value!r}; accepted: {', '.join(accepted)}")
-
-
 def _within(name: str, value: Any, holds: Callable[[Any], bool], accepted: str) -> None:
     if value is not None and not holds(value):
         raise InvalidOptionError(f"{name}: {value}; accepted: {accepted}")
@@ -188,7 +183,7 @@ def _check_sources(config: RunConfig) -> None:
         if not isinstance(splits, Mapping):
             raise InvalidOptionError(f"files: {task}: {splits!r}; accepted: files by split")
         for split, paths in splits.items():
-            _among(f"files: {task}", split, SPLITS)
+            require_one_of(f"files: {task}", split, SPLITS)
             _check_paths(f"files: {task}: {split}", paths)
             if split == "train" and task not in origin:
                 raise InvalidOptionError(f"files: {task}: fine-tuned on {', '.join(origin)}; name training files there")

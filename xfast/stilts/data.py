@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError
-from xfast.stilts import files, readers
+from xfast.errors import BackendUnavailableError, DataFileError, InvalidOptionError, require_one_of
+from xfast.stilts import folders, readers
 from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample, unlabelled
 from xfast.stilts.languages import NAMES, UDPOS_WITHOUT_DEV
+from xfast.stilts.retrieval_data import mewslix_pairs
 from xfast.stilts.rows import pick, text
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
@@ -57,7 +58,7 @@ class Source:
         """The file of that relative name in the data folder, or None."""
         if self.folder is None:
             return None
-        return files.find(self.folder, relative)
+        return folders.find(self.folder, relative)
 
     def paths(self, task: Task, split: str, language: str = "en") -> tuple[Path, ...] | None:
         """The files of one split, the first alternative that is complete; None where there is none."""
@@ -121,8 +122,7 @@ class Source:
             DataFileError: a file is missing or malformed; says which and where its owner publishes it.
             InvalidOptionError: no such split.
         """
-        if split not in SPLITS:
-            raise InvalidOptionError(f"split: {split!r}; accepted: {', '.join(SPLITS)}")
+        require_one_of("split", split, SPLITS)
         if task.type == BITEXT:
             raise InvalidOptionError(f"task: {task.name} has sentence files; see xfast.stilts.retrieval")
         named = self._named(task, split) is not None
@@ -165,8 +165,6 @@ def read_file(path: Path, task: Task, language: str) -> Examples[Any]:
     if task.name == "lareqa":
         return _question_pairs(readers.read_squad(path, task, language))
     if task.name == "mewslix":
-        from xfast.stilts.retrieval import mewslix_pairs
-
         return mewslix_pairs(path)
     return readers.READERS[task.reader](path, task, language)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xfast.errors import DataFileError, InvalidOptionError
+from xfast.errors import DataFileError, require_one_of
 from xfast.stilts import readers
 from xfast.stilts.data import SPLITS, Source, zeroed
 from xfast.stilts.examples import (
@@ -194,8 +194,7 @@ def diagnose(data_dir: Path | str, benchmark: str = "xtreme") -> Diagnosis:
         InvalidOptionError: ``benchmark`` is neither.
         DataFileError: there is no such folder. Faults of the files in it are findings.
     """
-    if benchmark not in TARGETS:
-        raise InvalidOptionError(f"benchmark: {benchmark!r}; accepted: {', '.join(TARGETS)}")
+    require_one_of("benchmark", benchmark, TARGETS)
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataFileError(f"{folder}: no such folder")

@@ -21,7 +21,7 @@ import torch
 import xfast
 from xfast import files
 from xfast.artifact import manifest_in
-from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError
+from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError, require_one_of
 from xfast.options import Options
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import MissingDataError, Source
@@ -87,14 +87,11 @@ class Evaluation:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pooling not in ("mean", "cls"):
-            raise InvalidOptionError(f"pooling: {self.pooling!r}; accepted: mean, cls")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InvalidOptionError(f"dtype: {self.dtype!r}; accepted: {', '.join(DTYPES)}")
-        if self.split not in ("dev", "test"):
-            raise InvalidOptionError(f"split: {self.split!r}; accepted: dev, test")
-        if self.benchmark not in scoring.TARGETS:
-            raise InvalidOptionError(f"benchmark: {self.benchmark!r}; accepted: {', '.join(scoring.TARGETS)}")
+        require_one_of("pooling", self.pooling, ("mean", "cls"))
+        if self.dtype is not None:
+            require_one_of("dtype", self.dtype, DTYPES)
+        require_one_of("split", self.split, ("dev", "test"))
+        require_one_of("benchmark", self.benchmark, scoring.TARGETS)
         if self.limit is not None and self.limit < 1:
             raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
         if self.backend != "none":
@@ -210,12 +207,9 @@ class _Predictor:
         self._check_labels()
         self.layer = search.layer_of(self.model.config, run.layer) if task.type == BITEXT else None
         self.forward: Any = self.model
-        self.stock = "stock transformers" if run.backend == "none" else ""
-        if run.backend == "none" or self.packed:
-            if self.layer is not None:
-                self.forward = search.Truncated(self.model, self.layer)
-        else:
-            self._accelerate()
+        self.stock = "stock transformers" if run.backend == "none" else self._accelerate()
+        if self.layer is not None and (self.stock or self.packed):
+            self.forward = search.StateOf(self.model, self.layer)
         self._engine: search.Engine | None = None
 
     def _recipe(self, task: Task) -> Recipe:
@@ -239,16 +233,18 @@ class _Predictor:
             )
         return load_packed_task_model(run.model, self.task)
 
-    def _accelerate(self) -> None:
+    def _accelerate(self) -> str:
+        """Returns "", or why the model runs as it is."""
         run = self.run
+        if self.packed:
+            return ""
         try:
             xfast.accelerate(self.model, backend=run.backend, precision=run.precision, layers=self.layer)
         except UnsupportedModelError as error:
             if run.backend != "auto":
                 raise
-            self.stock = f"stock transformers: {error}"
-            if self.layer is not None:
-                self.forward = search.Truncated(self.model, self.layer)
+            return f"stock transformers: {error}"
+        return ""
 
     def explain(self) -> str:
         return self.stock or str(xfast.explain(self.model))

@@ -22,19 +22,13 @@ from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
 from xfast.stilts.estimate import Estimate
 from xfast.stilts.evaluation import Evaluation, evaluate
-from xfast.stilts.files import Lock
+from xfast.stilts.folders import Lock
 from xfast.stilts.grid_checks import check_acceleration, check_languages, check_run
 from xfast.stilts.rows import load_json
 from xfast.stilts.scoring import TARGETS
 from xfast.stilts.task import BITEXT, INTERMEDIATE, MATCHING, TARGET
-from xfast.stilts.tasks import INTERMEDIATE_TASKS, XTREME_TARGETS, get
+from xfast.stilts.tasks import ALL, BASELINE, INTERMEDIATE_TASKS, XTREME_TARGETS, get
 from xfast.stilts.training import Trained, train
-
-BASELINE = "none"
-"""Name of the row without an intermediate phase."""
-
-ALL = "all"
-"""Name of the row that trains on all intermediate tasks together."""
 
 OWN = ("model", "tasks", "output", "seed", "data", "files", "hub")
 """Options of a run that the grid sets itself."""

@@ -15,49 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xfast.errors import BackendUnavailableError, InvalidInputError, InvalidOptionError
-from xfast.stilts.retrieval_data import (
-    Bucc,
-    Mentions,
-    Passages,
-    Queries,
-    Ranking,
-    Sentences,
-    Tatoeba,
-    bucc,
-    entity_text,
-    lareqa,
-    mention_text,
-    mewslix_entities,
-    mewslix_mentions,
-    mewslix_pairs,
-    tatoeba,
-)
-
-__all__ = [
-    "AMBIGUOUS",
-    "Bucc",
-    "Candidate",
-    "Mentions",
-    "Passages",
-    "Queries",
-    "Ranking",
-    "Sentences",
-    "Tatoeba",
-    "apply_threshold",
-    "best_threshold",
-    "bucc",
-    "bucc_pairs",
-    "entity_text",
-    "lareqa",
-    "mention_text",
-    "mewslix_entities",
-    "mewslix_mentions",
-    "mewslix_pairs",
-    "mine",
-    "nearest",
-    "rank",
-    "tatoeba",
-]
+from xfast.stilts.retrieval_data import Sentences
 
 AMBIGUOUS = "a mined pair whose text occurs more than once in its file"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from xfast.errors import DataFileError, InvalidOptionError
 from xfast.stilts.examples import Examples, MatchExample
-from xfast.stilts.files import find
+from xfast.stilts.folders import find
 from xfast.stilts.languages import ISO3
 from xfast.stilts.rows import json_rows, lines, load_json
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError
+from xfast.errors import DataFileError, InvalidInputError, require_one_of
 from xfast.stilts import metrics
 from xfast.stilts.data import all_zero
-from xfast.stilts.files import find
+from xfast.stilts.folders import find
 from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.readers import read_gold
 from xfast.stilts.retrieval_data import Mentions
@@ -294,8 +294,7 @@ def score(
         InvalidOptionError: ``benchmark`` is none.
         DataFileError: a folder or file is missing or malformed.
     """
-    if benchmark not in TARGETS:
-        raise InvalidOptionError(f"benchmark: {benchmark!r}; accepted: {', '.join(TARGETS)}")
+    require_one_of("benchmark", benchmark, TARGETS)
     predictions, labels = Path(predictions), Path(labels)
     for folder in (predictions, labels):
         if not folder.is_dir():

@@ -22,7 +22,8 @@ from xfast.stilts import retrieval, retrieval_data, scoring
 from xfast.stilts.batches import Padding
 from xfast.stilts.data import Source
 from xfast.stilts.features import Encoder, Ids, passage
-from xfast.stilts.files import find
+from xfast.stilts.folders import find
+from xfast.stilts.languages import ISO3, XTREME_R
 from xfast.stilts.prediction import Progress, counter, vectors
 from xfast.stilts.task import Recipe
 
@@ -49,8 +50,8 @@ def layer_of(config: Any, layer: int | None) -> int:
     return layer
 
 
-class Truncated:
-    """The stock encoder up to one hidden state, for comparison: all its layers run."""
+class StateOf:
+    """One hidden state of an encoder that cannot be truncated, in place of its last one; all its layers run."""
 
     def __init__(self, model: Any, layer: int) -> None:
         self.model, self.layer = model, layer
@@ -154,8 +155,6 @@ def _some(path: Path, count: int, what: str) -> None:
 
 
 def _tatoeba(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
-    from xfast.stilts.languages import ISO3
-
     code = ISO3.get(language, language)
     path = _require(folder, f"tatoeba/{language}-en.{language}", f"tatoeba/tatoeba.{code}-eng.{code}")
     data = retrieval_data.tatoeba(folder, language)
@@ -206,8 +205,6 @@ def _mined(
 
 
 def _lareqa(engine: Engine, folder: Path, language: str, split: str, limit: int | None) -> Found:
-    from xfast.stilts.languages import XTREME_R
-
     path = _require(folder, f"lareqa/xquad-r/{language}.json")
     official = XTREME_R["lareqa"]
 

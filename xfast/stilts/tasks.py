@@ -439,6 +439,9 @@ _TASKS = [
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 """Every task by name."""
 
+BASELINE, ALL = "none", "all"
+"""Names of a grid's rows without an intermediate task, and with all of them at once."""
+
 INTERMEDIATE_TASKS: tuple[str, ...] = tuple(task.name for task in _TASKS if task.role == INTERMEDIATE)
 """The nine of the paper's second version, in its order of training-set size."""
 

@@ -22,15 +22,16 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
+import xfast
 from xfast import files
 from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.stilts import checkpoints, dev, mixture, sharding
 from xfast.stilts.arguments import accelerate_precision, trainer_arguments
 from xfast.stilts.batches import Key, Masking, Padding, Schedule, collate, masked_batch
-from xfast.stilts.config import RunConfig
+from xfast.stilts.config import RunConfig, from_dict, load
 from xfast.stilts.estimate import Estimate, estimate
 from xfast.stilts.features import Feature
-from xfast.stilts.files import Lock
+from xfast.stilts.folders import Lock
 from xfast.stilts.mixture import TrainingSet
 from xfast.stilts.model import MultiTaskModel, build, head_name, load_config, usable_positions
 from xfast.stilts.prediction import padding_of
@@ -385,8 +386,6 @@ def _packed(config: RunConfig, model: MultiTaskModel) -> Any:
     if config.batching != "packed":
         yield
         return
-    import xfast
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     xfast.accelerate(model.encoder.to(device), training=True, backend="auto" if device == "cuda" else "triton")
     try:
@@ -406,8 +405,6 @@ def _clear(folder: Path) -> None:
 
 def _same_run(folder: Path, config: RunConfig, root: Path | None) -> None:
     """A run that has not come to a checkpoint may be changed; where its folder lies does not matter."""
-    from xfast.stilts.config import from_dict, load
-
     stored = folder / "run.yaml"
     if not ((folder / "result.json").is_file() or checkpoints.last_complete(folder)):
         return
