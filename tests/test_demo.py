@@ -251,7 +251,7 @@ def test_group_lengths(group: str) -> None:
     assert lengths == demo.group_lengths(group, 60, 5)
     assert lengths[:20] == demo.group_lengths(group, 20, 5)
     assert lengths != demo.group_lengths(group, 60, 6)
-    profiles = [profile for profile in load_profiles() if group_of(profile) == group]
+    profiles = [profile for profile in load_profiles() if group_of(profile.joshi_class) == group]
     for index, task in enumerate(demo.TASKS):
         quantiles = [profile.quantiles for profile in profiles if profile.task == task]
         assert quantiles, f"no profile of {task} for {group}"

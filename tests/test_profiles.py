@@ -127,13 +127,12 @@ def test_shipped_file_holds_figures_only() -> None:
 
 
 def test_groups_follow_the_joshi_class(shipped: list[LengthProfile]) -> None:
-    assert [group_of(make_profile(joshi_class=joshi)) for joshi in range(6)] == [
+    assert [group_of(joshi) for joshi in range(6)] == [
         *("low-resource", "low-resource", "low-resource", "mid-resource", "high-resource", "high-resource")
     ]
-    assert {group_of(profile) for profile in shipped} == set(GROUPS)
-    low = {profile.language for profile in shipped if profile.low_resource}
+    assert {group_of(profile.joshi_class) for profile in shipped} == set(GROUPS)
+    low = {profile.language for profile in shipped if group_of(profile.joshi_class) == GROUPS[0]}
     assert low == LOW_RESOURCE | {"qu"}  # qu is XTREME-R's
-    assert all((group_of(profile) == GROUPS[0]) == profile.low_resource for profile in shipped)
 
 
 # --- sampling
@@ -185,7 +184,7 @@ def test_measure_agrees_with_hand_counts(toy_tokenizer: Any) -> None:
     assert profile.quantiles[4] == 4.5
     assert profile.quantiles[-1] == 12.0
     assert (profile.words_mean, profile.fertility) == (4.0, 1.0)
-    assert (profile.percent_over_limit, profile.joshi_class, profile.low_resource) == (0.0, 2, True)
+    assert (profile.percent_over_limit, profile.joshi_class) == (0.0, 2)
 
 
 def test_measure_counts_four_special_tokens_in_a_pair(toy_tokenizer: Any) -> None:

@@ -269,7 +269,7 @@ def test_weights_that_memory_did_not_hold_are_said(
     settings = replace(TINY, threads=None)
     group = run.plan(settings, Texts(settings), TWO_FIT, output=tmp_path).groups[0]
     sent: list[dict[str, Any]] = []
-    made = (settings.as_dict(), "tiny", "native:int8", group.cells, group.fit, frozenset(), group.facts, group.work)
+    made = (settings, "tiny", "native:int8", group.cells, group.fit, frozenset(), group.facts, group.work)
     worker._Group(worker.Job(*made, tmp_path), sent.append).run()
     notes = [record["text"] for record in sent if record["kind"] == "note"]
     assert len(notes) == doubted and all("tiny native:int8: weights were read from disk" in text for text in notes)

@@ -71,7 +71,7 @@ def test_low_resource_languages_lead() -> None:
         ({"margin": 0.0}, "margin: 0.0"),
         ({"device": "tpu"}, "device: 'tpu'"),
         ({"intermediate": {"": "x"}}, "none for the baseline"),
-        ({"baseline": {"": "x"}}, "size: 'base'; accepted: checkpoint"),
+        ({"baseline": {"": "x"}}, "size: 'base' is not accepted; accepted: checkpoint"),
         ({"baseline": {"nope": "x"}, "sizes": ("checkpoint",)}, "'nope'"),
     ],
 )

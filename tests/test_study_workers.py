@@ -30,7 +30,7 @@ def measured(settings: Settings, folder: Path, stop: Any = None) -> list[dict[st
         if stop is not None:
             stop(record)
 
-    made = (settings.as_dict(), group.size, group.engine, group.cells, group.fit, frozenset(), group.facts, group.work)
+    made = (settings, group.size, group.engine, group.cells, group.fit, frozenset(), group.facts, group.work)
     with contextlib.suppress(StopIteration):
         worker._Group(worker.Job(*made, folder), send).run()
     return sent

@@ -109,6 +109,14 @@ def test_names_that_are_not_accepted(name: str) -> None:
     assert repr(name) in str(caught.value) or ":" in name
 
 
+def test_only_data_that_is_named_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared" / "data" / "xtreme").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert workloads.find_data() is None
+    assert workload("tatoeba:sw").source == "profiles"
+
+
 def test_a_data_folder_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInputError, match="xtreme"):
         workload("xnli", data_dir=tmp_path)

@@ -26,11 +26,11 @@ from torch import nn
 import xfast
 from xfast.benchmarks.metrics import distance
 from xfast.benchmarks.models import load_model, random_model
+from xfast.benchmarks.peers import REFERENCE
 from xfast.benchmarks.workloads import Model, Workload, batches_of
 from xfast.errors import InvalidOptionError
 from xfast.study.profiles import GROUPS, LengthProfile, group_of, load_profiles, sample_lengths
 
-REFERENCE = "transformers-fp32"
 ENGINES = (REFERENCE, "xfast-fp32", "xfast-bf16", "xfast-int8")
 
 TASKS = ("tatoeba", "panx", "xnli")
@@ -160,7 +160,7 @@ def group_lengths(group: str, count: int, seed: int) -> list[int]:
 
     Every group uses the same random numbers, so that groups differ by their languages and not by luck.
     """
-    members = [profile for profile in load_profiles() if group_of(profile) == group]
+    members = [profile for profile in load_profiles() if group_of(profile.joshi_class) == group]
     tasks: list[list[LengthProfile]] = [[p for p in members if p.task == task] for task in TASKS]
     lengths = []
     for index in range(count):

@@ -51,11 +51,8 @@ def answer(study: Study) -> Answer:
     """The findings of a study that :func:`xfast.study.view.check` accepts."""
     chosen = view.setting(study)
     rows = view.throughput_cells(study, chosen) if chosen else {}
-    lead = [
-        *_cost(study),
-        *_gain(study),
-        *(_speed(study, rows, chosen) if chosen and rows else ["No throughput was measured."]),
-    ]
+    speed = _speed(study, rows, chosen) if chosen and rows else ["No throughput was measured."]
+    lead = [*_cost(study), *_gain(study), *speed]
     lead += [*(_between(study, rows, chosen) if chosen else ()), *_left_out(study)]
     return Answer(list(_warnings(study)), list(_cautions(study)), lead, list(_languages(study)))
 
@@ -130,15 +127,10 @@ def _gain(study: Study) -> Iterator[str]:
         return
     first = min(study["accuracy"], key=lambda row: _place(study, row))
     where = f"{first['size']}, {first['engine']}"
-    metrics: dict[str, str] = {}  # of each task the first: two of the same answers would count twice
     scores: dict[tuple[str, str], dict[str, Accuracy]] = {}
     for row in study["accuracy"]:
         same = (row["size"], row["engine"]) == (first["size"], first["engine"])
-        if (
-            same
-            and view.whole(study, row["size"], row["layers"])
-            and metrics.setdefault(row["task"], row["metric"]) == row["metric"]
-        ):
+        if same and view.whole(study, row["size"], row["layers"]):
             scores.setdefault((row["task"], row["language"]), {})[row["arm"]] = row
     for arm in view.trained_arms(study):
         pairs = {key: both for key, both in scores.items() if arm != BASELINE and arm in both and BASELINE in both}

@@ -21,16 +21,7 @@ Row = dict[str, Value]
 
 def tables(study: Study) -> list[Table]:
     """Every table that has a row, in the order of the report."""
-    makers = (overview, languages, arms, equivalence, accuracy, trades, pareto, scaling, cost_models)
-    made = [make(study) for make in (*makers, predictions, probes, memory, skipped)]
-    return [table for table in made if table.rows]
-
-
-KEYS = (
-    *("overview", "languages", "arms", "equivalence", "accuracy", "trades", "pareto", "scaling", "cost_models"),
-    *("predictions", "probes", "memory", "skipped"),
-)
-"""Names of all tables that there can be."""
+    return [table for make in _MAKERS if (table := make(study)).rows]
 
 
 def _taken(row: Mapping[str, Any], columns: Iterable[Column]) -> Row:
@@ -76,8 +67,13 @@ def overview(study: Study) -> Table:
 # --- every cell -----------------------------------------------------------------------------------
 
 
+def _places(study: Study) -> dict[str, int]:
+    """Of the languages in every table."""
+    return {code: at for at, code in enumerate(view.languages(study))}
+
+
 def _ordered(study: Study, cells: Iterable[Cell]) -> list[Cell]:
-    order = {code: at for at, code in enumerate(view.languages(study))}
+    order = _places(study)
 
     def place(cell: Cell) -> tuple[Any, ...]:
         where = view.ranked(study, "sizes", cell["size"]), view.ranked(study, "engines", cell["engine"])
@@ -90,14 +86,13 @@ def _place(row: Any) -> tuple[str, ...]:
     return row["size"], row["engine"], row["task"], row["language"]
 
 
-def _first_metric(study: Study) -> dict[tuple[str, ...], Row]:
-    """By size, engine, task and language, the scores of every arm in the metric that the document has first."""
+def _scores(study: Study) -> dict[tuple[str, ...], Row]:
+    """By size, engine, task and language, the scores of every arm's whole encoder, and their metric."""
     found: dict[tuple[str, ...], Row] = {}
     for score in study["accuracy"]:
         if view.whole(study, score["size"], score["layers"]):
             row = found.setdefault(_place(score), {"metric": score["metric"]})
-            if row["metric"] == score["metric"]:
-                row[f"score_{score['arm']}"] = score["value"]
+            row[f"score_{score['arm']}"] = score["value"]
     return found
 
 
@@ -118,7 +113,7 @@ def languages(study: Study) -> Table:
     single = {_place(cell): cell for cell in study["cells"] if cell["latency"].get(BASELINE)}
     batched = [cell for cell in study["cells"] if cell["throughput"].get(BASELINE)]
     alone = [cell for place, cell in single.items() if place not in {_place(cell) for cell in batched}]
-    accuracy_of = _first_metric(study)
+    accuracy_of = _scores(study)
     rows: list[Row] = []
     for cell in _ordered(study, [*batched, *alone]):
         row = {**_taken(cell, [*where, *shape]), **_named(study, cell["language"])}
@@ -234,7 +229,7 @@ def accuracy(study: Study) -> Table:
             mine = row.get(f"score_{arm}")
             if arm != BASELINE and isinstance(base, (int, float)) and isinstance(mine, (int, float)):
                 row[f"difference_{arm}"] = mine - base
-    order = {code: at for at, code in enumerate(view.languages(study))}
+    order = _places(study)
     # What remains is as in the document: the sort is stable.
     rows = sorted(found.values(), key=lambda row: order[str(row["language"])])
     return Table("accuracy", "Accuracy by arm", columns, rows, ["Scores are 0 to 100; layers: – is all of them."])
@@ -280,7 +275,7 @@ def trades(study: Study) -> Table:
         Column("least_ms", "with training, ms/sample for no less", "figure"),
         Column("least_by", "by"),
     ]
-    order = {code: at for at, code in enumerate(view.languages(study))}
+    order = _places(study)
     found = sorted(study["trades"], key=lambda trade: (trade["task"], order[trade["language"]]))
     rows = [{**_taken(trade, columns), **_named(study, trade["language"])} for trade in found]
     legend = [
@@ -308,16 +303,15 @@ def scaling(study: Study) -> Table:
     ]
     arms = [BASELINE, *view.other_arms(study)]
 
-    tasks = list(dict.fromkeys(one.get("task", "") for one in study["scaling"]))
+    tasks = list(dict.fromkeys(one["task"] for one in study["scaling"]))
 
     def place(one: Scaling) -> tuple[int, ...]:
         ranks = view.ranked(study, "sizes", one["size"]), view.ranked(study, "engines", one["engine"])
-        where = tasks.index(one.get("task", "")), _group_place(one["group"])
+        where = tasks.index(one["task"]), _group_place(one["group"])
         return (*where, one["parameters"], *ranks, arms.index(one["arm"]))
 
     found = sorted(study["scaling"], key=place)
-    of = "languages" if all(tasks) else "tasks and languages"
-    legend = [f"Geometric means over the {of} of each group that were measured with every size of an engine."]
+    legend = ["Geometric means over the languages of each group that were measured with every size of an engine."]
     return Table("scaling", "Speed by model size", columns, [_taken(one, columns) for one in found], legend)
 
 
@@ -388,7 +382,7 @@ def probes(study: Study) -> Table:
     """What intermediate training could change although the graph is the same."""
     columns = [*_LANGUAGE, Column("probe", "probe"), Column("what", "value of"), Column("x", "at"), _TASK, _WHERE[0]]
     columns += [Column("arm", "arm", factor=True), Column("value", "value", "number")]
-    order = {code: at for at, code in enumerate(view.languages(study))}
+    order = _places(study)
     found = sorted(study["probes"], key=lambda probe: order[probe["language"]])
     rows = [{**_taken(probe, columns), **_named(study, probe["language"])} for probe in found]
     return Table("probes", "Probes", columns, rows)
@@ -412,3 +406,12 @@ def skipped(study: Study) -> Table:
     """What was planned or asked for and not measured."""
     columns = [Column("what", "what"), Column("why", "why")]
     return Table("skipped", "Not measured", columns, [_taken(one, columns) for one in study["skipped"]])
+
+
+_MAKERS = (
+    *(overview, languages, arms, equivalence, accuracy, trades, pareto, scaling, cost_models),
+    *(predictions, probes, memory, skipped),
+)
+
+KEYS = tuple(make.__name__ for make in _MAKERS)
+"""Names of all tables that there can be."""

@@ -147,13 +147,7 @@ class Equivalence(_Needed):
     pairs_needed: int | None
 
 
-class _Over(TypedDict, total=False):
-    """What older documents have not: there padding, too, is over the languages whose fertility is known."""
-
-    explained_over: dict[str, int]  # languages behind each share of ``explained``
-
-
-class CostModel(_Over):
+class CostModel(TypedDict):
     """Least squares of time on tokens and sequences, over languages, for one size, engine and arm "baseline"."""
 
     size: str
@@ -167,6 +161,7 @@ class CostModel(_Over):
     languages: int
     # Share of the variance of log samples/s between languages: length (tokens a sample), fertility, padding, ...
     explained: dict[str, float]
+    explained_over: dict[str, int]  # languages behind each of these shares
     predicted: dict[str, float]  # samples/s by language
     seen: dict[str, float]
 
@@ -262,19 +257,14 @@ class Skipped(TypedDict):
     why: str
 
 
-class _OfTask(TypedDict, total=False):
-    """What older documents have not: they average over all tasks."""
-
-    task: str
-
-
-class Scaling(_OfTask):
+class Scaling(TypedDict):
     """Speed over languages of one resource group on one task, by model size."""
 
     size: str
     engine: str
     arm: str
     group: str  # "all" or a resource group
+    task: str
     parameters: int
     samples_per_s: float  # geometric mean over languages
     tokens_per_s: float

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from xfast.benchmarks.models import SIZES
-from xfast.errors import InvalidOptionError
+from xfast.errors import InvalidOptionError, require_one_of
 from xfast.options import BACKENDS, PRECISIONS
 from xfast.stilts.languages import XTREME, XTREME_R
 from xfast.stilts.task import CHOICE, CLASSIFICATION, SPAN, TAGGING
@@ -19,24 +19,6 @@ from xfast.study.profiles import JOSHI_CLASS
 EMBEDDING = "embedding"
 """The type of tasks that read the encoder itself: retrieval, mining, plain text."""
 
-TYPES = {
-    "xnli": CLASSIFICATION,
-    "pawsx": CLASSIFICATION,
-    "xcopa": CHOICE,
-    "siqa": CHOICE,
-    "xquad": SPAN,
-    "mlqa": SPAN,
-    "tydiqa": SPAN,
-    "udpos": TAGGING,
-    "panx": TAGGING,
-    "tatoeba": EMBEDDING,
-    "bucc2018": EMBEDDING,
-    "lareqa": EMBEDDING,
-    "mewslix": EMBEDDING,
-    "mlm": EMBEDDING,
-}
-"""Type of each task, which says what head the model gets."""
-
 ONE_TASK = "one"
 """As a task: for every language one, the first of ``PREFERRED`` that it has, so that all languages are covered once."""
 
@@ -44,6 +26,12 @@ PREFERRED = (
     *("panx", "tatoeba", "udpos", "xnli", "xquad", "tydiqa", "mlqa"),
     *("pawsx", "xcopa", "bucc2018", "lareqa", "mlm", "siqa", "mewslix"),
 )
+
+TYPES = {
+    task: kind if (kind := get(task).type) in (CLASSIFICATION, CHOICE, SPAN, TAGGING) else EMBEDDING
+    for task in PREFERRED
+}
+"""Type of each task, which says what head the model gets."""
 
 BENCHMARKS = {task: dict.fromkeys((*XTREME.get(task, ()), *XTREME_R.get(task, ()))) for task in (*XTREME, *XTREME_R)}
 """Languages of every task of XTREME and XTREME-R: what a study is expected to have."""
@@ -193,8 +181,7 @@ class Settings:
                     raise InvalidOptionError(f"{name}: only accepted with data, whose texts it is for")
         if self.intermediate and not self.baseline:
             raise InvalidOptionError("intermediate: a checkpoint is given and none for the baseline; give both or none")
-        for task in (*self.baseline, *self.intermediate):
-            _members("checkpoint's task", (task,), (*TYPES, ""))
+        _members("checkpoint's task", filter(None, (*self.baseline, *self.intermediate)), TYPES)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -224,10 +211,9 @@ def quick(settings: Settings) -> Settings:
     return replace(settings, **QUICK)
 
 
-def _members(name: str, values: Iterable[str], accepted: Sequence[str]) -> None:
+def _members(name: str, values: Iterable[str], accepted: Collection[str]) -> None:
     for value in values:
-        if value not in accepted:
-            raise InvalidOptionError(f"{name}: {value!r}; accepted: {', '.join(filter(None, accepted))}")
+        require_one_of(name, value, accepted)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from xfast.study.languages import language as language_facts
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
 from xfast.study.store import Record
-
-ALL = "all"
+from xfast.study.view import ALL
 
 Kind = tuple[str, str, str, str, int | None]
 """Arm, size, engine, task and layers: what has one point on a front."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xfast.errors import InvalidOptionError
+from xfast.errors import require_one_of
 from xfast.stilts.languages import NAMES
 from xfast.study.document import Language
-from xfast.study.profiles import GROUPS, JOSHI_CLASS
+from xfast.study.profiles import JOSHI_CLASS, group_of
 
 # Compressed size of each language's file in the CC-100 listing (statmt.org/cc-100), in GB: the public rebuild of
 # XLM-R's pretraining corpus. Quechua, Yoruba, Haitian and Wolof are in CC-100 but not in XLM-R's own list.
@@ -75,13 +75,12 @@ def language(code: str) -> Language:
     Raises:
         InvalidOptionError: it is none of XTREME's or XTREME-R's.
     """
-    if code not in JOSHI_CLASS:
-        raise InvalidOptionError(f"language: {code!r}; accepted: {', '.join(ordered(JOSHI_CLASS))}")
+    require_one_of("language", code, ordered(JOSHI_CLASS))
     joshi = JOSHI_CLASS[code]
     return Language(
         name=NAMES[code],
         joshi_class=joshi,
-        group=GROUPS[0] if joshi <= 2 else GROUPS[1] if joshi == 3 else GROUPS[2],
+        group=group_of(joshi),
         cc100_gb=_CC100_GB[code],
         in_pretraining=code not in _NOT_IN_PRETRAINING,
     )

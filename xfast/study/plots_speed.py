@@ -171,7 +171,7 @@ def scaling(study: Study) -> Drawing | str:
     """Samples per second over parameters, on the task that is shown elsewhere; or why there is none."""
     rows = [one for one in study["scaling"] if one["arm"] == BASELINE]
     task = _scaling_task(study, rows)
-    found = [one for one in rows if one.get("task") == task]
+    found = [one for one in rows if one["task"] == task]
     if len({one["size"] for one in found}) < 2:
         return "one model size was measured; the curve needs two"
     measures = ["samples_per_s", *(["p50_ms"] if any(one["p50_ms"] is not None for one in found) else [])]
@@ -193,13 +193,12 @@ def scaling(study: Study) -> Drawing | str:
         axes.set_title(titles[measure], color=INK)
         axes.grid()
     legend_above(made, all_axes[0], 3)
-    of = f" ({task})" if task else ""
-    return Drawing(made, f"Geometric means over the languages{of}; both axes are logarithmic.")
+    return Drawing(made, f"Geometric means over the languages ({task}); both axes are logarithmic.")
 
 
 def _scaling_task(study: Study, rows: Sequence[Scaling]) -> str | None:
-    """The task of the shown setting, where it has rows; None of older documents, whose rows are of no one task."""
-    tasks = list(dict.fromkeys(one.get("task") for one in rows))
+    """The task of the shown setting where it has rows, else that of the first row; None where there is none."""
+    tasks = list(dict.fromkeys(one["task"] for one in rows))
     chosen = view.setting(study)
     return chosen.task if chosen and chosen.task in tasks else next(iter(tasks), None)
 

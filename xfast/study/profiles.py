@@ -89,17 +89,10 @@ class LengthProfile:
     percent_over_limit: float
     joshi_class: int
 
-    @property
-    def low_resource(self) -> bool:
-        """Whether the language is low-resource: Joshi class 2 or less."""
-        return self.joshi_class <= 2
 
-
-def group_of(profile: LengthProfile) -> str:
-    """Return the member of ``GROUPS`` that the profile's language is in: Joshi class <= 2, 3, >= 4."""
-    if profile.low_resource:
-        return GROUPS[0]
-    return GROUPS[1] if profile.joshi_class == 3 else GROUPS[2]
+def group_of(joshi_class: int) -> str:
+    """Return the member of ``GROUPS`` that languages of this class are in: 2 or less, 3, 4 or more."""
+    return GROUPS[min(max(joshi_class - 2, 0), 2)]
 
 
 def measure(

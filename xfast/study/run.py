@@ -19,7 +19,7 @@ from xfast.errors import BackendUnavailableError, InvalidOptionError
 from xfast.machine import ceiling, machine
 from xfast.stilts.task import BITEXT
 from xfast.stilts.tasks import get
-from xfast.study import accuracy, announcement, arms, artifacts, probes, worker
+from xfast.study import accuracy, announcement, arms, artifacts, probes, summary, worker
 from xfast.study.document import CONTROL, INTERMEDIATE
 from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.fit import Fit, Room, fit
@@ -288,7 +288,7 @@ def _converting_s(group: Group) -> float:
     return float(group.fit.to_make * group.facts["parameters"] * _CONVERT_S_PER_PARAMETER)
 
 
-def execute(plan: Plan, store: Store, console: Console, *, keep_artifacts: bool = False) -> None:
+def execute(plan: Plan, store: Store, console: Console) -> None:
     """Run every worker and store what it sends; a worker that fails is written down and the others go on.
 
     Packed artifacts that a group has made go when it has been measured; of one that failed they stay for another run.
@@ -315,7 +315,7 @@ def execute(plan: Plan, store: Store, console: Console, *, keep_artifacts: bool 
         for group in plan.groups:
             progress.update(shown, description=f"{group.size} {group.engine}")
             _work(group, store, lambda: progress.advance(shown))
-            if not keep_artifacts and _ended(group, store):
+            if not plan.keep_artifacts and _ended(group, store):
                 for one in set(group.fit.seeded.values()):
                     one.remove(store.path.parent)
     if not any(True for _ in store.of("visit")):
@@ -335,7 +335,7 @@ def _work(group: Group, store: Store, advance: Any) -> None:
     context: Any = multiprocessing.get_context(START_METHOD)
     connection, other = context.Pipe()
     job = worker.Job(
-        settings.as_dict(),
+        settings,
         group.size,
         group.engine,
         group.cells,
@@ -405,8 +405,6 @@ def start(
     Raises:
         XfastError: whatever planning, storing or measuring refuses.
     """
-    from xfast.study import summary
-
     if settings.device == "cuda":
         _require_gpu()
     texts = Texts(settings)
@@ -418,7 +416,7 @@ def start(
     store = Store(folder, settings, machine(), resume=resume)
     try:
         _prepare(made, store)
-        execute(made, store, console, keep_artifacts=keep_artifacts)
+        execute(made, store, console)
         store.add({"kind": "ended", "at": _now()})
         return dict(summary.document_of(store.records, store.path))
     finally:

@@ -25,7 +25,7 @@ from xfast.study.document import (
     Throughput,
     rank,
 )
-from xfast.study.factors import BUDGET
+from xfast.study.factors import BUDGET, STOCK
 from xfast.study.languages import ordered
 from xfast.study.profiles import GROUPS
 from xfast.study.statistics import MIN_UNITS
@@ -33,9 +33,6 @@ from xfast.study.tables import grouped
 
 ALL = "all"
 """The group that every language is in."""
-
-STOCK = "stock"
-"""The backend that is transformers itself: what the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -289,9 +286,7 @@ def explained_over(study: Study, model: CostModel) -> tuple[dict[str, int], list
         for cell in study["cells"]
         if cell["task"] == model["task"] and cell["throughput"]
     }
-    without = [code for code in model["seen"] if code in known and not known[code]]
-    parted = dict.fromkeys(model["explained"], len(model["seen"]) - len(without))
-    return model.get("explained_over", parted), without
+    return model["explained_over"], [code for code in model["seen"] if code in known and not known[code]]
 
 
 def like_the_control(one: Equivalence, tests: Sequence[Equivalence]) -> bool:

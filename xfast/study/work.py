@@ -23,7 +23,7 @@ from xfast.stilts.task import CHOICE, SPAN
 from xfast.stilts.tasks import get
 from xfast.study import corpus, inputs
 from xfast.study.arms import tokenizer_of
-from xfast.study.factors import ARRIVAL, BUDGET, ONE_TASK, TYPES, Settings
+from xfast.study.factors import ARRIVAL, BUDGET, ONE_TASK, SINGLE, TYPES, Settings
 from xfast.study.profiles import LANGUAGES_WITHOUT_SPACES, LengthProfile, load_profiles, sample_lengths
 
 CHOICES = {"xcopa": 2, "siqa": 3}
@@ -213,7 +213,7 @@ def batches_of(work: Work, policy: str, batch_size: int, pad: int) -> tuple[Batc
     """
     order = list(range(len(work.examples)))
     longest = [max(len(ids) for ids in example) for example in work.examples]
-    if policy not in (ARRIVAL, "single"):
+    if policy not in (ARRIVAL, SINGLE):
         order.sort(key=lambda index: -longest[index])
     found = []
     for chunk in _chunks(order, longest, work.examples, policy, batch_size):

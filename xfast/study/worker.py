@@ -29,9 +29,21 @@ from xfast.benchmarks import workloads
 from xfast.benchmarks.workloads import Batch
 from xfast.errors import ArtifactError, XfastError
 from xfast.machine import mapped_again, peak_memory
+from xfast.stilts.task import CLASSIFICATION, TAGGING
 from xfast.study import accuracy, arms, probes
 from xfast.study.document import BASELINE, CONTROL
-from xfast.study.factors import CHECKPOINT, EARLY, QUANTISATION, STOCK, TYPES, Cell, EngineName, Settings, labels_of
+from xfast.study.factors import (
+    ARRIVAL,
+    CHECKPOINT,
+    EARLY,
+    QUANTISATION,
+    STOCK,
+    TYPES,
+    Cell,
+    EngineName,
+    Settings,
+    labels_of,
+)
 from xfast.study.fit import Fit
 from xfast.study.store import Record, visit_name
 from xfast.study.timing import Energy, Runner, seconds_of
@@ -62,7 +74,7 @@ class Job:
         output: the study's folder, where seeded artifacts lie.
     """
 
-    settings: dict[str, Any]
+    settings: Settings
     size: str
     engine: str
     cells: tuple[Cell, ...]
@@ -118,7 +130,7 @@ class _Group:
 
     def __init__(self, job: Job, send: Send) -> None:
         self.job, self.send = job, send
-        self.settings = Settings.from_dict(job.settings)
+        self.settings = job.settings
         self.engine = EngineName.parse(job.engine)
         self.energy = Energy(self.settings.device)
         if self.settings.threads is not None:
@@ -166,7 +178,7 @@ class _Group:
         """Tasks that share a model: the same head, or with checkpoints nothing."""
         if self.job.size == CHECKPOINT:
             return task, 0
-        return TYPES[task], labels_of(task) if TYPES[task] in ("classification", "tagging") else 0
+        return TYPES[task], labels_of(task) if TYPES[task] in (CLASSIFICATION, TAGGING) else 0
 
     def _is_done(self, cell: Cell) -> bool:
         return all(visit_name(cell.key, number) in self.job.done for number in range(self.settings.rounds))
@@ -334,7 +346,7 @@ class _Group:
         for cell in cells:
             if not cell.is_latency and (cell.task, cell.language) not in inputs:
                 work = self.job.work[cell.task, cell.language, False].first(probes.EXAMPLES)
-                ((ids, mask),) = batches_of(work, "arrival", len(work.examples), self.shape.pad)
+                ((ids, mask),) = batches_of(work, ARRIVAL, len(work.examples), self.shape.pad)
                 inputs[cell.task, cell.language] = (ids.to(self.settings.device), mask.to(self.settings.device))
         return inputs
 
