@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,15 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from xfast import files
-from xfast.errors import DataFileError, InvalidOptionError
+from xfast.errors import DataFileError, require_one_of
 from xfast.stilts import report_html
-from xfast.stilts.rows import json_rows, lines, load_json
-from xfast.stilts.tasks import INTERMEDIATE_TASKS, TASKS, XTREME_R_TARGETS, XTREME_TARGETS
-from xfast.study.profiles import GROUPS, JOSHI_CLASS
+from xfast.stilts.rows import json_rows
+from xfast.stilts.tasks import ALL, BASELINE, INTERMEDIATE_TASKS, TASKS, XTREME_R_TARGETS, XTREME_TARGETS
+from xfast.study.profiles import JOSHI_CLASS, group_of
 
-BASELINE, ALL = "none", "all"
-"""Names of the rows without an intermediate task, and with all of them at once."""
-SPLITS, STATUSES = ("dev", "test"), ("done", "failed", "pending")
+SPLITS, STATUSES = ("dev", "test"), ("done", "failed")
 
 PUBLISHED: dict[str, Any] = {
     "averages": {
@@ -69,11 +67,10 @@ class Cell:
         target: name of the target task.
         seed: of training.
         split: "dev" or "test".
-        status: "done", "failed" or "pending".
+        status: "done" or "failed".
         score: the target's main score over its languages in percent; None unless done.
         languages: that score by language, in percent.
         error: why it failed.
-        seconds: how long it took.
         partial: what the score does not cover, in words; None: it is over the whole benchmark.
         replaced: earlier rows of the file that this one stands for.
     """
@@ -86,7 +83,6 @@ class Cell:
     score: float | None = None
     languages: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
-    seconds: float | None = None
     partial: str | None = None
     replaced: int = 0
 
@@ -122,7 +118,6 @@ class Entry:
         unpaired: seeds that are done here or in the baseline, not in both; none if none is done here.
         mismatched: seeds done in both, but on different languages, so that the two scores cannot be compared.
         failed: seeds that failed.
-        pending: seeds that have not run.
         languages: difference by language in points, over the same seeds as ``delta``.
     """
 
@@ -134,7 +129,6 @@ class Entry:
     unpaired: tuple[int, ...]
     mismatched: tuple[int, ...]
     failed: tuple[int, ...]
-    pending: tuple[int, ...]
     languages: Mapping[str, float]
 
 
@@ -164,7 +158,7 @@ class GridSummary:
         best_test_average: the same on test, over the targets whose best was picked on dev.
         languages: by intermediate task and language, mean difference over the targets that have the language.
         groups: by intermediate task and language group, mean over all pairs of a target and a language.
-        unfinished: cells that failed or are pending, of either split.
+        unfinished: cells that failed, of either split.
         duplicates: rows that a later one replaced.
         hidden: done cells of the split that is not shown.
         partial: by target, what the scores that are shown do not cover.
@@ -192,7 +186,7 @@ class GridSummary:
 
 
 def load_cells(path: Path | str) -> list[Cell]:
-    """The cells of a JSON-lines file or of one JSON list, in order of first appearance; none of an empty file.
+    """The cells of a JSON-lines file, in order of first appearance; none of an empty file.
 
     Of rows with the same intermediate task, target, seed and split the last one counts; its ``replaced`` counts the
     others.
@@ -201,22 +195,7 @@ def load_cells(path: Path | str) -> list[Cell]:
         DataFileError: the file is missing, unreadable or malformed; names the file and, where there is one, the line.
     """
     path = Path(path)
-    return _deduplicated(_cell(row, f"{path}:{line}") for line, row in _rows(path))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every row; the line is where the row begins, in a list as well."""
-    if not next((line for _, line in lines(path) if line.strip()), "").lstrip().startswith("["):
-        yield from json_rows(path)
-        return
-    rows, text = load_json(path), "\n".join(line for _, line in lines(path))
-    decoder, at, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
-    for row in rows:
-        while text[at] in " \t\n\r,":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        yield line, row
-        _, at = decoder.raw_decode(text, at)
+    return _deduplicated(_cell(row, f"{path}:{line}") for line, row in json_rows(path))
 
 
 def _cell(row: Any, where: str) -> Cell:
@@ -239,14 +218,13 @@ def _cell(row: Any, where: str) -> Cell:
         seed=seed,
         split=split,
         status=status,
-        score=_number(row.get("score"), f"{where}: score", 100.0) if status == "done" else None,
+        score=_percent(row.get("score"), f"{where}: score") if status == "done" else None,
         languages={
-            _name(name, f"{where}: languages"): _number(value, f"{where}: languages: {name!r:.80}", 100.0)
+            _name(name, f"{where}: languages"): _percent(value, f"{where}: languages: {name!r:.80}")
             for name, value in (languages or {}).items()
         },
         # Control characters would reach the terminal, lone surrogates could not be written.
         error=None if error is None else "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in error),
-        seconds=None if row.get("seconds") is None else _number(row["seconds"], f"{where}: seconds", 1e12),
         partial=None if row.get("partial") is None else _name(row["partial"], f"{where}: partial"),
     )
 
@@ -263,10 +241,10 @@ def _name(value: Any, where: str) -> str:
     return value
 
 
-def _number(value: Any, where: str, high: float) -> float:
+def _percent(value: Any, where: str) -> float:
     # bool is an int in Python, and the JSON reader accepts NaN and Infinity: the comparison refuses both.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-        raise DataFileError(f"{where} must be a number in [0, {high:g}], got {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise DataFileError(f"{where} must be a number in [0, 100], got {value!r:.80}")
     return float(value)
 
 
@@ -300,8 +278,7 @@ def summarize(cells: Iterable[Cell], split: str = "dev") -> GridSummary:
     Raises:
         InvalidOptionError: ``split`` is neither.
     """
-    if split not in SPLITS:
-        raise InvalidOptionError(f"split: {split!r}; accepted: {', '.join(SPLITS)}")
+    require_one_of("split", split, SPLITS)
     cells = _deduplicated(cells)
     targets = _ordered((cell.target for cell in cells), (*XTREME_TARGETS, *XTREME_R_TARGETS))
     rows = [name for name in _ordered((cell.intermediate for cell in cells), INTERMEDIATE_TASKS) if name != BASELINE]
@@ -377,7 +354,6 @@ def _entry(row: str, target: str, split: str, runs: Runs) -> Entry:
         unpaired=tuple(sorted(mine.keys() ^ base.keys())) if mine else (),
         mismatched=tuple(cell.seed for cell, partner in shared if not _comparable(cell, partner)),
         failed=tuple(_with(cells, "failed")),
-        pending=tuple(_with(cells, "pending")),
         languages={language: fmean(by_language[language]) for language in sorted(by_language)},
     )
 
@@ -414,10 +390,7 @@ def _by_language(entries: Entries, key: Callable[[str], str]) -> dict[str, dict[
 
 
 def _group(language: str) -> str:
-    # The same bounds as xfast.study.profiles.group_of, which wants a whole profile.
-    if language not in JOSHI_CLASS:
-        return report_html.UNCLASSIFIED
-    return GROUPS[min(max(JOSHI_CLASS[language] - 2, 0), 2)]
+    return group_of(JOSHI_CLASS[language]) if language in JOSHI_CLASS else report_html.UNCLASSIFIED
 
 
 # --- the document ---------------------------------------------------------------------------------
@@ -442,25 +415,6 @@ def _title(name: str) -> str:
 def print_tables(summary: GridSummary, console: Console) -> None:
     """Prints differences, best rows, language groups, published figures and failures; wide tables in parts."""
     report_html.print_tables(as_dict(summary), console)
-
-
-def heat_map(summary: GridSummary, path: Path | str) -> None:
-    """Draws the differences as a PNG: diverging colours around 0, missing cells hatched.
-
-    Raises:
-        BackendUnavailableError: matplotlib is not installed.
-        InvalidOptionError: ``path`` cannot be written.
-    """
-    files.save("path", Path(path), report_html.picture(as_dict(summary)))
-
-
-def write_html(summary: GridSummary, path: Path | str, png: bytes) -> None:
-    """Writes the page: one file without scripts that needs no network; ``png`` is the heat map's bytes.
-
-    Raises:
-        InvalidOptionError: ``path`` cannot be written.
-    """
-    files.save("path", Path(path), report_html.page(as_dict(summary), png).encode())
 
 
 def write_report(cells_path: Path | str, out_dir: Path | str, *, split: str = "dev") -> dict[str, Any]:

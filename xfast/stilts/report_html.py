@@ -17,11 +17,11 @@ from rich.text import Text
 
 from xfast import figures, pages
 from xfast.pages import Item, Sheet, html_text, markdown_text, signed
+from xfast.stilts.tasks import BASELINE
 from xfast.study.profiles import GROUPS
 
 Document = dict[str, Any]
 
-BASELINE = "none"
 UNCLASSIFIED = "unclassified"
 """Group of the languages that have no Joshi class here."""
 
@@ -63,7 +63,7 @@ def _spread(spread: Document, most: int, figure: str) -> tuple[str, str]:
 def _absent(entry: Document) -> Item:
     if entry["score"]:
         return Item("–", "no pair", missing=True)
-    return Item("–", "failed" if entry["failed"] else "pending" if entry["pending"] else "", missing=True)
+    return Item("–", "failed" if entry["failed"] else "", missing=True)
 
 
 def _score(entry: Document, most: int) -> Item:
@@ -127,7 +127,7 @@ def _scores(document: Document) -> Sheet:
     rows = [
         [Item(_name(document, row)), *(_score(entry, most) for entry in entries.values())]
         for row, entries in document["entries"].items()
-        if any(entry["score"] or entry["failed"] or entry["pending"] for entry in entries.values())
+        if any(entry["score"] or entry["failed"] for entry in entries.values())
     ]
     return Sheet("scores", "Scores in percent, mean over seeds", ["after", *_heads(document)], rows)
 
@@ -187,13 +187,10 @@ def _languages(document: Document) -> Sheet:
 def _unfinished(document: Document) -> Sheet:
     rows = [
         [Item(_name(document, cell["intermediate"])), Item(_name(document, cell["target"]), prose=True)]
-        + [
-            Item(str(cell[key] if cell[key] is not None else ""), prose=True)
-            for key in ("seed", "split", "status", "error")
-        ]
+        + [Item(str(cell[key] if cell[key] is not None else ""), prose=True) for key in ("seed", "split", "error")]
         for cell in document["unfinished"]
     ]
-    return Sheet("unfinished", "Failed and pending runs", ["after", "target", "seed", "split", "status", "error"], rows)
+    return Sheet("unfinished", "Failed runs", ["after", "target", "seed", "split", "error"], rows)
 
 
 # --- notes ----------------------------------------------------------------------------------------
@@ -276,19 +273,16 @@ def print_tables(document: Document, console: Console) -> None:
         console.print(Text(line))
     for line in _failures(document):
         console.print(Text(line, "red"))
-    if pending := sum(cell["status"] == "pending" for cell in document["unfinished"]):
-        console.print(Text(f"pending: {pending} of the grid's runs"))
 
 
 def _failures(document: Document) -> Iterator[str]:
     """One line for all seeds of a cell that failed alike."""
     seeds: dict[tuple[str, ...], list[str]] = {}
     for cell in document["unfinished"]:
-        if cell["status"] == "failed":
-            # A traceback's last line says what happened.
-            error = ((cell["error"] or "").strip().splitlines() or ["no message"])[-1].strip()
-            names = [_name(document, cell[key]) for key in ("intermediate", "target")]
-            seeds.setdefault((*names, cell["split"], error), []).append(str(cell["seed"]))
+        # A traceback's last line says what happened.
+        error = ((cell["error"] or "").strip().splitlines() or ["no message"])[-1].strip()
+        names = [_name(document, cell[key]) for key in ("intermediate", "target")]
+        seeds.setdefault((*names, cell["split"], error), []).append(str(cell["seed"]))
     for (row, target, split, error), which in seeds.items():
         yield f"failed: {row} on {target}, {split}, seed {', '.join(which)}: {error}"
 
@@ -368,7 +362,7 @@ def picture(document: Document) -> bytes:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    figures.require("heat_map", "matplotlib")
+    figures.require("output", "matplotlib")
     sheet = _differences(document)
     rows = sheet.rows[1:] or [[Item("no differences"), *[Item("–", missing=True)] * (len(document["targets"]) + 1)]]
     columns = len(document["targets"]) + 1  # and the average
