@@ -38,7 +38,10 @@ Samples = Annotated[int, typer.Option(help="Examples of a language in a throughp
 Responses = Annotated[int, typer.Option(help="Texts of a latency cell, one at a time; p95 takes 20, p99 100; 0: none.")]
 Rounds = Annotated[int, typer.Option(help="Visits to each cell.")]
 Margin = Annotated[float, typer.Option(help="Of equivalence: 0.02 is 2 %.")]
-Data = Annotated[Path | None, typer.Option(help="Folder in XTREME's layout. Default: the shipped length profiles.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder that holds XTREME's download as xtreme/. Default: the shipped length profiles."),
+]
 Profiles = Annotated[
     Path | None, typer.Option(help="Length profiles in place of the shipped ones, from `xfast study profile`.")
 ]
