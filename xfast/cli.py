@@ -23,8 +23,8 @@ from xfast.export import app as export_app
 from xfast.machine import backends, ceilings, machine
 from xfast.stilts.cli import app as stilts_app
 from xfast.study.cli import app as study_app
-from xfast.threads import num_threads
 from xfast.terminal import JsonFlag
+from xfast.threads import num_threads
 
 if TYPE_CHECKING:
     from xfast.demo import DemoReport

@@ -31,7 +31,9 @@ def encoder_output(
         "hidden_states": hidden_states,
         "attentions": attentions,
     }
-    return _assembled(values) if _KNOWN else Output(**values)
+    if not _KNOWN or torch.compiler.is_compiling():  # dynamo knows the constructor
+        return Output(**values)
+    return _assembled(values)
 
 
 def _assembled(values: dict[str, Any]) -> Output:

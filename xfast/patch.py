@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from xfast import compiled, training
 from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
@@ -28,6 +27,7 @@ from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedErro
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
 from xfast.options import Options
+from xfast.outputs import encoder_output
 from xfast.packing import ARGUMENTS, PositionOverflowError
 from xfast.plan import CHANGED, FreedCopy, Plan
 from xfast.truncation import run_layers
@@ -369,12 +369,7 @@ class EncoderPatch(Patch):
     ) -> Any:
         """What the original returns for this call, of the same kind; its pooler reads ``last``."""
         pooler = getattr(module, "pooler", None)
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=last,
-            pooler_output=None if pooler is None else pooler(last),
-            hidden_states=states,
-            attentions=attentions,
-        )
+        output = encoder_output(last, None if pooler is None else pooler(last), states, attentions)
         if _flag(module, call, "return_dict", True):
             return output
         if "return_dict" not in self._names:
