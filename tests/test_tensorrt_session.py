@@ -462,3 +462,13 @@ def test_enlarged_batches_are_the_same_batches() -> None:
             assert buffers["packed_columns"][token] == sequence * 32 + column
             assert all(buffers[name][token] == inputs[name][token] for name in ("token_ids", "position_ids"))
             token += 1
+
+
+def test_inputs_and_scratch_are_kept_for_the_stream(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, on: kept.append((self.data_ptr(), on)))
+    runtime = Runtime()
+    session(runtime).run(inputs_of((3, 5)), 1)
+    context = runtime.engine.contexts[0]
+    want = {context.memory[0], *(context.addresses[name] for name in INPUTS)}
+    assert {address for address, on in kept if on is stream} == want
