@@ -16,7 +16,7 @@ GPU_TESTS = $(addprefix tests/test_,played_cuda.py packing_triton.py triton_back
             artifact_triton.py attention_interface.py training.py attention_triton.py rows_triton.py gemm_triton.py \
             gemm_weight_only_triton.py gpu_battery.py tensorrt_backend.py)
 
-.PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu test-libraries sanitize
+.PHONY: check format test bench bench-kernels bench-peers static-gpu play-gpu play-amx test-libraries sanitize
 
 check:
 	ruff check .
@@ -57,6 +57,12 @@ play-gpu:
 	rm -f build/launch-forms.jsonl && mkdir -p build
 	PYTHONPATH=tests XFAST_LAUNCH_FORMS=build/launch-forms.jsonl pytest -q -n 2 --dist loadfile -p played_cuda $(GPU_TESTS)
 	TRITON_INTERPRET=0 $(PYTHON) tests/launch_forms.py build/launch-forms.jsonl 90 > build/launch-forms-90.jsonl
+
+# The AMX target with its instructions as plain code (csrc/gemm_amx.h): a minute, on CPUs with AVX-512 BF16; nothing elsewhere.
+AMX_TESTS = $(addprefix tests/test_,gemm.py encoder.py lm_head.py recipe.py gemm_int4.py isa.py)
+play-amx:
+	CMAKE_ARGS=-DXFAST_MODEL_AMX=ON $(PYTHON) setup.py -q build --build-base build/model-amx --build-lib build/model-amx/lib
+	PYTHONPATH="$(CURDIR)/build/model-amx/lib" XFAST_MODEL_AMX=1 pytest -q -n 2 -p no:cacheprovider -k "amx or test_isa" $(AMX_TESTS)
 
 # Libraries that hold an encoder and call it in their own way, in two environments, as some want transformers 4: about
 # ten minutes and 6 GB under build/. setuptools to sentencepiece: what COMET's own requirements leave open and need.

@@ -63,8 +63,13 @@ int64_t spin_with(int64_t iterations, int elements) {
 inline int64_t spin(Precision precision, int64_t iterations) {
   switch (precision) {
     case Precision::kFp32: return spin_with<DotF32>(iterations, 1);
+#if defined(XFAST_AMX)
+    case Precision::kBf16: return spin_amx<false>(iterations);
+    case Precision::kInt8: return spin_amx<true>(iterations);
+#else
     case Precision::kBf16: return spin_with<DotBf16>(iterations, 2);
     case Precision::kInt8: return spin_with<DotInt8>(iterations, 4);
+#endif
     case Precision::kInt4: return 0;  // the same instructions as int8, on other weights
   }
   return 0;

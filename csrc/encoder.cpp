@@ -450,8 +450,9 @@ void Encoder::forward(const ForwardArgs& given) const {
   args.threads = team.size();
   ForwardPlan plan;
   const OperandNeeds operands = needs();
-  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, operands, args, nullptr));
-  plan.build(shape_, precision_, operands, args, workspace.data());
+  const BlockRows& rows = kernels_.block_rows;
+  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, operands, rows, args, nullptr));
+  plan.build(shape_, precision_, operands, rows, args, workspace.data());
   team.run([&](const Member& member) { Worker(*this, args, plan, member).run(); });
   release_workspace(std::move(workspace));
 }

@@ -48,7 +48,7 @@ std::vector<int64_t> balanced_ends(const RowSet& set, const ForwardArgs& args, c
 
 // Rows [begin, end) of segments [first, last) as one group of about equal blocks.
 void add_group(RowSet& set, int owner, int64_t begin, int64_t end, size_t first, size_t last, bool shared) {
-  const int64_t rows = end - begin, count = rows <= kBlockRows * 3 / 2 ? 1 : ceil_div(rows, kBlockRows);
+  const int64_t rows = end - begin, count = rows <= set.block_rows.most ? 1 : ceil_div(rows, set.block_rows.usual);
   const size_t first_block = set.blocks.size();
   for (int64_t b = 0; b < count; ++b)
     set.blocks.push_back({begin + rows * b / count, begin + rows * (b + 1) / count, owner, {}});
@@ -63,7 +63,7 @@ size_t add_groups(RowSet& set, int owner, int64_t begin, int64_t end, size_t seg
   int64_t whole = 0, rows = 0;  // rows of uncut sequences: of all, and of the open group [first, segment)
   for (size_t i = segment; i < set.segments.size() && set.segments[i].begin < end; ++i)
     if (!is_cut(set.segments[i])) whole += set.segments[i].end - set.segments[i].begin;
-  const int64_t share = whole / std::max<int64_t>(1, (whole + kBlockRows / 2) / kBlockRows);
+  const int64_t usual = set.block_rows.usual, share = whole / std::max<int64_t>(1, (whole + usual / 2) / usual);
   size_t first = segment;
   const auto close = [&] {
     if (rows > 0)
@@ -125,8 +125,9 @@ void cut(RowSet& set, const ForwardArgs& args, const EncoderShape& shape, Precis
 }  // namespace
 
 int64_t ForwardPlan::build(const EncoderShape& shape, Precision precision, const OperandNeeds& needs,
-                           const ForwardArgs& args, uint8_t* base) {
+                           const BlockRows& sizes, const ForwardArgs& args, uint8_t* base) {
   Carver carver(base);
+  all.block_rows = selected.block_rows = sizes;
   ld = row_stride(shape.hidden), ld_qkv = row_stride(3 * shape.hidden), ld_ffn = row_stride(shape.intermediate);
   all.rows = args.cu_seqlens[args.sequences];
   all.segments.clear();

@@ -17,7 +17,6 @@
 namespace xfast {
 
 constexpr int64_t kColumnRows = 112;  // up to here the columns are split
-constexpr int64_t kBlockRows = 70;    // rows of a block when rows are split: five tiles of 14
 
 struct Block {
   int64_t begin, end;
@@ -45,6 +44,7 @@ struct Group {
 struct RowSet {
   int64_t rows = 0;
   bool by_columns = false;
+  BlockRows block_rows;
   float* x = nullptr;    // [rows, ld] residual stream
   std::vector<Block> blocks;
   std::vector<Group> groups;
@@ -66,8 +66,8 @@ struct ForwardPlan {
   std::vector<float*> attention;  // scratch of the kernel
 
   // Lays everything out from `base` (null: only counts) and returns the bytes needed.
-  int64_t build(const EncoderShape& shape, Precision precision, const OperandNeeds& needs, const ForwardArgs& args,
-                uint8_t* base);
+  int64_t build(const EncoderShape& shape, Precision precision, const OperandNeeds& needs, const BlockRows& sizes,
+                const ForwardArgs& args, uint8_t* base);
 };
 
 }  // namespace xfast

@@ -5,6 +5,7 @@
 //   B        one register of 4-byte weight groups (Reg lanes = outputs)
 //   step(acc, a, b)   acc[n] += sum over the group's elements of a * b[n]
 //   kMaxRows tallest row tile that keeps every accumulator in a register
+//   unpack   rewrites a row of a chunk for load_a, before all of its multiplications (where kUnpackedBytes > 0)
 //   kSigned  (int8) it takes the + 128 off the activations itself: no compensation
 //
 // NOTE (inline assembly): GCC 12 spills the accumulator array around the dot-product intrinsics, which costs half
@@ -13,6 +14,10 @@
 
 namespace xfast {
 namespace XFAST_TARGET {
+
+// Bytes of a row's chunk as Dot::unpack leaves it for load_a; 0: load_a takes it as it lies in the operand.
+template <class Dot>
+inline constexpr int64_t kUnpackedBytes = 0;
 
 #if defined(XFAST_AVX512)
 
@@ -39,7 +44,7 @@ inline IntReg shift_left_16(IntReg a) { return _mm512_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
 inline IntReg add_i32(IntReg a, IntReg b) { return _mm512_add_epi32(a, b); }
 inline IntReg multiply_pairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
-constexpr int kRowsF32 = 14, kRowsBf16Widened = 10, kRowsInt16 = 14;
+constexpr int kRowsF32 = 14, kRowsBf16Widened = 12, kRowsInt16 = 14;
 
 #elif defined(XFAST_AVX2)
 
@@ -82,7 +87,8 @@ struct DotF32 {
   static void step(Acc& acc, A a, B b) { acc = fma_reg(a, b, acc); }
 };
 
-// Without a bf16 instruction: both halves of each pair are widened to fp32 (exactly) and take one FMA each.
+// Without a bf16 instruction: both halves of each pair are widened to fp32 (exactly) and take one FMA each. Activations
+// are widened a chunk at a time, before all of its multiplications, which broadcast them from there.
 struct DotBf16Widened {
   using Acc = FloatReg;
   struct Pair {
@@ -94,10 +100,23 @@ struct DotBf16Widened {
   static Pair widen(IntReg pair) {
     return {as_float(shift_left_16(pair)), as_float(and_mask(pair, static_cast<int>(0xFFFF0000u)))};
   }
+  // One row of a chunk -> its 16 even elements, then its 16 odd ones.
+  static void unpack(const uint8_t* row, uint8_t* out) {
+    for (int64_t at = 0; at < kChunkBytes; at += kRegBytes) {
+      const Pair pair = widen(load_group(row + at));
+      store_acc(out + at, pair.even);
+      store_acc(out + kChunkBytes + at, pair.odd);
+    }
+  }
   static B load_b(const uint8_t* p) { return widen(load_group(p)); }
-  static A load_a(const uint8_t* p) { return widen(broadcast_group(p)); }
+  static A load_a(const uint8_t* p) {
+    return {as_float(broadcast_group(p)), as_float(broadcast_group(p + kChunkBytes))};
+  }
   static void step(Acc& acc, const A& a, const B& b) { acc = fma_reg(a.odd, b.odd, fma_reg(a.even, b.even, acc)); }
 };
+
+template <>
+inline constexpr int64_t kUnpackedBytes<DotBf16Widened> = 2 * kChunkBytes;
 
 // Groups that the instruction takes as they lie in memory.
 struct PlainGroups {
@@ -141,15 +160,19 @@ struct DotInt8 {
     const IntReg bytes = load_group(p);
     return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
   }
-  static A load_a(const uint8_t* p) {
-    const IntReg bytes = broadcast_group(p);  // shifts: a mask would cost a register
-    return {_mm512_srli_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srli_epi16(bytes, 8)};
+  static void unpack(const uint8_t* row, uint8_t* out) {
+    const IntReg bytes = load_group(row);
+    store_acc(out, and_mask(bytes, 0x00FF00FF));
+    store_acc(out + kChunkBytes, _mm512_srli_epi16(bytes, 8));
   }
+  static A load_a(const uint8_t* p) { return {broadcast_group(p), broadcast_group(p + kChunkBytes)}; }
   static void step(Acc& acc, const A& a, const B& b) {
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.even, b.even));
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(a.odd, b.odd));
   }
 };
+template <>
+inline constexpr int64_t kUnpackedBytes<DotInt8> = 2 * kChunkBytes;
 #else
 // pmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits. With activations + 128 that saturates
 // (2 * 255 * 127); with |w| and the activation under w's sign it cannot (2 * 127 * 127), and the sum is the same.

@@ -15,6 +15,10 @@ struct RowTiles {
   int64_t size(int64_t t) const { return base + (t < extra ? 1 : 0); }
 };
 
+// A tile of rows times a panel: operand, its chunk_stride, weights, chunks, start, start_stride, out, prefetch
+// (gemm.h).
+using TileFn = void (*)(const uint8_t*, int64_t, const uint8_t*, int64_t, const void*, int64_t, void*, const uint8_t*);
+
 inline void prefetch_panel(const void* vector, int64_t panel) {
   const uint8_t* at = static_cast<const uint8_t*>(vector) + panel * kPanel * 4;
   __builtin_prefetch(at, 0, 3);

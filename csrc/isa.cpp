@@ -4,6 +4,10 @@
 
 #ifdef XFAST_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace xfast {
@@ -24,6 +28,9 @@ const KernelTable& table();
 namespace avx512_bf16 {
 const KernelTable& table();
 }
+namespace amx {
+const KernelTable& table();
+}
 #endif
 
 namespace {
@@ -32,9 +39,11 @@ struct Target {
   const char* name;
   bool (*supported)();
   const KernelTable& (*table)();
+  bool (*slower)();  // than the target before it: not taken unless asked for by name
 };
 
 bool always() { return true; }
+bool never() { return false; }
 #ifdef XFAST_X86
 // Conversions of halves. Every CPU with AVX2 has them, but a virtual one may hide them, and clang 14 cannot ask by
 // name.
@@ -50,15 +59,48 @@ bool has_avx512() {
 }
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
+// Intel's cores with AVX-512 FP16 (Sapphire Rapids and later) start a vdpbf16ps every second cycle: half the rate at
+// which they multiply the same values in fp32 (docs/cpu-tuning.md). Nothing else differs between the two targets.
+bool slow_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kFp16 = 1u << 23;
+  return __builtin_cpu_is("intel") && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kFp16) != 0;
+}
+
+#ifdef XFAST_MODEL_AMX
+bool has_amx() { return has_bf16(); }
+#else
+// The processor has tiles with int8 and bf16 products, the system saves them at a switch (XCR0 bits 17 and 18), and it
+// lets this process use their 8 KiB a thread, which Linux (5.16 and later) wants to be asked for, once for all threads.
+bool may_use_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kAll) != kAll) return false;
+  unsigned low = 0, high = 0;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx() {
+  static const bool kMay = has_bf16() && may_use_amx();
+  return kMay;
+}
+#endif
 #endif
 
 const Target kTargets[] = {
-    {"portable", always, portable::table},
+    {"portable", always, portable::table, never},
 #ifdef XFAST_X86
-    {"avx2", has_avx2, avx2::table},
-    {"avx512", has_avx512, avx512::table},
-    {"avx512_vnni", has_vnni, avx512_vnni::table},
-    {"avx512_bf16", has_bf16, avx512_bf16::table},
+    {"avx2", has_avx2, avx2::table, never},
+    {"avx512", has_avx512, avx512::table, never},
+    {"avx512_vnni", has_vnni, avx512_vnni::table, never},
+    {"avx512_bf16", has_bf16, avx512_bf16::table, slow_bf16},
+    {"amx", has_amx, amx::table, never},
 #endif
 };
 
@@ -92,7 +134,7 @@ const KernelTable& kernel_table(const std::string& name) {
                                     "' is not supported by this CPU, which has: " + join(available_targets()));
       return target.table();
     }
-    if (target.supported()) best = &target;
+    if (target.supported() && !target.slower()) best = &target;
   }
   if (!name.empty() && name != "auto")
     throw std::invalid_argument("unknown instruction set '" + name + "'; accepted: auto, " + join(built_targets()));

@@ -13,7 +13,7 @@ namespace xfast {
 std::vector<std::string> available_targets();
 // Targets built into this extension, whether or not this CPU can run them.
 std::vector<std::string> built_targets();
-// The table of a target by name; the widest available one for "" or "auto".
+// The table of a target by name; the fastest available one for "" or "auto".
 // Throws std::invalid_argument for a name that is not built in or that this CPU cannot run.
 const KernelTable& kernel_table(const std::string& name);
 

@@ -160,10 +160,16 @@ constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
          + 3 * (q_count + 16);                            // scale, running maximum and sum of queries
 }
 
+// Rows that go through a layer together when rows are split: at most `most` undivided, else about `usual`.
+struct BlockRows {
+  int64_t usual, most;
+};
+
 struct KernelTable {
   const char* name;
   const char* bf16_note;  // how bf16 products are computed here
   bool bf16_instruction;  // by an instruction of their own, twice as fast as fp32's
+  BlockRows block_rows;
   void (*gemm)(const GemmArgs&);
   void (*gemm_in_place)(const InPlaceArgs&);
   void (*to_operand)(const OperandArgs&);

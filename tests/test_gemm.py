@@ -14,10 +14,11 @@ PRECISIONS = ("fp32", "bf16", "int8")
 EPILOGUES = ("bias", "gelu", "residual")
 ROUNDED_GELU = 5.1e-5
 """Error of the GELU whose result is rounded to bf16 or int8 next (csrc/activation.h)."""
-# Around every tile height (4, 6, 10, 14 rows) and its multiples; around chunks (16, 32, 64) and panels (32).
-ROWS = (1, 2, 3, 7, 13, 14, 15, 28, 29, 56, 57, 97)
+# Around every tile height (4, 6, 10, 14 rows, AMX: 16 and 32) and its multiples, and beyond the 112 rows of a pass;
+# around chunks (16, 32, 64) and panels (32).
+ROWS = (1, 2, 3, 7, 13, 14, 15, 17, 28, 29, 31, 33, 50, 56, 57, 64, 97, 130)
 FEATURES = (1, 2, 5, 16, 31, 32, 33, 64, 65, 127, 130, 768)
-# Each row count with two in/out pairs: 5 and 7 are coprime to 12, so every in and every out occurs twice.
+# Each row count with two in/out pairs: 5 and 7 are coprime to 12, so every in and every out occurs at least twice.
 SHAPES = [
     (rows, FEATURES[(a * i + b) % 12], FEATURES[(b * i + a) % 12])
     for i, rows in enumerate(ROWS)

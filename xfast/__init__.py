@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 def available_isas() -> list[str]:
     """Instruction-set targets this CPU can run, slowest first; ``XFAST_ISA`` forces one.
 
-    Of "portable" (every CPU) and on x86-64 "avx2", "avx512", "avx512_vnni", "avx512_bf16".
+    Of "portable" (every CPU) and on x86-64 "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx".
     """
     return list(_C.available_isas())
 

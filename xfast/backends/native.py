@@ -19,7 +19,7 @@ from xfast.threads import get_num_threads
 
 
 def requested_isa() -> str:
-    """The instruction set that ``XFAST_ISA`` asks for, or the widest one this CPU has.
+    """The instruction set that ``XFAST_ISA`` asks for, or the fastest one of this CPU.
 
     Raises:
         InvalidOptionError: unknown name, or this CPU lacks it.
