@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from models import make_config
 
 from xfast.stilts import features, metrics, retrieval
 from xfast.study import arms, statistics
@@ -57,3 +58,11 @@ def test_checkpoints_that_end_otherwise_have_another_stamp(tmp_path: Path) -> No
     weights[-1] = 1
     (tmp_path / "model.safetensors").write_bytes(weights)
     assert arms.stamp(tmp_path) != before
+
+
+def test_a_head_that_lacks_a_label_of_the_task_is_not_trained_for_it(tmp_path: Path) -> None:
+    for labels in (("entailment", "neutral", "contradiction"), ("entailment", "contradiction")):
+        config = make_config("xlm-roberta", id2label=dict(enumerate(labels)), num_labels=len(labels))
+        config.architectures = ["XLMRobertaForSequenceClassification"]
+        config.save_pretrained(tmp_path)
+        assert arms.has_trained_head(tmp_path, "xnli") == (len(labels) == 3)
