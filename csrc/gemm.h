@@ -90,9 +90,9 @@ TileFn tile_for(int rows, int prefetch_lines = 0) {
 }
 
 // What multiplies: here the vector registers, in gemm_amx.h AMX tiles.
-//   Tiles             how rows are cut: count, size(t), and overlap(t), the rows of tile t that the one before it has
-//   done Scope             lives while blocks of so many rows are multiplied starts_at_zero    int8: no compensation
-//   (gemm_dot.h)
+//   Tiles            how rows are cut: count, size(t), and overlap(t), the rows that tile t - 1 has done
+//   Scope            lives while blocks of so many rows are multiplied
+//   starts_at_zero   int8: no compensation (gemm_dot.h)
 template <class Dot>
 struct Vectors {
   struct Tiles : RowTiles {

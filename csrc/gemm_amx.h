@@ -2,9 +2,8 @@
 // third. The packed layouts (layout.h) suit them as they are: 16 rows of an operand's chunk are an A tile, the 16
 // groups of 16 outputs of a weight panel a B tile. Sums of bytes are exact, so int8 has the bits of every other target.
 //
-//   C 0, 1   rows 0 .. 15 of a tile times outputs 0 .. 15, 16 .. 31        A 4   rows 0 .. 15     B 6   outputs 0 .. 15
-//   C 2, 3   rows 16 .. 31                                                 A 5   rows 16 .. 31    B 7   outputs 16 ..
-//   31
+//   C 0, 1   rows 0 .. 15, times outputs 0 .. 15 and 16 .. 31      A 4   rows 0 .. 15      B 6   outputs 0 .. 15
+//   C 2, 3   rows 16 .. 31, likewise                               A 5   rows 16 .. 31     B 7   outputs 16 .. 31
 //
 // NOTE (inline assembly): the intrinsics of GCC 12 do not say that a tile load reads memory. With XFAST_MODEL_AMX the
 // eight instructions are plain code on eight arrays, so that everything else is tested where no CPU has them.
@@ -20,6 +19,7 @@ struct alignas(64) AmxConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
+static_assert(sizeof(AmxConfig) == 64, "the processor's layout");
 
 #if defined(XFAST_MODEL_AMX)
 

@@ -39,11 +39,10 @@ struct Target {
   const char* name;
   bool (*supported)();
   const KernelTable& (*table)();
-  bool (*slower)();  // than the target before it: not taken unless asked for by name
+  bool (*slower)() = nullptr;  // than the target before it: not taken unless asked for by name
 };
 
 bool always() { return true; }
-bool never() { return false; }
 #ifdef XFAST_X86
 // Conversions of halves. Every CPU with AVX2 has them, but a virtual one may hide them, and clang 14 cannot ask by
 // name.
@@ -60,7 +59,7 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_bf16() { return has_vnni() && __builtin_cpu_supports("avx512bf16"); }
 // Intel's cores with AVX-512 FP16 (Sapphire Rapids and later) start a vdpbf16ps every second cycle: half the rate at
-// which they multiply the same values in fp32 (docs/cpu-tuning.md). Nothing else differs between the two targets.
+// which they multiply the same values in fp32 (docs/cpu-tuning.md). But for bf16 the two targets are the same.
 bool slow_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kFp16 = 1u << 23;
@@ -77,7 +76,7 @@ bool may_use_amx() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kAll) != kAll) return false;
   unsigned low = 0, high = 0;
-  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low >> 17 & 3) != 3) return false;
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -94,13 +93,13 @@ bool has_amx() {
 #endif
 
 const Target kTargets[] = {
-    {"portable", always, portable::table, never},
+    {"portable", always, portable::table},
 #ifdef XFAST_X86
-    {"avx2", has_avx2, avx2::table, never},
-    {"avx512", has_avx512, avx512::table, never},
-    {"avx512_vnni", has_vnni, avx512_vnni::table, never},
+    {"avx2", has_avx2, avx2::table},
+    {"avx512", has_avx512, avx512::table},
+    {"avx512_vnni", has_vnni, avx512_vnni::table},
     {"avx512_bf16", has_bf16, avx512_bf16::table, slow_bf16},
-    {"amx", has_amx, amx::table, never},
+    {"amx", has_amx, amx::table},
 #endif
 };
 
@@ -126,18 +125,17 @@ std::vector<std::string> built_targets() {
 }
 
 const KernelTable& kernel_table(const std::string& name) {
-  const Target* best = nullptr;
   for (const Target& target : kTargets) {
-    if (name == target.name) {
-      if (!target.supported())
-        throw std::invalid_argument("instruction set '" + name +
-                                    "' is not supported by this CPU, which has: " + join(available_targets()));
-      return target.table();
-    }
-    if (target.supported() && !target.slower()) best = &target;
+    if (name != target.name) continue;
+    if (target.supported()) return target.table();
+    throw std::invalid_argument("instruction set '" + name +
+                                "' is not supported by this CPU, which has: " + join(available_targets()));
   }
   if (!name.empty() && name != "auto")
     throw std::invalid_argument("unknown instruction set '" + name + "'; accepted: auto, " + join(built_targets()));
+  const Target* best = nullptr;
+  for (const Target& target : kTargets)
+    if (target.supported() && (target.slower == nullptr || !target.slower())) best = &target;
   return best->table();
 }
 

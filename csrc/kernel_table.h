@@ -168,7 +168,7 @@ struct BlockRows {
 struct KernelTable {
   const char* name;
   const char* bf16_note;  // how bf16 products are computed here
-  bool bf16_instruction;  // by an instruction of their own, twice as fast as fp32's
+  bool bf16_instruction;  // by an instruction of their own, as a rule faster than fp32's
   BlockRows block_rows;
   void (*gemm)(const GemmArgs&);
   void (*gemm_in_place)(const InPlaceArgs&);

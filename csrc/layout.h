@@ -41,7 +41,7 @@ constexpr int64_t kInt4ChunkBytes = kPanelChunkBytes / 2;  // int4 weights of on
 constexpr int64_t kInt4ScaleBytes = kPanel * 2;  // scales of one group of one panel
 constexpr int64_t kInt4MaxGroup = 128;
 constexpr int64_t kDefaultGroup = 64;
-constexpr int kMaxTileRows = 14;  // tallest row tile of any target
+constexpr int kMaxTileRows = 14;  // tallest row tile of vector registers
 
 // Elements of `in` in one 64-byte chunk of activations.
 constexpr int64_t chunk_elements(Precision p) { return p == Precision::kFp32 ? 16 : p == Precision::kBf16 ? 32 : 64; }

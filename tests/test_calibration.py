@@ -102,7 +102,8 @@ def test_auto_measures_the_word_table_that_is_kept() -> None:
 def test_mixed_recipes_keep_their_error_with_fp32_beside_them(tmp_path: Any) -> None:
     model, batch = build(), ragged()
     want = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
-    recipe, report = quantization.mixed(model, [batch], tolerance=1e-3)
+    recipe, report = quantization.mixed(model, [batch], tolerance=5e-3)
+    assert report.result.error > 1e-3
     xfast.save(xfast.accelerate(model, precision="fp32", recipe=recipe), tmp_path)
     for one in (model, xfast.load(tmp_path)):
         got = at_tokens(one(**batch).last_hidden_state, batch["attention_mask"])

@@ -15,7 +15,7 @@ import xfast
 from xfast import _C
 from xfast.backends.native import requested_isa
 
-BUILT = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # slowest first
+BUILT = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # each extends the one before
 MODEL_AMX = bool(os.environ.get("XFAST_MODEL_AMX"))  # `make play-amx`: its instructions are plain code
 UNAVAILABLE = sorted(set(_C.built_isas()) - set(_C.available_isas()))
 UNKNOWN = ("sse9", "avx1024", "portable ", "avx512-vnni", "PORTABLE", "a" * 1000, "\N{SNOWMAN}")
@@ -59,7 +59,7 @@ def test_probe_agrees_with_the_kernel() -> None:
     assert ("avx512_bf16" in _C.available_isas()) == (wide <= flags)
     if not MODEL_AMX:
         wide |= {"amx_tile", "amx_int8", "amx_bf16"}
-    assert ("amx" in _C.available_isas()) == (wide <= flags)
+    assert "amx" not in _C.available_isas() or wide <= flags  # the system may refuse tiles all the same
 
 
 def test_names(isa: str) -> None:

@@ -94,7 +94,7 @@ def usable(head: LmHead) -> bool:
 def precision_for(engine: NativeEngine) -> str:
     """The precision of the head's products behind an encoder.
 
-    fp32 behind fp32. Otherwise bf16 where the CPU has the instruction and fp32 where it has not: eight bits would be
+    fp32 behind fp32. Otherwise bf16 where the CPU has a fast instruction and fp32 where it has not: eight bits would be
     faster, but logits decide which word is first.
     """
     return "bf16" if engine.precision != "fp32" and _C.bf16_instruction(engine.isa) else "fp32"

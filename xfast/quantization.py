@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xfast import _C
 from xfast.architecture import EncoderSpec
 from xfast.backends.base import choose
 from xfast.backends.native import requested_isa
@@ -169,7 +170,7 @@ def mixed(
         tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`; on a GPU
             y_fp32 is what the original code gives.
         precisions: to choose from, of ``PRECISIONS`` or on a GPU ``ALL_PRECISIONS``; None: on the CPU all, bf16 only
-            where it has the instruction; on a GPU fp8 (where it has none: int8) and bf16, which are about speed (for
+            where it has a fast instruction; on a GPU fp8 (where it has none: int8) and bf16, which are about speed (for
             memory: int4, int8, bf16).
         group_size: of int4.
         smoothing: also let products have divisors, where those help (CPU).
@@ -365,11 +366,11 @@ def _strengths(given: Any, default: Sequence[float], single: bool = False) -> li
 def _precisions(given: Sequence[str] | None, on_gpu: Target | None) -> tuple[str, ...]:
     accepted = PRECISIONS if on_gpu is None else ALL_PRECISIONS
     if given is None:
-        # Without the instruction bf16 takes the time of fp32
+        # Without a fast instruction bf16 takes the time of fp32
         if on_gpu is not None:
             no_fp8 = TritonBackend().supports(on_gpu.weights.spec, on_gpu.device, "fp8")
             return ("int8" if no_fp8 else "fp8", "bf16")
-        native = "bf16" in requested_isa()
+        native = _C.bf16_instruction(requested_isa())
         return tuple(name for name in PRECISIONS if name != "bf16" or native)
     if isinstance(given, str) or not isinstance(given, Sequence) or not given or len(set(map(str, given))) < len(given):
         raise InvalidOptionError(f"precisions: expected some of {', '.join(accepted)}, got {given!r}")
