@@ -5,8 +5,9 @@
 namespace xfast {
 namespace XFAST_TARGET {
 
-// Keeps the compiler from computing a loop-invariant product once.
+// Keeps the compiler from computing a loop-invariant product once. Free, but in portable code: a store and loads.
 #if defined(XFAST_AVX512) || defined(XFAST_AVX2)
+constexpr bool kOpaqueIsFree = true;
 template <class Reg>
 inline void opaque_reg(Reg& r) {
 #if defined(XFAST_AVX512)
@@ -23,6 +24,7 @@ inline auto opaque(Pair& p) -> decltype(p.even, void()) {
   opaque_reg(p.odd);
 }
 #else
+constexpr bool kOpaqueIsFree = false;
 template <class T>
 inline void opaque(T& value) {
   asm volatile("" : "+m"(value));
@@ -33,7 +35,7 @@ inline void opaque(T& value) {
 // that was.
 template <class Dot>
 int64_t spin_with(int64_t iterations, int elements) {
-  constexpr int R = kHalves == 1 && kVectorsPerHalf == 2 ? 10 : 4, V = kVectorsPerHalf;
+  constexpr int R = kRegBytes == 64 ? 10 : Dot::kMaxRows, V = kVectorsPerHalf;
   alignas(128) uint8_t ones[128];
   for (int i = 0; i < 128; ++i) ones[i] = 1;
   typename Dot::Acc acc[R][V];
@@ -47,11 +49,14 @@ int64_t spin_with(int64_t iterations, int elements) {
   typename Dot::A a = Dot::load_a(ones);
   typename Dot::B b = Dot::load_b(ones);
   for (int64_t i = 0; i < iterations; ++i) {
-    opaque(a);
+    if constexpr (!kOpaqueIsFree) opaque(a);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) Dot::step(acc[r][v], a, b);
+      for (int v = 0; v < V; ++v) {
+        if constexpr (kOpaqueIsFree) opaque(a);  // else steps of several instructions share products, as no tile can
+        Dot::step(acc[r][v], a, b);
+      }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
