@@ -44,7 +44,7 @@ inline IntReg shift_left_16(IntReg a) { return _mm512_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
 inline IntReg add_i32(IntReg a, IntReg b) { return _mm512_add_epi32(a, b); }
 inline IntReg multiply_pairs(IntReg a, IntReg b) { return _mm512_madd_epi16(a, b); }
-constexpr int kRowsF32 = 14, kRowsBf16Widened = 12, kRowsInt16 = 14;
+constexpr int kRowsF32 = 14, kRowsBf16Widened = 12, kRowsInt16 = 14, kRowsInt8Vnni = 14;
 
 #elif defined(XFAST_AVX2)
 
@@ -71,7 +71,7 @@ inline IntReg shift_left_16(IntReg a) { return _mm256_slli_epi32(a, 16); }
 inline IntReg and_mask(IntReg a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
 inline IntReg add_i32(IntReg a, IntReg b) { return _mm256_add_epi32(a, b); }
 inline IntReg multiply_pairs(IntReg a, IntReg b) { return _mm256_madd_epi16(a, b); }
-constexpr int kRowsF32 = 6, kRowsBf16Widened = 4, kRowsInt16 = 6;
+constexpr int kRowsF32 = 6, kRowsBf16Widened = 4, kRowsInt16 = 6, kRowsInt8Vnni = 6;
 
 #endif
 
@@ -126,12 +126,26 @@ struct PlainGroups {
   static A load_a(const uint8_t* p) { return broadcast_group(p); }
 };
 
+#if defined(XFAST_VNNI)
+// AVX-512 VNNI and AVX-VNNI name their instructions alike; the assembler takes the former unless told.
+#if defined(XFAST_AVX512)
+#define XFAST_DOT(instruction) instruction " %2, %1, %0"
+#else
+#define XFAST_DOT(instruction) "%{vex%} " instruction " %2, %1, %0"
+#endif
+// acc[n] += the sum over four bytes of a, unsigned, times b, signed
+inline void dot_bytes(IntReg& acc, IntReg a, IntReg b) { asm(XFAST_DOT("vpdpbusd") : "+v"(acc) : "v"(a), "v"(b)); }
+// acc[n] += the sum over two 16-bit integers of a times b
+inline void dot_words(IntReg& acc, IntReg a, IntReg b) { asm(XFAST_DOT("vpdpwssd") : "+v"(acc) : "v"(a), "v"(b)); }
+#undef XFAST_DOT
+#endif
+
 // Pairs of 16-bit integers (attention).
 struct DotInt16 : PlainGroups {
   using Acc = IntReg;
   static constexpr int kMaxRows = kRowsInt16;
 #if defined(XFAST_VNNI)
-  static void step(Acc& acc, A a, B b) { asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+  static void step(Acc& acc, A a, B b) { dot_words(acc, a, b); }
 #else
   static void step(Acc& acc, A a, B b) { acc = add_i32(acc, multiply_pairs(a, b)); }
 #endif
@@ -140,9 +154,9 @@ struct DotInt16 : PlainGroups {
 #if defined(XFAST_VNNI)
 struct DotInt8 : PlainGroups {
   using Acc = IntReg;
-  static constexpr int kMaxRows = 14;
+  static constexpr int kMaxRows = kRowsInt8Vnni;
   static constexpr bool kSigned = false;
-  static void step(Acc& acc, A a, B b) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b)); }
+  static void step(Acc& acc, A a, B b) { dot_bytes(acc, a, b); }
 };
 #elif defined(XFAST_AVX512)
 // Without a byte dot product, and no vpsignb this wide: even and odd bytes are widened to 16 bits, where pmaddwd is

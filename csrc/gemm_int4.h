@@ -13,6 +13,7 @@ namespace XFAST_TARGET {
 
 #if defined(XFAST_AVX512)
 
+constexpr int kRowsInt4 = 12;
 inline IntReg splat(int32_t value) { return _mm512_set1_epi32(value); }
 inline IntReg shift_right_4(IntReg a) { return _mm512_srli_epi32(a, 4); }
 inline FloatReg int_to_float(IntReg a) { return _mm512_cvtepi32_ps(a); }
@@ -27,6 +28,11 @@ inline IntReg add_dots(IntReg acc, IntReg low, IntReg a0, IntReg high, IntReg a1
 
 #elif defined(XFAST_AVX2)
 
+#if defined(XFAST_VNNI)
+constexpr int kRowsInt4 = 5;
+#else
+constexpr int kRowsInt4 = 3;
+#endif
 inline IntReg splat(int32_t value) { return _mm256_set1_epi32(value); }
 inline IntReg shift_right_4(IntReg a) { return _mm256_srli_epi32(a, 4); }
 inline FloatReg int_to_float(IntReg a) { return _mm256_cvtepi32_ps(a); }
@@ -43,7 +49,7 @@ inline IntReg add_dots(IntReg acc, IntReg low, IntReg a0, IntReg high, IntReg a1
 #if defined(XFAST_AVX512) || defined(XFAST_AVX2)
 
 struct DotInt4 {
-  static constexpr int kMaxRows = kHalves == 1 ? 12 : 3;
+  static constexpr int kMaxRows = kRowsInt4;
   static void unpack(const uint8_t* p, IntReg& low, IntReg& high) {
     const IntReg pairs = load_group(p);
     low = and_mask(pairs, 0x0F0F0F0F);
@@ -52,8 +58,8 @@ struct DotInt4 {
   static IntReg load_a(const uint8_t* p) { return broadcast_group(p); }
   static void step(IntReg& acc, IntReg low, IntReg a0, IntReg high, IntReg a1) {
 #if defined(XFAST_VNNI)
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(low), "v"(a0));
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(high), "v"(a1));
+    dot_bytes(acc, low, a0);
+    dot_bytes(acc, high, a1);
 #else
     acc = add_dots(acc, low, a0, high, a1);
 #endif

@@ -19,6 +19,9 @@ const KernelTable& table();
 namespace avx2 {
 const KernelTable& table();
 }
+namespace avx2_vnni {
+const KernelTable& table();
+}
 namespace avx512 {
 const KernelTable& table();
 }
@@ -52,6 +55,12 @@ bool has_f16c() {
 }
 // __builtin_cpu_supports also checks that the operating system saves the wide registers (XGETBV).
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+// Asked for by number: gcc 11 has no name for it.
+bool has_avx2_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnni) != 0;
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -96,6 +105,7 @@ const Target kTargets[] = {
     {"portable", always, portable::table},
 #ifdef XFAST_X86
     {"avx2", has_avx2, avx2::table},
+    {"avx2_vnni", has_avx2_vnni, avx2_vnni::table},
     {"avx512", has_avx512, avx512::table},
     {"avx512_vnni", has_vnni, avx512_vnni::table},
     {"avx512_bf16", has_bf16, avx512_bf16::table, slow_bf16},

@@ -19,6 +19,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 TARGETS = {
     "avx2": (AVX2, {"DotF32": ("vfmadd", 12), "DotInt8": ("vpmaddwd", 8), "DotInt16": ("vpmaddwd", 12)}),
+    "avx2_vnni": (
+        [*AVX2, "-mavxvnni"],
+        {"DotF32": ("vfmadd", 12), "DotInt8": (r"{vex} vpdpbusd", 12), "DotInt16": (r"{vex} vpdpwssd", 12)},
+    ),
     "avx512": (AVX512, {"DotF32": ("vfmadd", 28), "DotInt8": ("vpmaddwd", 40), "DotInt16": ("vpmaddwd", 28)}),
     "avx512_bf16": (
         [*AVX512, "-mavx512vnni", "-mavx512bf16"],

@@ -15,7 +15,8 @@ import xfast
 from xfast import _C
 from xfast.backends.native import requested_isa
 
-BUILT = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")  # each extends the one before
+BUILT = ("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+CHAIN = [name for name in BUILT if name != "avx2_vnni"]  # each extends the one before; it extends avx2
 MODEL_AMX = bool(os.environ.get("XFAST_MODEL_AMX"))  # `make play-amx`: its instructions are plain code
 UNAVAILABLE = sorted(set(_C.built_isas()) - set(_C.available_isas()))
 UNKNOWN = ("sse9", "avx1024", "portable ", "avx512-vnni", "PORTABLE", "a" * 1000, "\N{SNOWMAN}")
@@ -40,7 +41,7 @@ def test_available_is_the_subset_of_built_that_keeps_its_order() -> None:
     assert [name for name in BUILT if name in built] == built
     assert xfast.available_isas() == available
     # A target never comes without those it extends.
-    for narrow, wide in pairwise(BUILT):
+    for narrow, wide in [*pairwise(CHAIN), ("avx2", "avx2_vnni")]:
         assert wide not in available or narrow in available
 
 
@@ -51,6 +52,7 @@ def test_probe_agrees_with_the_kernel() -> None:
         pytest.skip("no x86 flags in /proc/cpuinfo")
     wide = {"avx2", "fma"}
     assert ("avx2" in _C.available_isas()) == (wide <= flags)
+    assert ("avx2_vnni" in _C.available_isas()) == (wide | {"avx_vnni"} <= flags)
     wide |= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     assert ("avx512" in _C.available_isas()) == (wide <= flags)
     wide |= {"avx512_vnni"}

@@ -34,9 +34,9 @@ __version__ = "0.1.0"
 
 
 def available_isas() -> list[str]:
-    """Instruction-set targets this CPU can run, each with what the one before it has; ``XFAST_ISA`` forces one.
+    """Instruction-set targets this CPU can run, slowest first; ``XFAST_ISA`` forces one.
 
-    Of "portable" (every CPU) and on x86-64 "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx".
+    Of "portable" (every CPU) and on x86-64 "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx".
     """
     return list(_C.available_isas())
 

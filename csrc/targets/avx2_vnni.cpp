@@ -1,0 +1,5 @@
+// AVX2 with the byte dot product (Intel's client CPUs since Alder Lake, its servers of efficient cores).
+#define XFAST_TARGET avx2_vnni
+#define XFAST_AVX2
+#define XFAST_VNNI
+#include "target.inc"
