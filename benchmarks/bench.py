@@ -44,7 +44,7 @@ class Options:
         rounds: paired rounds.
         data: folder with real text for the tasks; None looks for one.
         zentorch_python: interpreter of the environment that has zentorch.
-        isa: instruction set that every engine is held to.
+        isa: instruction set that every engine is held to, one of ``SWITCHES`` that this CPU has.
         seed: of random weights, lengths and ids.
 
     Raises:
@@ -70,7 +70,7 @@ class Options:
         if not 1 <= self.rounds <= _MAX_ROUNDS:
             raise InvalidOptionError(f"rounds: {self.rounds} is not accepted; accepted: 1 to {_MAX_ROUNDS}")
         if self.isa is not None:
-            require_one_of("isa", self.isa, SWITCHES)
+            require_one_of("isa", self.isa, [isa for isa in SWITCHES if isa in xfast.available_isas()])
         precisions = peers.PRECISIONS if self.precision == "all" else _parts("precision", self.precision)
         object.__setattr__(self, "works", tuple(workloads.expand(_parts("workload", self.workload))))
         object.__setattr__(self, "engines", tuple(peers.choose(self.peers, precisions)))

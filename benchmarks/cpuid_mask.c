@@ -1,4 +1,5 @@
-// Preloaded into a process, makes its CPU look like one without AVX-512, AVX-VNNI and AMX.
+// Preloaded into a process, makes its CPU look like one without AVX-512, AMX and, unless compiled with -DSHOW_AVX_VNNI,
+// AVX-VNNI.
 //
 //     cc -O2 -shared -fPIC -Wl,-z,initfirst -o cpuid_mask.so cpuid_mask.c && LD_PRELOAD=$PWD/cpuid_mask.so program
 //
@@ -28,7 +29,10 @@ static void hide(unsigned leaf, unsigned subleaf, unsigned* eax, unsigned* ebx, 
     // AVX512 4VNNIW, 4FMAPS, VP2INTERSECT, FP16; AMX BF16, TILE, INT8
     *edx &= ~(bit(2) | bit(3) | bit(8) | bit(23) | bit(22) | bit(24) | bit(25));
   } else if (leaf == 7 && subleaf == 1) {
-    *eax &= ~(bit(4) | bit(5) | bit(21) | bit(23));           // AVX-VNNI, AVX512-BF16, AMX-FP16, AVX-IFMA
+#ifndef SHOW_AVX_VNNI
+    *eax &= ~bit(4);
+#endif
+    *eax &= ~(bit(5) | bit(21) | bit(23));                    // AVX512-BF16, AMX-FP16, AVX-IFMA
     *edx &= ~(bit(4) | bit(5) | bit(8) | bit(10) | bit(19));  // AVX-VNNI-INT8, AVX-NE-CONVERT, AMX-COMPLEX, AVX-VNNI-INT16, AVX10
   }
 }

@@ -162,7 +162,7 @@ class Session:
         ``job`` holds what all have in common: model folder, files of the workloads.
         """
         settings = self._settings
-        mask, refusal = isas.build_mask(self._folder) if settings.isa else (None, None)
+        mask, refusal = isas.build_mask(self._folder, settings.isa) if settings.isa else (None, None)
         environment = isas.environment(settings.isa, mask)
         runners = runners_of(settings)
         weights = Path(job["model"], "model.safetensors").stat().st_size
@@ -194,7 +194,7 @@ class Session:
     def _build(self, runner: Runner, job: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
         engine = peers.ENGINES[runner.engine]
         python = self._settings.zentorch_python if engine.own_python else None
-        full_range = self._settings.isa is None and bool(cpu_flags() & {"avx512_vnni", "avx_vnni"})
+        full_range = self._settings.isa != "avx2" and bool(cpu_flags() & {"avx512_vnni", "avx_vnni"})
         options = {**engine.options, **({"full_range": full_range} if engine.family == "onnxruntime" else {})}
         mine = {
             "module": engine.module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -21,6 +22,8 @@ from models import make_config
 from rich.console import Console
 from typer.testing import CliRunner
 
+import xfast
+from xfast import _C
 from xfast.benchmarks import bench, harness, isa, peers, plot, report
 from xfast.cli import app
 from xfast.errors import BackendUnavailableError, InvalidOptionError
@@ -164,7 +167,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_turns")
 def test_threads_are_compared_and_an_instruction_set_is_held(small: Path) -> None:
-    held = "avx2" if "avx2" in bench.machine()["isas"] else None
+    held = max((name for name in isa.SWITCHES if name in xfast.available_isas()), default=None)
     options = bench.Options(str(small), "1x8", "int8", "none", "1,2", rounds=1, isa=held)
     document = bench.run(options, Console(file=io.StringIO()))
     assert document["run"]["isa"] == held
@@ -174,8 +177,9 @@ def test_threads_are_compared_and_an_instruction_set_is_held(small: Path) -> Non
     assert report.summary_lines(document["summaries"])
 
 
-def test_the_mask_hides_what_it_should(tmp_path: Path) -> None:
-    mask, refusal = isa.build_mask(tmp_path)
+@pytest.mark.parametrize("held", isa.SWITCHES)
+def test_the_mask_hides_what_it_should(tmp_path: Path, held: str) -> None:
+    mask, refusal = isa.build_mask(tmp_path, held)
     if mask is None:
         pytest.skip(str(refusal))
     code = "from xfast import _C; print(_C.available_isas())"
@@ -187,12 +191,13 @@ def test_the_mask_hides_what_it_should(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert "avx512" not in shown and "portable" in shown
+    hidden = {"avx512", "avx512_vnni", "avx512_bf16", "amx"} | ({"avx2_vnni"} if held == "avx2" else set())
+    assert ast.literal_eval(shown) == [name for name in _C.available_isas() if name not in hidden]
 
 
 def test_without_a_mask_engines_without_a_switch_are_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(isa.platform, "machine", lambda: "riscv64")
-    assert isa.build_mask(tmp_path) == (None, "masking CPUID needs Linux on x86-64")
+    assert isa.build_mask(tmp_path, "avx2") == (None, "masking CPUID needs Linux on x86-64")
     assert "no switch for avx2" in str(isa.unforceable("onnxruntime-int8", "avx2", None))
     assert isa.unforceable("ctranslate2-int8", "avx2", None) is None
     assert isa.unforceable("onnxruntime-int8", "avx2", tmp_path) is None
@@ -256,6 +261,12 @@ def test_bad_options(arguments: list[str], parts: list[str]) -> None:
     message = result.stderr.splitlines()[-1]
     assert message.startswith("error: ")
     assert all(part in message for part in parts), message
+
+
+def test_an_instruction_set_that_this_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xfast, "available_isas", lambda: ["portable", "avx2", "avx512"])
+    with pytest.raises(InvalidOptionError, match=r"isa: 'avx2_vnni'.*accepted: avx2$"):
+        bench.Options(isa="avx2_vnni")
 
 
 def test_options_are_checked_at_once() -> None:

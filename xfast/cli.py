@@ -121,7 +121,7 @@ def bench(
         str | None,
         typer.Option(help="Python of the environment that has zentorch.", envvar="XFAST_ZENTORCH_PYTHON"),
     ] = None,
-    isa: Annotated[str | None, typer.Option(help="Hold every engine to an instruction set: avx2.")] = None,
+    isa: Annotated[str | None, typer.Option(help="Hold every engine to an instruction set: avx2 or avx2_vnni.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, lengths and token ids.", min=0, max=2**32 - 2)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw tokens per second into this PNG file.")] = None,
