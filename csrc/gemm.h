@@ -42,16 +42,16 @@ void tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t chun
       for (int g = 0; g < kGroups; ++g, b_group += kPanel * 4) {
         if constexpr (PrefetchLines > 1) {
 #pragma GCC unroll 2
-          for (int line = 0; line < PrefetchLines / 2; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
+          for (int line = 0; line < PrefetchLines / 2; ++line) __builtin_prefetch(prefetch + line * 64, 0, kFromMemory);
           prefetch += PrefetchLines / 2 * 64;
         } else if constexpr (PrefetchLines == 1) {
           if (g % 2 == 0) {
-            __builtin_prefetch(prefetch, 0, 3);
+            __builtin_prefetch(prefetch, 0, kFromMemory);
             prefetch += 64;
           }
         }
-        if constexpr (kHalves == 1 && R >= 8) {
-          __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
+        if constexpr (kHalves == 1 && R >= 8) __builtin_prefetch(a_chunk + chunk_stride + g * kChunkBytes, 0, 3);
+        if constexpr (kHalves == 1 && (R >= 8 || (kFromMemory == 2 && PrefetchLines == 4))) {
           __builtin_prefetch(b_group + kAheadInL2, 0, 3);
           __builtin_prefetch(b_group + kAheadInL2 + 64, 0, 3);
         }

@@ -143,7 +143,7 @@ void tile_int4(const uint8_t* a, int64_t chunk_stride, const int32_t* sums, int6
         for (int v = 0; v < V; ++v) acc[r][v] = splat(start[r]);
       const uint8_t* w = record + kInt4ScaleBytes;
       if constexpr (Lines > 0) {
-        __builtin_prefetch(prefetch, 0, 3);
+        __builtin_prefetch(prefetch, 0, kFromMemory);
         prefetch += 64;
       }
       for (int64_t u = 0; u < units; ++u, ++unit) {
@@ -151,7 +151,7 @@ void tile_int4(const uint8_t* a, int64_t chunk_stride, const int32_t* sums, int6
 #pragma GCC unroll 1
         for (int pair = 0; pair < 4; ++pair, w += kPanel * 4, rows += 8) {
 #pragma GCC unroll 2
-          for (int line = 0; line < Lines; ++line) __builtin_prefetch(prefetch + line * 64, 0, 3);
+          for (int line = 0; line < Lines; ++line) __builtin_prefetch(prefetch + line * 64, 0, kFromMemory);
           prefetch += Lines * 64;
           if constexpr (kHalves == 1 && R >= 12) {
             __builtin_prefetch(w + kAheadInL2, 0, 3);

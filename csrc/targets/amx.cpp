@@ -4,4 +4,5 @@
 #define XFAST_VNNI
 #define XFAST_BF16
 #define XFAST_AMX
+#define XFAST_INTEL
 #include "target.inc"

@@ -2,4 +2,5 @@
 #define XFAST_TARGET avx2_vnni
 #define XFAST_AVX2
 #define XFAST_VNNI
+#define XFAST_INTEL
 #include "target.inc"

@@ -2,4 +2,5 @@
 #define XFAST_TARGET avx512_vnni
 #define XFAST_AVX512
 #define XFAST_VNNI
+#define XFAST_INTEL
 #include "target.inc"
