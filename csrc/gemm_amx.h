@@ -170,7 +170,7 @@ void amx_tile(const uint8_t* a, int64_t chunk_stride, const uint8_t* b, int64_t 
     if constexpr (kTwo) amx_load<2>(first, start_stride), amx_load<3>(first + 64, start_stride);
   }
   const auto fetch = [&](int part) {
-    for (int64_t line = 0; line < kLines; ++line, prefetch += 64) __builtin_prefetch(prefetch, 0, 3);
+    for (int64_t line = 0; line < kLines; ++line, prefetch += 64) __builtin_prefetch(prefetch, 0, kFromMemory);
     // The operand's next chunk lies a whole stride further, where no hardware prefetcher looks for it.
     for (int r = part * 8; r < part * 8 + 8; ++r) __builtin_prefetch(a + chunk_stride + r * kChunkBytes, 0, 3);
   };
