@@ -395,6 +395,34 @@ def test_a_full_disk_leaves_what_was_there(limit: int, tmp_path: Path) -> None:
     assert same(xfast.load(tmp_path / "old", verify=True)(**ragged()), old(**ragged()))
 
 
+def test_an_interrupted_replacement_is_not_finished_and_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = accelerated(num_hidden_layers=1), accelerated(num_hidden_layers=2)
+    xfast.save(old, tmp_path / "a")
+    replace = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == artifact.PARAMETERS:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            xfast.save(new, tmp_path / "a")
+    for _ in range(2):
+        with pytest.raises(xfast.ArtifactError, match="is not finished"):
+            xfast.load(tmp_path / "a")
+        with monkeypatch.context() as patched:  # nor does a save that fails earlier lose what is known of the files
+            patched.setattr(artifact, "write_tensors", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                xfast.save(new, tmp_path / "a")
+    xfast.save(new, tmp_path / "a")
+    assert same(xfast.load(tmp_path / "a", verify=True)(**ragged()), new(**ragged()))
+    assert artifact.STAGING not in names_in(tmp_path / "a")
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none", tmp_path / "a\0b"):
         with pytest.raises(xfast.ArtifactError):

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import xfast
 from xfast import cli
+from xfast.encode import worker
 from xfast.encode.ahead import Behind, ahead
 from xfast.encode.settings import Execution
-from xfast.encode.tokens import Window, batches
+from xfast.encode.tokens import Tokenizer, Window, batches
 
 base = pytest.fixture(scope="module")(stilts.base)
 one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
@@ -160,8 +161,30 @@ def test_batches_hold_every_token_once_and_no_more_than_the_budget(rng: Any) -> 
         assert np.concatenate([batch.ids[batch.mask == 1] for batch in made]).tolist() == ids.tolist()
         assert all((batch.ids[batch.mask == 0] == 1).all() for batch in made)
         assert all(len(batch.rows) == 1 or batch.lengths.sum() <= budget for batch in made)
+    lengths = np.array([512, 300, *[3] * 1000])
+    made = list(batches(Window(np.arange(1002), lengths, np.full(lengths.sum(), 7), None, None, 0, []), 600, 1))
+    assert sum(len(batch.rows) for batch in made) == 1002 and len(made) < 12
+    assert max(batch.ids.numel() for batch in made) <= 4 * 600  # one long row does not pad a thousand short ones
     empty = np.zeros(0, np.int64)
     assert not list(batches(Window(empty, empty, empty, None, None, 0, []), 8, 1))
+
+
+def test_long_documents_end_a_window(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["river stone " * 60, "lamp", "river", "stone " * 300, "", "lamp"]
+    source = encode.jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    encode.run(source, tmp_path / "whole", base, Execution(window=100))
+    monkeypatch.setattr(worker, "WINDOW_CHARACTERS", 730)
+    rows, window = [], Tokenizer.window
+
+    def counted(self: Tokenizer, first: int, texts: Any, *more: Any) -> Window:
+        rows.append(len(texts))
+        return window(self, first, texts, *more)
+
+    monkeypatch.setattr(Tokenizer, "window", counted)
+    encode.run(source, tmp_path / "cut", base, Execution(window=100))
+    assert rows == [3, 1, 2]
+    whole, cut = (encode.embeddings(tmp_path / name) for name in ("whole", "cut"))
+    np.testing.assert_allclose(cut, whole, atol=TOLERANCE)
 
 
 def test_ahead_raises_where_it_is_read_and_stops_when_nobody_reads() -> None:

@@ -18,7 +18,7 @@ import stilts
 import tokenizers
 import transformers
 
-from xfast.encode import source
+from xfast.encode import jsonl, source
 from xfast.encode.settings import Execution, Settings
 from xfast.errors import (
     DataFileError,
@@ -92,6 +92,20 @@ def test_bad_lines(tmp_path: Path, base: Path, write: Any, line: bytes, reason: 
     assert encode.read(tmp_path / "out").column("id").to_pylist() == [0, 1, 2]
     [[where, why]] = [one for output in encode.manifest(tmp_path / "out")["outputs"] for one in output["skipped"]]
     assert where == f"{path}:4" and reason in why
+
+
+def test_a_line_that_is_too_deep_to_be_written_again(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading goes a little deeper than writing; how deep depends on the stack."""
+
+    def deep(row: Any) -> bool:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(jsonl, "_is_unicode", deep)
+    path = stilts.write_lines(tmp_path / "in.jsonl", ['{"text": "a\\u0061"}', '{"text": "b"}'])
+    refused(DataFileError, tmp_path, base, path, f"{path}:1: nested too deeply")
+    assert encode.run(path, tmp_path / "out", base, on_error="skip").totals["skipped"] == 1
 
 
 @pytest.mark.parametrize("keep", [None, ()])
@@ -318,7 +332,11 @@ def test_a_required_column_that_one_file_lacks_becomes_null(tmp_path: Path, base
     assert encode.read(tmp_path / "out").column("id").to_pylist() == [7, None]
 
 
-@pytest.mark.parametrize("content", [["neg", "pos", "neutral"], {"1": "a", "2": "b", "3": "c"}], ids=["list", "from 1"])
+@pytest.mark.parametrize(
+    "content",
+    [["neg", "pos", "neutral"], {"1": "a", "2": "b", "3": "c"}, {}],
+    ids=["list", "from 1", "none"],
+)
 def test_labels_that_are_not_named_from_0(tmp_path: Path, base: Path, content: Any) -> None:
     model = encode.headed(base, tmp_path / "model", "SequenceClassification")
     config = json.loads((model / "config.json").read_text())
@@ -326,6 +344,41 @@ def test_labels_that_are_not_named_from_0(tmp_path: Path, base: Path, content: A
     path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     parts = ("id2label",) if isinstance(content, dict) else ()  # a list is refused by transformers, in its words
     refused(DataFileError, tmp_path, model, path, str(model), *parts)
+
+
+@pytest.mark.parametrize("content", [5, [5], [None], {"a": 1}], ids=str)
+def test_architectures_that_are_no_names(tmp_path: Path, base: Path, content: Any) -> None:
+    shutil.copytree(base, tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": content}))
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    refused(DataFileError, tmp_path, tmp_path / "model", path, str(tmp_path / "model"))
+
+
+def test_a_prefix_that_is_no_text(tmp_path: Path, base: Path) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    refused(InvalidOptionError, tmp_path, base, path, "prefix: ", "surrogate", prefix="\udcff")
+
+
+def test_a_column_name_that_is_no_text(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": ["a"], "wxyz": [1]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"wxyz", b"\xff\xfe\xfd\xfc"))
+    for keep in (None, ()):
+        refused(DataFileError, tmp_path, base, path, str(path), keep=keep)
+
+
+def test_an_output_that_cannot_be_listed(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode.jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    iterdir = Path.iterdir
+
+    def denied(folder: Path) -> Any:
+        if folder == tmp_path / "out":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    refused(DataFileError, tmp_path, base, path, "output: cannot read", "Permission denied")
 
 
 def test_input_that_changes_under_the_job(tmp_path: Path, base: Path) -> None:

@@ -227,6 +227,7 @@ def test_a_prompt_that_is_not_pooled_is_refused(base: Path, tmp_path: Path) -> N
     [
         ("passage", {}, DataFileError, "default_prompt_name is 'passage'; expected.*query, document, none"),
         ("odd", {"prompts": {"odd": 7}}, DataFileError, "default_prompt_name is 'odd'"),
+        ("half", {"prompts": {"half": "\ud800"}}, DataFileError, "default_prompt_name is 'half'"),
         ("odd", {"prompts": ["odd"]}, DataFileError, "modules.json or a file that goes with it"),
         (None, {"truncate_dim": 16}, UnsupportedModelError, "truncate_dim to 16"),
     ],

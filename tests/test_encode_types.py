@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import stilts
 
+from xfast.encode import store
 from xfast.errors import DataFileError
 
 base = pytest.fixture(scope="module")(stilts.base)
@@ -110,3 +111,46 @@ def test_whole_numbers_of_one_file_beside_fractions_of_another(base: Path, tmp_p
     with pytest.raises(DataFileError, match=rf"a\.jsonl: column 'v' has {2**60 + 1} here and fractions elsewhere"):
         encode.run(tmp_path / "in", tmp_path / "out", base, shard_rows=1)
     assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+NULLS = {
+    "structs with a field of nulls": [{"a": None, "b": i} for i in range(7)],
+    "lists of nulls": [[None, None], [None], [], None, [None], [None, None, None], []],
+    "lists of structs of nulls": [[{"a": None}], [], None, [{"a": None}, {"a": None}], [], [], [{"a": None}]],
+}
+
+
+@pytest.mark.parametrize("values", list(NULLS.values()), ids=list(NULLS))
+def test_nulls_inside_other_types(base: Path, tmp_path: Path, values: list[Any]) -> None:
+    encode.parquet(tmp_path / "in" / "a.parquet", {"text": ["x"] * 7, "v": pa.array(values)})
+    encode.jsonl(tmp_path / "in" / "b.jsonl", [{"text": "x", "v": value} for value in values])
+    for rows in (1, 2, 3, 7):
+        encode.run(tmp_path / "in", tmp_path / f"out{rows}", base, shard_rows=rows)
+        assert encode.read(tmp_path / f"out{rows}").column("v").to_pylist() == [*values, *values]
+
+
+def test_what_is_nested_too_deeply_for_parquet_is_known_at_the_start(base: Path, tmp_path: Path) -> None:
+    value: Any = 1
+    for _ in range(60):
+        value = [value]
+    source = encode.jsonl(tmp_path / "in.jsonl", [{"text": "x", "v": value}])
+    with pytest.raises(DataFileError, match=r"too deeply nested.*--keep"):
+        encode.run(source, tmp_path / "out", base)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    encode.run(source, tmp_path / "out", base, keep=())
+
+
+def test_two_fields_of_one_name_are_refused(base: Path, tmp_path: Path) -> None:
+    twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    with pytest.raises(DataFileError, match=r"two fields of one name.*--keep"):
+        encode.run(two_files(tmp_path / "in", twice, twice), tmp_path / "out", base)
+
+
+def test_large_shards_have_several_row_groups(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = encode.jsonl(tmp_path / "in.jsonl", [{"text": "river stone lamp " * (1 + i % 3)} for i in range(20)])
+    encode.run(source, tmp_path / "one", base, pooling="none")
+    monkeypatch.setattr(store, "_GROUP_BYTES", 8000)
+    encode.run(source, tmp_path / "several", base, pooling="none")
+    one, several = (pq.ParquetFile(tmp_path / name / "shard-000000.parquet") for name in ("one", "several"))
+    assert one.num_row_groups == 1 and several.num_row_groups > 3
+    assert encode.read(tmp_path / "several").equals(encode.read(tmp_path / "one"))

@@ -329,6 +329,7 @@ class Staging:
         self._identity = identity
         self.finished: dict[str, FileRecord] = {}
         self._records: dict[str, FileRecord] = {}
+        self._moving = bool(self._placed())
         self._refuse_foreign()
         with writing(folder):
             self._made = not folder.exists()
@@ -410,6 +411,7 @@ class Staging:
         with contextlib.suppress(ArtifactError):
             old |= set(read_manifest(self.folder).files)
         write_file(self._staging / _PLACING, [json.dumps(sorted(old | self._records.keys())).encode()])
+        self._moving = True
         with writing(self.folder):
             (self.folder / MANIFEST).unlink(missing_ok=True)  # from here to the end it is no artifact
             for name in sorted(old - self._records.keys()):
@@ -421,8 +423,11 @@ class Staging:
         return manifest
 
     def abandon(self) -> None:
-        """After a failure: removes what was begun, or keeps what a later run with the same identity continues."""
-        if self._identity is None:
+        """After a failure: removes what was begun, or keeps what a later run with the same identity continues.
+
+        Once files are moved into place nothing is: it tells that the artifact is not finished, and which files are its.
+        """
+        if self._identity is None and not self._moving:
             shutil.rmtree(self._staging, ignore_errors=True)
             if self._made:
                 with contextlib.suppress(OSError):

@@ -141,7 +141,7 @@ def _named(modules: bytes | None) -> str:
     """The pooling's file, by modules.json where that can be read; it is copied as it is."""
     try:
         return (pooling_config(json.loads(modules)) if modules is not None else None) or _POOLING
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return _POOLING
 
 

@@ -159,8 +159,11 @@ def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
         return {}, f"not JSON: {error}"
     if not isinstance(row, dict):
         return {}, f"a JSON object is expected, got {type(row).__name__}"
-    if b"\\u" in line and not _is_unicode(row):
-        return {}, "it holds half of a surrogate pair"
+    try:
+        if b"\\u" in line and not _is_unicode(row):
+            return {}, "it holds half of a surrogate pair"
+    except RecursionError as error:  # which writing meets earlier than reading
+        return {}, f"nested too deeply: {error}"
     for name in text_columns(settings):
         if name not in row:
             return row, f"no column {name!r}; columns there: {', '.join(row) or 'none'}"

@@ -84,10 +84,7 @@ def head_of(settings: Settings) -> tuple[Head, str]:
         ) from None
     tokens = revision if settings.tokenizer is None else _tokenizer_revision(settings.tokenizer)
     identity = files = _files_identity(settings, revision, tokens)
-    if manifest is None:
-        name = (getattr(config, "architectures", None) or ["no architecture"])[0]
-    else:
-        name = _packed_class(manifest, settings)
+    name = _architecture(config, settings) if manifest is None else _packed_class(manifest, settings)
     head = _head(name, config, settings)
     if head.kind != "tags":
         head, said = _as_sentences(head, settings, revision)
@@ -203,6 +200,16 @@ def _packed_class(manifest: artifact.Manifest, settings: Settings) -> str:
     return name
 
 
+def _architecture(config: Any, settings: Settings) -> str:
+    """The class that a checkpoint's config names first."""
+    named = getattr(config, "architectures", None) or ["no architecture"]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise DataFileError(
+            f"model: {settings.model}: architectures in config.json: expected names, got {named!r:.100}"
+        )
+    return named[0]
+
+
 def _head(name: str, config: Any, settings: Settings) -> Head:
     predicts = name.endswith((_CLASSES, _TAGS))
     if settings.content == "predictions" and not predicts:
@@ -219,7 +226,7 @@ def _head(name: str, config: Any, settings: Settings) -> Head:
             "or any head with --content embeddings"
         )
     names = config.id2label
-    if not isinstance(names, dict) or set(names) != set(range(len(names))):
+    if not isinstance(names, dict) or not names or set(names) != set(range(len(names))):
         raise DataFileError(
             f"model: {settings.model}: id2label in config.json: expected a name for each of 0 to "
             f"{config.num_labels - 1}, got {names}"

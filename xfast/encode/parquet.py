@@ -36,10 +36,11 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         DataFileError: not a whole Parquet file, no such column, or a text column of another type.
     """
     with _opened(path) as file:
-        schema, rows, largest = file.schema_arrow, file.metadata.num_rows, _largest(file.metadata)
-    require_columns(path, schema.names, settings)
-    if len(set(schema.names)) != len(schema.names):
-        raise DataFileError(f"{path}: two columns have the same name: {', '.join(schema.names)}")
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        names, largest = schema.names, _largest(file.metadata)
+    require_columns(path, names, settings)
+    if len(set(names)) != len(names):
+        raise DataFileError(f"{path}: two columns have the same name: {', '.join(names)}")
     for name in text_columns(settings):
         if not _is_text(schema.field(name).type):
             raise DataFileError(f"{path}: column {name!r} is {schema.field(name).type}, not string")
@@ -48,7 +49,7 @@ def plan(path: str, settings: Settings) -> tuple[list[Shard], pa.Schema]:
         Shard(number, path, "parquet", first, min(settings.shard_rows, rows - first))
         for number, first in enumerate(starts)
     ]
-    kept = [schema.field(name) for name in kept_columns(schema.names, settings)]
+    kept = [schema.field(name) for name in kept_columns(names, settings)]
     fields = [field.with_type(_without_views(field.type, f"{path}: column {field.name!r}")) for field in kept]
     whole = {field.name for field in fields if pa.types.is_integer(field.type)}
     return shards, with_largest(pa.schema(fields), {name: largest[name] for name in whole & largest.keys()})
@@ -190,5 +191,5 @@ def _opened(path: str) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: a column's name
         raise DataFileError(f"{path}: cannot read it as Parquet: {error}") from error

@@ -103,7 +103,7 @@ def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
         )
         for row in results.iter_rows():
             if row["error"]:
-                raise getattr(errors, str(row["error"]))(str(row["message"]))
+                raise getattr(errors, str(row["error"]), errors.XfastError)(str(row["message"]))
             progress(int(row["rows"]), int(row["tokens"]))
 
 

@@ -185,6 +185,8 @@ def _rounds(kind: pa.DataType, common: pa.DataType) -> bool:
         return bool(pa.types.is_floating(common))
     inner = [kind.field(i) for i in range(kind.num_fields)]
     if pa.types.is_struct(kind):
+        if len({one.name for one in inner}) != len(inner):
+            raise DataFileError(f"a copied column holds two fields of one name ({kind}); name the others with --keep")
         return any(_rounds(one.type, common.field(one.name).type) for one in inner)
     return any(_rounds(one.type, common.field(i).type) for i, one in enumerate(inner[: common.num_fields]))
 
@@ -208,7 +210,8 @@ def conform(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
             columns.append(pa.chunked_array([pa.nulls(table.num_rows, column.type)]))
             continue
         try:
-            columns.append(table.column(column.name).cast(column.type))
+            found = table.column(column.name)  # a cast makes nulls inside others invalid, even one to their own type
+            columns.append(found if found.type == column.type else found.cast(column.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise DataFileError(f"{path}: column {column.name!r} is no {column.type}: {error}") from None
     if not len(schema):

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from xfast import tokenizer_files
+from xfast.encode.settings import is_unicode
 from xfast.errors import DataFileError, UnsupportedModelError, XfastError
 from xfast.tensor_files import reading
 
@@ -79,7 +80,7 @@ def sentences_of(name: str, revision: str | None, kind: str, *, assume: bool = F
         return replace(made, **_pooled(name, revision, modules)) if kind == "vector" and "Pooling" in kinds else made
     except XfastError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataFileError(
             f"model: {name}: {tokenizer_files.MODULES} or a file that goes with it: {type(error).__name__}: {error}"
         ) from None
@@ -148,7 +149,7 @@ def _prompt(name: str, revision: str | None, kind: str) -> str:
     if chosen is None:
         return ""
     prompt = prompts.get(chosen, 0)
-    if not isinstance(prompt, str | None):
+    if not isinstance(prompt, str | None) or not is_unicode(prompt or ""):
         raise DataFileError(
             f"model: {name}: {tokenizer_files.PROMPTS}: default_prompt_name is {chosen!r:.100}; expected the name of "
             f"a text among its prompts: {', '.join(map(str, prompts))}"

@@ -80,6 +80,8 @@ class Settings:
         require_one_of("on-error", self.on_error, ON_ERROR)
         _at_least_one("max-length", self.max_length)
         _at_least_one("shard-rows", self.shard_rows)
+        if self.prefix is not None and not is_unicode(self.prefix):
+            raise InvalidOptionError(f"prefix: {self.prefix!r:.100} is not accepted: it holds half of a surrogate pair")
         if self.pair_column == self.text_column:
             raise InvalidOptionError(f"pair-column: {self.pair_column!r} is the text column, too")
         if self.normalize and self.pooling == "none" and self.content != "predictions":
@@ -143,6 +145,15 @@ def require(module: str, package: str) -> None:
         importlib.import_module(module)
     except ImportError:
         raise BackendUnavailableError(f"encode: needs {module}; pip install '{package}'") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 has it: a shell's bytes that are no text, and JSON's escapes, leave halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_unicode(option: str, path: Path) -> None:

@@ -32,6 +32,7 @@ FORMAT = 1
 _LOCK = ".lock"
 _PARTIAL = ".partial"
 _OURS = re.compile(rf"\.(shard-\d+\.parquet|attempt-\d+|{re.escape(MANIFEST)})\.[0-9a-f]+\{_PARTIAL}")
+_GROUP_BYTES = 1 << 28  # of a row group: a shard of tokens' vectors is too large to be read at once
 _KEY = b"xfast.encode"  # of the facts, in the metadata of a shard's schema
 
 
@@ -130,7 +131,11 @@ def read_plan(folder: Path, settings: dict[str, Any]) -> Plan | None:
     """
     path = folder / MANIFEST
     if not path.exists():
-        if other := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
+        try:
+            other = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise DataFileError(f"output: cannot read {folder}: {error}") from error
+        if other:
             raise InvalidOptionError(f"output: {folder} holds {other[0]} and no manifest; name a folder that is empty")
         return None
     try:
@@ -157,8 +162,10 @@ def write_plan(folder: Path, plan: Plan) -> None:
     """Writes the manifest of a job that begins.
 
     Raises:
-        DataFileError: it cannot be written.
+        DataFileError: it cannot be written, or Parquet cannot hold the copied columns.
     """
+    with _holding():
+        _leaves(plan.schema)
     _write_manifest(folder, _record(plan))
 
 
@@ -191,11 +198,11 @@ def done(folder: Path, plan: Plan) -> dict[int, Facts]:
     Raises:
         DataFileError: a file is not of this job.
     """
-    found = {}
+    found, fingerprint = {}, plan.fingerprint
     for path in sorted(folder.glob("*.parquet")):
         facts = read_facts(path)
         number = facts.shard
-        if facts.fingerprint != plan.fingerprint or path != shard_path(folder, number) or number >= len(plan.shards):
+        if facts.fingerprint != fingerprint or path != shard_path(folder, number) or number >= len(plan.shards):
             raise DataFileError(f"{path}: is not of this job; move it away")
         if facts.rows + len(facts.skipped) != plan.shards[number].rows:
             raise DataFileError(f"{path}: {plan.shards[number].rows} rows were planned, {facts.rows} are there")
@@ -236,15 +243,23 @@ def write_shard(folder: Path, table: pa.Table, facts: Facts, plain: Sequence[str
     leaves = _leaves(marked.schema)
     worth = [path for path in leaves if path.split(".")[0] not in plain]
     compression = {path: "zstd" if path in worth else "none" for path in leaves}
+    groups = max(1, -(-marked.nbytes // _GROUP_BYTES))
+    rows = max(1, -(-marked.num_rows // groups))
     with _appearing(shard_path(folder, facts.shard)) as partial:
-        try:
-            pq.write_table(marked, partial, compression=compression, use_dictionary=worth or False)
-        except pa.ArrowException as error:
-            if isinstance(error, OSError):
-                raise
-            raise DataFileError(f"output: Parquet cannot hold these rows: {error}; see --keep") from error
+        with _holding():
+            pq.write_table(marked, partial, rows, compression=compression, use_dictionary=worth or False)
         if read_facts(partial) != facts:
             raise DataFileError(f"{partial}: what was written is not what is read")
+
+
+@contextmanager
+def _holding() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's
+            raise
+        raise DataFileError(f"output: Parquet cannot hold these rows: {error}; see --keep") from error
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from tokenizers import normalizers
 from xfast.encode.sentences import pinned
 from xfast.errors import DataFileError, InvalidOptionError, TokenIdError, UnsupportedModelError
 
+_PADDED = 4  # times a batch's budget, with padding
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -158,11 +160,19 @@ class Tokenizer:
 
 
 def batches(window: Window, budget: int, pad_id: int) -> Iterator[Batch]:
-    """Cuts a window into batches of at most ``budget`` tokens, padding not counted, but of one row at least."""
+    """Cuts a window into batches of at most ``budget`` tokens, padding not counted, but of one row at least.
+
+    With padding, which outputs have, it is at most ``_PADDED`` times the budget, else a long row and many short ones
+    would take gigabytes.
+    """
     ends = np.cumsum(window.lengths)
     first, start = 0, 0
     while first < len(window.rows):
-        last = max(first + 1, int(np.searchsorted(ends, start + budget, side="right")))
+        rows = min(
+            int(np.searchsorted(ends, start + budget, side="right")) - first,
+            _PADDED * budget // int(window.lengths[first]),
+        )
+        last = first + max(1, rows)
         lengths, end = window.lengths[first:last], int(ends[last - 1])
         real = np.arange(lengths[0]) < lengths[:, None]
 

@@ -24,6 +24,9 @@ from xfast.machine import cores
 DEPTH = 2
 """Windows that wait, tokenised, for the encoder."""
 
+WINDOW_CHARACTERS = 1 << 23
+"""Characters of a window: tokens beyond the longest input, which are dropped, take 75 bytes each until it ends."""
+
 Progress = Callable[[int, int], None]
 """Called with the rows and tokens that have been encoded since the last call."""
 
@@ -94,11 +97,15 @@ class Worker:
         for shard in shards:
             rows = source.read(shard, self.task.schema, self.task.settings)
             texts = [prefix + text for text in rows.texts] if prefix else rows.texts
-            for start in range(0, max(len(texts), 1), size):
-                end = start + size
+            start = 0
+            while True:
+                end = _window_end(texts, rows.pairs, start, size)
                 pairs = None if rows.pairs is None else rows.pairs[start:end]
                 window = self.encoder.tokenizer.window(start, texts[start:end], pairs, rows.where[start:end])
                 yield _Piece(shard, rows, window, start == 0, end >= len(texts))
+                if end >= len(texts):
+                    break
+                start = end
 
     def _compute(self, window: Window, collector: Collector, progress: Progress) -> None:
         for batch in batches(window, self.encoder.budget, self.encoder.pad_id):
@@ -122,6 +129,16 @@ class Worker:
             store.write_shard(Path(self.task.output), table, facts, (EMBEDDING,))
 
         return write
+
+
+def _window_end(texts: Sequence[str], pairs: Sequence[str] | None, start: int, size: int) -> int:
+    """Where a window ends: after ``size`` rows, or when their characters are too many, but after one row at least."""
+    characters = 0
+    for end in range(start, min(start + size, len(texts))):
+        characters += len(texts[end]) + (len(pairs[end]) if pairs is not None else 0)
+        if characters > WINDOW_CHARACTERS and end > start:
+            return end
+    return min(start + size, len(texts))
 
 
 def _overlaps(task: Task) -> bool:
