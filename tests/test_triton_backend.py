@@ -23,7 +23,7 @@ from models import (
 from triton_models import PRE_NORM, fast, first_output, model_of, moved, same_at_tokens
 
 import xfast
-from xfast.backends import cuda_graphs, triton
+from xfast.backends import cuda_graphs, triton, triton_graphs
 from xfast.backends.triton import TritonBackend
 
 pytestmark = NO_NUMPY_WARNINGS
@@ -321,6 +321,19 @@ def test_a_graph_that_is_not_used_any_more_makes_room(monkeypatch: pytest.Monkey
     for length, expected in ((10, 1), (20, 2), (10, 2), (34, 2), (34, 3), (10, 3), (20, 3)):
         model(**moved(ragged(lengths=(length,))))
         assert captures.count == expected, length
+
+
+def test_graphs_depend_on_torchs_switches_for_products() -> None:
+    matmul, seen = torch.backends.cuda.matmul, set()
+    for name in ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        before = getattr(matmul, name)
+        try:
+            for value in (False, True):
+                setattr(matmul, name, value)
+                seen.add(triton_graphs._switches())
+        finally:
+            setattr(matmul, name, before)
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize(("precision", "said"), [("tf32", "on"), ("ieee", "off")])

@@ -176,8 +176,9 @@ class Graphs:
             if cuda and self._done is not None:
                 torch.cuda.current_stream().wait_event(self._done)
             fill(graph.buffers)
+            out = torch.empty_like(graph.output[:rows])  # first: nothing may fail between the replay and its event
             graph.replay()
-            out = graph.output[:rows].clone()
+            out.copy_(graph.output[:rows])
             if cuda:
                 self._done = torch.cuda.Event()
                 self._done.record()

@@ -117,15 +117,6 @@ def _driver_missing() -> str | None:
     return None
 
 
-def _tf32() -> bool:
-    """Whether torch multiplies fp32 matrices in TF32. It may refuse to tell in its older words, so newer come first."""
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
-        return bool(matmul.allow_tf32)
-    own = matmul.fp32_precision
-    return (own if own != "none" else getattr(torch.backends, "fp32_precision", "none")) == "tf32"
-
-
 class TritonEngine:
     """A packed encoder on the GPU. Thread-safe.
 
@@ -229,7 +220,9 @@ class TritonEngine:
         if used & set(QUANTISED):
             lines.append("int8 and int4: weights only, multiplied as they are by activations that are not quantised")
         if self.precision == "fp32":
+            from xfast.backends.triton_graphs import tf32
+
             lines.append(
-                f"TF32 in matrix products: {'on' if _tf32() else 'off'} (torch.backends.cuda.matmul); attention: off"
+                f"TF32 in matrix products: {'on' if tf32() else 'off'} (torch.backends.cuda.matmul); attention: off"
             )
         return lines

@@ -19,7 +19,7 @@ _SEQUENCE_STEPS = (1, 8, 64, 512, 4096)
 
 @dataclass(frozen=True)
 class Key:
-    """What a graph depends on: sizes of buffers and grids, and the attention plan. S sequences, N selected rows."""
+    """What a graph depends on: sizes of buffers and grids, attention's plan, torch's switches."""
 
     tokens: int
     sequences: int
@@ -27,6 +27,23 @@ class Key:
     tile: Tile
     shared: bool
     layers: int
+    switches: tuple[Any, ...] = ()
+
+
+def tf32() -> bool:
+    """Whether torch multiplies fp32 matrices in TF32. It may refuse to tell in its older words, so newer come first."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        return bool(matmul.allow_tf32)
+    own = matmul.fp32_precision
+    return (own if own != "none" else getattr(torch.backends, "fp32_precision", "none")) == "tf32"
+
+
+def _switches() -> tuple[Any, ...]:
+    """What a program sets for torch's products at any time; a graph keeps what held when it was captured."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    return tf32(), *(getattr(matmul, name, None) for name in names)
 
 
 class GraphCache:
@@ -70,7 +87,7 @@ class GraphCache:
         # Room for sequences and selected rows in coarse steps: empty sequences cost next to nothing.
         sequences = min(next(step for step in _SEQUENCE_STEPS if step >= packed.batch), tokens)
         rows = None if selected is None else sequences
-        return Key(tokens, sequences, rows, *self._forward.plan(packed.max_seqlen, packed.batch), layers)
+        return Key(tokens, sequences, rows, *self._forward.plan(packed.max_seqlen, packed.batch), layers, _switches())
 
     def _batch(self, packed: DevicePacked, selected: torch.Tensor | None) -> DeviceBatch:
         """The batch as it is, for a run without a graph."""

@@ -160,8 +160,8 @@ def scaled_gemm(x: Scaled, w: Scaled, dtype: torch.dtype, bias: torch.Tensor | N
         try:
             return cublas_scaled_gemm(x, w, dtype, bias)
         except RuntimeError as error:
-            # pytorch/ao#4582: cuBLASLt has no such kernel for few rows of some deep products
-            if "NOT_SUPPORTED" not in str(error):
+            # pytorch/ao#4582: cuBLASLt has no such kernel for few rows of deep products; ao#3788: no such scales
+            if not any(status in str(error) for status in ("NOT_SUPPORTED", "INVALID_VALUE")):
                 raise
             _REFUSED.add(shape)
     return gemm(x, w, dtype=dtype, bias=bias)

@@ -168,6 +168,12 @@ def fill_kernel(
             tl.store(info + 2 + kind_of_error, bad)
 
 
+def _block(length: int) -> dict[str, int]:
+    """Of a row of the batch. With 4 warps alone, 8192 places spill registers and take seconds to compile."""
+    block = max(128, next_power_of_2(length))
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
+
+
 def unpad(
     batch: int,
     length: int,
@@ -218,7 +224,7 @@ def unpad(
     flags: dict[str, Any] = {
         name: t is not None for name, t in zip(names, (ids, mask, position_ids, type_ids), strict=True)
     }
-    flags |= {"BLOCK": max(128, next_power_of_2(length)), "PAD_ID": pad_id}
+    flags |= {**_block(length), "PAD_ID": pad_id}
     limits = (vocab, positions, types, *strides)
     with on(device):
         count_kernel[(batch,)](*given, lengths, errors, length, *limits, **flags)
