@@ -6,6 +6,7 @@ A backend only ever sees :class:`EncoderSpec` and :class:`EncoderWeights`. A new
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -306,6 +307,7 @@ def _refuse(module: nn.Module, family: Family) -> None:
     if not is_exact_attention(attention):
         reasons.append(f"its attention is the user's own, {attention!r}")
     reasons += _changed_modules(module)
+    reasons += _changed_helpers(type(module).__name__, module)
     base = next(c for c in type(module).__mro__ if c.__name__ in family.encoder_classes)
     if getattr(type(module), "forward", None) is not getattr(base, "forward", None):
         reasons.append(f"{type(module).__name__} overrides forward")
@@ -335,10 +337,17 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
                 place = f"{kind.__module__}.{kind.__name__}"
                 found.append(f"{name} is a {place}; merge adapters first, as merge_and_unload() does")
             continue
+        if kind.__module__.startswith("torch.nn.modules.") and not _in_place(name, module):
+            found.append(f"{name} is a torch.nn.{kind.__name__}, which transformers has not there")
+        found += _changed_helpers(name, module)
         if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_eps:
             found.append(f"{name}.eps is {module.eps}, not the config's {config.layer_norm_eps}")
         if getattr(module, "scaling", head_dim**-0.5) != head_dim**-0.5:
             found.append(f"{name}.scaling is {module.scaling}")
+        if getattr(module, "is_causal", False):
+            found.append(f"{name}.is_causal is {module.is_causal}")
+        if getattr(module, "attention_head_size", head_dim) != head_dim:
+            found.append(f"{name}.attention_head_size is {module.attention_head_size}, not {head_dim} as by the config")
         activation = getattr(module, "intermediate_act_fn", None)
         if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
@@ -347,6 +356,38 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if not table.is_meta and not torch.equal(table, usual.expand_as(table)):
             found.append(f"embeddings.{name} holds other values than transformers gives it")
     return found
+
+
+_PARTS = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
+_DROPOUTS = (nn.modules.dropout._DropoutNd, nn.Identity)
+
+
+def _in_place(name: str, module: nn.Module) -> bool:
+    """Whether one of torch's modules is of a kind that belongs under its name; roles are checked apart."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "intermediate_act_fn":
+        return True
+    return isinstance(module, _DROPOUTS) if "dropout" in leaf else isinstance(module, (*_PARTS, *_DROPOUTS))
+
+
+HELPERS = (
+    "_create_attention_masks",
+    "get_extended_attention_mask",
+    "create_position_ids_from_input_ids",
+    "create_position_ids_from_inputs_embeds",
+    "feed_forward_chunk",
+)
+"""Methods that transformers' forwards call, and that the accelerated path computes itself."""
+
+
+def _changed_helpers(name: str, module: nn.Module) -> list[str]:
+    kind = type(module)
+    changed = [
+        one
+        for one in HELPERS
+        if one in module.__dict__ or ((method := getattr(kind, one, None)) is not None and not is_theirs(method))
+    ]
+    return [f"{name} has a {one} of its own" for one in changed]
 
 
 def position_buffers(encoder: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -366,7 +407,13 @@ def is_stock(kind: type) -> bool:
 
 @functools.lru_cache(4096)  # asked for every part of a head in every call
 def _is_stock(kind: type, forward: object) -> bool:
-    return all((getattr(one, "__module__", None) or "").startswith(_STOCK) for one in (kind, forward))
+    return (getattr(kind, "__module__", None) or "").startswith(_STOCK) and is_theirs(forward)
+
+
+def is_theirs(function: Any) -> bool:
+    """Whether a function was written in transformers or torch, by itself and by what ``functools.wraps`` hides."""
+    where = getattr(function, "__globals__", {}).get("__name__")
+    return all((name or "").startswith(_STOCK) for name in (getattr(function, "__module__", None), where))
 
 
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "xfast")
@@ -378,7 +425,11 @@ def is_exact_attention(implementation: str | None) -> bool:
     A name that a user registered may stand for anything.
     """
     if implementation in _ATTENTION:
-        return True
+        # whoever has such a model has imported it
+        known = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+        registered = known.get(implementation)
+        where = getattr(registered, "__globals__", {}).get("__name__") or ""
+        return registered is None or where.startswith(("transformers.", "torch.", "xfast."))
     return implementation.startswith(("flash_attention", "paged|")) or "/" in implementation
 
 
@@ -386,8 +437,9 @@ def is_exact_gelu(activation: object) -> bool:
     """Whether a module or function computes x Phi(x) itself, not an approximation."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
-    inner = getattr(activation, "act", activation)  # transformers' GELUActivation holds the function it applies
-    return inner is nn.functional.gelu
+    if isinstance(activation, nn.Module) and is_stock(type(activation)):
+        activation = getattr(activation, "act", None)  # transformers' GELUActivation holds the function it applies
+    return activation is nn.functional.gelu
 
 
 _LEAF_TYPES: dict[str, type[nn.Module]] = {
@@ -398,7 +450,10 @@ _LEAF_TYPES: dict[str, type[nn.Module]] = {
 
 
 def _leaf(module: nn.Module, path: str, role: str) -> nn.Module:
-    leaf = module.get_submodule(path)
+    try:
+        leaf = module.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be accelerated: {error}") from None
     expected = _LEAF_TYPES[role]
     # A subclass may compute something else (LoRA, quantised linears): only the plain module is known to match.
     if type(leaf).forward is not expected.forward:

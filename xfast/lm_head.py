@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from xfast import _C
-from xfast.architecture import PRECISION_OF, is_exact_gelu, is_plain_tensor
+from xfast.architecture import PRECISION_OF, is_exact_gelu, is_plain_tensor, is_stock
 from xfast.backends.native import NativeEngine
 from xfast.packing import Packed
 from xfast.tensor_files import as_array
@@ -66,7 +66,7 @@ def find(module: nn.Module) -> LmHead | None:
     """The parts of ``module`` if it is a head of transformers that :func:`logits` can stand in for, else None."""
     cls = type(module)
     layout = next((row for row in _LAYOUTS if cls.__name__ in row.classes), None)
-    if layout is None or not all(m.startswith("transformers.") for m in (cls.__module__, cls.forward.__module__)):
+    if layout is None or not is_stock(cls):
         return None
     if layout.activation is not None and not is_exact_gelu(attrgetter(layout.activation)(module)):
         return None

@@ -35,7 +35,7 @@ from xfast.errors import (
     UnsupportedModelError,
     XfastError,
 )
-from xfast.plan import Plan, refuse_state_dict
+from xfast.plan import FreedWeight, Plan, refuse_state_dict
 from xfast.recipe import LINEARS, QUANTISED, PackedWeights, StoredFormat
 from xfast.tensor_files import DTYPES, NAMES, Mapped, as_array, as_bytes, strict_json
 from xfast.threads import get_num_threads
@@ -354,7 +354,7 @@ def load(folder: Path, verify: str, device: torch.device, backend: str) -> Loade
         raise ArtifactError(f"{folder}: layers {manifest.layers}; the model has {spec.num_layers}")
     _assign(model, contents, reader, mapped, shapes)
     freed = f"the original weights are not in the packed artifact {folder} that this model was loaded from"
-    _give_up(contents, manifest, freed, folder)
+    _give_up(contents, manifest, freed, folder, device)
     formats = artifact.formats_of(manifest, spec.num_layers)
     layers = [_packed_layer(reader, artifact.layer_file(i), spec, stored) for i, stored in enumerate(formats)]
     packed = PackedWeights(layers, formats, _packed_words(reader, spec) if contents.packed_words else None, str(folder))
@@ -459,8 +459,8 @@ def _assign(model: nn.Module, contents: Contents, reader: Reader, mapped: Mapped
         put(model, name, placed[stored])
 
 
-def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path) -> None:
-    """Packed weights stay on the meta device, in the type that they had."""
+def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path, home: torch.device) -> None:
+    """Packed weights have no values, the type that they had, and the device of the others."""
     for (layer, role), leaf in contents.weights.modules.items():
         name = full_name(contents.encoder_path, f"{contents.weights.names[layer, role]}.weight")
         if name not in contents.packed:
@@ -468,7 +468,7 @@ def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path) -
         dtype = _TORCH_NAMES.get(manifest.linear_dtype if layer >= 0 else manifest.word_dtype)
         if dtype is None or not dtype.is_floating_point:
             raise ArtifactError(f"{folder}: the weights' type is not one of float32, bfloat16 and float16")
-        leaf.weight = nn.Parameter(torch.empty(leaf.weight.shape, dtype=dtype, device="meta"))
+        leaf.weight = FreedWeight(torch.empty(leaf.weight.shape, dtype=dtype, device="meta"), home, requires_grad=True)
         refuse_state_dict(leaf, freed)
 
 

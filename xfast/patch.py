@@ -306,12 +306,14 @@ class EncoderPatch(Patch):
             return _GRADIENTS
         if torch.jit.is_tracing():
             return "torch.jit tracing"
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return "the program is capturing a CUDA graph, in which no number of tokens can be waited for"
         if is_transformed():
             return "a functional transform (torch.func) or forward-mode differentiation is active"
         context = current_context(self)
         if context is not None and context.original is not None:
             return context.original
-        if not train and torch.is_autocast_enabled(tensors[0].device.type) and self.options.precision == "model":
+        if not train and _autocast(tensors[0]) and self.options.precision == "model":
             return "autocast is on and no precision was asked for"
         return None
 
@@ -393,7 +395,7 @@ class EncoderPatch(Patch):
             or getattr(torch.compiler, "is_exporting", bool)()  # newer than torch 2.6
             or _flag(module, call, "output_hidden_states")
             or self.traces_original
-            or (torch.is_autocast_enabled(ids.device.type) and self.options.precision == "model")
+            or (_autocast(ids) and self.options.precision == "model")
         ):
             return self._original_layers(args, kwargs)
         dtype = output_dtype(module)
@@ -424,6 +426,10 @@ def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Each in memory of its own: whoever keeps one layer's states must not keep all of them."""
     for state in states:
         yield state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
+
+
+def _autocast(given: torch.Tensor) -> bool:
+    return not given.is_meta and torch.is_autocast_enabled(given.device.type)  # torch knows none for meta
 
 
 def _refuse_elsewhere(call: dict[str, Any], device: torch.device) -> None:

@@ -303,11 +303,54 @@ def _changed(freed: str) -> str:
     return f"the weights were changed or moved, but {freed}; load the model again"
 
 
+class FreedWeight(nn.Parameter):
+    """A parameter without values (``is_meta``) that says it is where its values were.
+
+    Libraries take a model's device from its first parameter, and call ``model.to`` with it before each batch.
+    """
+
+    _home: torch.device
+
+    def __new__(cls, like: torch.Tensor, home: torch.device, *, requires_grad: bool) -> FreedWeight:
+        with torch.inference_mode(False):  # else nobody could ask for its gradients later
+            made: FreedWeight = super().__new__(cls, like.to("meta"), requires_grad)
+        made._home = home
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self._home
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Itself where nothing would change. Another type, or the meta device, can be had without values.
+
+        Raises:
+            WeightsFreedError: it would have to move.
+        """
+        wanted = torch.empty(0, dtype=self.dtype, device=self._home).to(*args, **kwargs)
+        if (wanted.device, wanted.dtype) == (self._home, self.dtype):
+            return self
+        if wanted.device not in (self._home, torch.device("meta")):
+            raise WeightsFreedError(f"to: the model cannot move to {wanted.device}: {FREED}; load it there")
+        return self.data.to(wanted.dtype)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As :meth:`to`."""
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As :meth:`to`."""
+        return self.to(torch.device("cuda" if device is None else device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreedWeight:
+        return memo.setdefault(id(self), FreedWeight(self, self._home, requires_grad=self.requires_grad))
+
+
 def _free(leaf: nn.Module) -> None:
-    if leaf.weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
+    weight = leaf.weight
+    if weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
         return
-    with torch.inference_mode(False):  # else nobody could ask for its gradients later
-        leaf.weight = nn.Parameter(leaf.weight.to("meta"), requires_grad=leaf.weight.requires_grad)
+    leaf.weight = FreedWeight(weight, weight.device, requires_grad=weight.requires_grad)
     refuse_state_dict(leaf, FREED)
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from xfast import _C
-from xfast.architecture import EncoderWeights, is_plain_tensor, layers_of, position_buffers
+from xfast.architecture import HELPERS, EncoderWeights, is_plain_tensor, layers_of, position_buffers
 from xfast.locks import ThreadLock
 
 
@@ -87,7 +87,7 @@ def version_of(tensor: torch.Tensor) -> int | None:
 
 def _sampled(tensor: torch.Tensor) -> bool:
     """Whether its values can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and not tensor.is_meta
 
 
 _watching: weakref.WeakSet[WeightWatch] = weakref.WeakSet()
@@ -130,7 +130,8 @@ def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int
 
 
 # Of LayerNorms, of attention, of embeddings and of activations
-_SCALARS = ("eps", "scaling", "max_norm", "padding_idx", "act", "approximate")
+_SCALARS: tuple[str, ...] = ("eps", "scaling", "max_norm", "padding_idx", "act", "approximate")
+_SCALARS += ("is_causal", "attention_head_size", "num_attention_heads", "intermediate_act_fn")
 _LINE = 64
 _HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
@@ -156,7 +157,9 @@ class InnerWatch:
         self._dropouts = [module.__dict__ for module in dropping]
         self._watch = self._quiet()
         self._type = type(encoder)
-        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in encoder.modules()}]
+        kinds = {type(module) for module in encoder.modules()}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
+        self._helpers = [(kind, name, getattr(kind, name)) for kind in kinds for name in HELPERS if hasattr(kind, name)]
 
     def refusal(self, encoder: nn.Module, training: bool = False) -> str | None:
         """Why the original code must run, or None.
@@ -168,6 +171,8 @@ class InnerWatch:
         """
         if type(encoder) is not self._type or any(kind.forward is not forward for kind, forward in self._forwards):
             return "the forward of a class was replaced since the weights were packed"
+        if any(getattr(kind, name, None) is not method for kind, name, method in self._helpers):
+            return "a method of a class was replaced since the weights were packed"
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "a forward hook is registered for every module"
         watch = self._watch
@@ -220,4 +225,5 @@ _training = itemgetter("training")
 
 def _is_recorder(hook: object) -> bool:
     """Whether it only looks: transformers' own, and calibration's, while another thread calibrates."""
-    return getattr(hook, "__module__", "").startswith(("transformers.", "xfast.calibration", "xfast.truncation"))
+    place = getattr(hook, "__module__", None) or ""
+    return place.startswith(("transformers.", "xfast.calibration", "xfast.truncation"))

@@ -1,0 +1,212 @@
+"""Parts of an encoder that users changed without an own class or forward: refused, or the original code runs."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from models import ALL_FAMILIES, build, encoder_of, error, fallbacks, quick_settings, ragged
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+import xfast
+
+_settings = pytest.fixture(autouse=True)(quick_settings)
+
+LIMIT = 2e-5
+
+
+def _adapter(model: Any) -> None:
+    width = model.config.hidden_size
+    model.encoder.layer[1].output.dropout = nn.Sequential(nn.Dropout(0.1), nn.Linear(width, width)).eval()
+
+
+def _linear(model: Any) -> None:
+    width = model.config.hidden_size
+    model.embeddings.dropout = nn.Linear(width, width)
+
+
+def _relu(model: Any) -> None:
+    old = model.encoder.layer[1].intermediate
+    model.encoder.layer[1].intermediate = nn.Sequential(OrderedDict(dense=old.dense, act=nn.ReLU())).eval()
+
+
+def _unnamed(model: Any) -> None:
+    old = model.encoder.layer[1].intermediate
+    model.encoder.layer[1].intermediate = nn.Sequential(old.dense, nn.ReLU())
+
+
+def _causal(model: Any) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.is_causal = True
+
+
+def _head_size(model: Any) -> None:
+    for layer in model.encoder.layer:
+        layer.attention.self.attention_head_size *= 2
+
+
+class _Odd:
+    act = staticmethod(nn.functional.gelu)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+
+def _odd_activation(model: Any) -> None:
+    for layer in model.encoder.layer:
+        del layer.intermediate.intermediate_act_fn
+        layer.intermediate.intermediate_act_fn = _Odd()
+
+
+def _chunk(model: Any) -> None:
+    layer = model.encoder.layer[0]
+    layer.feed_forward_chunk = lambda x: 2 * type(layer).feed_forward_chunk(layer, x)
+
+
+CHANGES = [_adapter, _linear, _relu, _unnamed, _causal, _head_size, _odd_activation]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, _chunk])
+def test_changed_before_accelerate_is_refused(change: Callable[[Any], None]) -> None:
+    model = build()
+    change(model)
+    with pytest.raises(xfast.UnsupportedModelError, match="cannot be accelerated"):
+        xfast.accelerate(model)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_after_accelerate_runs_the_original(change: Callable[[Any], None]) -> None:
+    model, batch = xfast.accelerate(build()), ragged()
+    model(**batch)
+    change(model)
+
+    def outcome(called: Any) -> Any:
+        try:
+            return called(**batch).last_hidden_state
+        except (RuntimeError, ValueError) as raised:  # heads of another size do not fit
+            return type(raised)
+
+    got, stock = outcome(model), build()
+    change(stock)
+    stock.load_state_dict(model.state_dict())
+    want = outcome(stock)
+    assert got is want if isinstance(want, type) else error(got, want) <= LIMIT
+    assert fallbacks(model)
+
+
+@pytest.fixture
+def restored() -> Iterator[Callable[[Any, str, Any], None]]:
+    """Replaces a class's method until the test's end."""
+    changed: list[tuple[Any, str, Any]] = []
+
+    def replace(cls: Any, name: str, method: Any) -> None:
+        changed.append((cls, name, cls.__dict__[name]))
+        setattr(cls, name, method)
+
+    yield replace
+    for cls, name, method in changed:
+        setattr(cls, name, method)
+
+
+def test_a_forward_wrapped_by_functools_is_no_stock_forward(restored: Any) -> None:
+    model = build()
+    cls = type(model.encoder.layer[0])
+    own = cls.forward
+
+    @functools.wraps(own)
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs) * 2
+
+    restored(cls, "forward", doubled)
+    with pytest.raises(xfast.UnsupportedModelError, match=f"forward of the class {cls.__name__} was replaced"):
+        xfast.accelerate(model)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_helpers_of_a_class_that_were_replaced(restored: Any, before: bool) -> None:
+    model, batch = build(), ragged()
+    cls = type(model.encoder.layer[0])
+    own = cls.feed_forward_chunk
+    if not before:
+        xfast.accelerate(model)
+        model(**batch)
+    restored(cls, "feed_forward_chunk", lambda self, x: 2 * own(self, x))
+    if before:
+        with pytest.raises(xfast.UnsupportedModelError, match="feed_forward_chunk of its own"):
+            xfast.accelerate(model)
+        return
+    got = model(**batch).last_hidden_state
+    assert error(got, xfast.restore(model)(**batch).last_hidden_state) <= LIMIT
+
+
+def test_masks_of_the_users_own() -> None:
+    model = build()
+    name = next((one for one in ("_create_attention_masks", "get_extended_attention_mask") if hasattr(model, one)), "")
+    setattr(model, name, MethodType(getattr(type(model), name), model))
+    with pytest.raises(xfast.UnsupportedModelError, match=f"{name} of its own"):
+        xfast.accelerate(model)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_models_as_transformers_makes_them_pass(family: str) -> None:
+    model = xfast.accelerate(build(family))
+    model(**ragged())
+    assert not fallbacks(model)
+    assert encoder_of(model) is model
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_standard_attention_that_was_registered_anew(before: bool) -> None:
+    model, batch = build(), ragged()
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def doubled(module: Any, *args: Any, **kwargs: Any) -> Any:
+        out, weights = own(module, *args, **kwargs)
+        return out * 2, weights
+
+    if not before:
+        xfast.accelerate(model)
+        model(**batch)
+    AttentionInterface.register("sdpa", doubled)
+    try:
+        if before:
+            with pytest.raises(xfast.UnsupportedModelError, match="attention is the user's own, 'sdpa'"):
+                xfast.accelerate(model)
+            return
+        got = model(**batch).last_hidden_state
+        assert error(got, xfast.restore(model)(**batch).last_hidden_state) <= LIMIT
+    finally:
+        AttentionInterface.register("sdpa", own)
+
+
+def test_a_hook_without_a_module_is_a_hook() -> None:
+    model, batch = xfast.accelerate(build()), ragged()
+    seen: dict[Any, Any] = {}
+    want = model(**batch).pooler_output
+    model.encoder.layer[0].register_forward_pre_hook(seen.setdefault)
+    assert error(model(**batch).pooler_output, want) <= LIMIT
+    assert seen and fallbacks(model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("head", [None, "sequence-classification"])
+def test_a_freed_model_has_a_device_and_may_be_sent_there(precision: str, head: Any, tmp_path: Any) -> None:
+    freed = build(head=head) if head else build()
+    freed = xfast.accelerate(freed, precision=precision, keep_weights=False)
+    want = freed(**ragged())[0]
+    xfast.save(freed, tmp_path / "a")
+    for model in (freed, xfast.load(tmp_path / "a")):
+        assert model.device.type == "cpu" and {p.device.type for p in model.parameters()} == {"cpu"}
+        assert model.to(model.device) is model.cpu() is model.float() is model.to("cpu", torch.float32)
+        assert torch.equal(model(**{name: value.to(model.device) for name, value in ragged().items()})[0], want)
+        with pytest.raises(xfast.WeightsFreedError, match="an input is on meta"):
+            model(input_ids=ragged()["input_ids"].to("meta"))
+        model.half()
+        with pytest.raises(xfast.WeightsFreedError):
+            model(**ragged())
