@@ -194,6 +194,15 @@ def test_a_hook_without_a_module_is_a_hook() -> None:
     assert seen and fallbacks(model)
 
 
+def test_inputs_that_shall_require_gradients_do() -> None:
+    model, batch = build().requires_grad_(False), ragged()
+    model.enable_input_require_grads()
+    xfast.accelerate(model)
+    with torch.enable_grad():
+        assert model(**batch).last_hidden_state.requires_grad
+    assert fallbacks(model)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("head", [None, "sequence-classification"])
 def test_a_freed_model_has_a_device_and_may_be_sent_there(precision: str, head: Any, tmp_path: Any) -> None:

@@ -249,3 +249,19 @@ def test_dropout_of_comet_is_the_originals(tmp_path: Path) -> None:
     found = used.model.predict(SEGMENTS, gpus=0, progress_bar=False, num_workers=0, mc_dropout=3)
     assert min(found["metadata"]["mcd_std"]) > 0
     assert list(fallbacks(used.model)) == ["the model is in training mode"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_sentence_transformers_around_weights_that_were_given_up(precision: str, tmp_path: Path) -> None:
+    """It takes its device from the first parameter, and sends itself there before each call."""
+    library = pytest.importorskip("sentence_transformers", "5")
+    name = checkpoint(tmp_path / "model")
+    model = library.SentenceTransformer(name, device="cpu")
+    want = xfast.accelerate(library.SentenceTransformer(name, device="cpu"), precision=precision).encode(TEXTS)
+    xfast.accelerate(model, precision=precision, keep_weights=False)
+    got = model.encode(TEXTS)
+    assert model.device.type == "cpu"
+    np.testing.assert_allclose(got, want, atol=2e-5 if precision == "fp32" else 0.05)
+    xfast.save(model[0].auto_model, tmp_path / "packed")
+    model[0].auto_model = xfast.load(tmp_path / "packed")
+    np.testing.assert_array_equal(model.encode(TEXTS), got)

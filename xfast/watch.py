@@ -224,6 +224,11 @@ _training = itemgetter("training")
 
 
 def _is_recorder(hook: object) -> bool:
-    """Whether it only looks: transformers' own, and calibration's, while another thread calibrates."""
+    """Whether it only looks: transformers' own, and calibration's, while another thread calibrates.
+
+    But for the hook of ``enable_input_require_grads``, which is the one of transformers.modeling_utils.
+    """
     place = getattr(hook, "__module__", None) or ""
-    return place.startswith(("transformers.", "xfast.calibration", "xfast.truncation"))
+    return place != "transformers.modeling_utils" and place.startswith(
+        ("transformers.", "xfast.calibration", "xfast.truncation")
+    )

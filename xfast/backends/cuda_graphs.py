@@ -111,8 +111,12 @@ def capture_cuda() -> Capture:
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     output = function()
             except BaseException:
-                # Where a capture cannot be ended, torch leaves its stream current and its pool in use by no one.
+                # Where a capture cannot be ended, torch leaves its stream current, its pool in use by no one, and
+                # before 2.12 (pytorch/pytorch#180395) its allocator capturing for ever; the call fails if it is not.
                 torch.cuda.set_stream(before)
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(before.device_index, pool)
+                    torch._C._cuda_releasePool(before.device_index, pool)
                 pool, side = new()
                 raise
             before.wait_stream(side)
