@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -241,8 +243,8 @@ def test_what_the_exporter_raises_is_typed(old: Path, monkeypatch: pytest.Monkey
     def forward(self: Any, x: Any, y: Any) -> Any:
         return x if x.sum().item() > 0 else y
 
-    forward.__module__ = output.__module__  # a class that was changed by somebody else is refused
-    monkeypatch.setattr(output, "forward", forward)
+    # as if transformers had written it: a class that was changed by somebody else is refused
+    monkeypatch.setattr(output, "forward", FunctionType(forward.__code__, vars(sys.modules[output.__module__])))
     with pytest.raises(export.ExportError, match="XLMRobertaModel was not exported: "):
         export.export_onnx(model, old, force=True)
 
