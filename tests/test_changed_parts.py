@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import xfast
+from xfast.plan import FreedWeight
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
@@ -128,21 +129,30 @@ def test_a_forward_wrapped_by_functools_is_no_stock_forward(restored: Any) -> No
         xfast.accelerate(model)
 
 
-@pytest.mark.parametrize("before", [True, False])
-def test_helpers_of_a_class_that_were_replaced(restored: Any, before: bool) -> None:
+def refused_or_original(change: Callable[[], None], before: bool, match: str) -> None:
+    """A change of transformers' own code is refused by ``accelerate``, and after it the original code runs."""
     model, batch = build(), ragged()
-    cls = type(model.encoder.layer[0])
-    own = cls.feed_forward_chunk
-    if not before:
-        xfast.accelerate(model)
-        model(**batch)
-    restored(cls, "feed_forward_chunk", lambda self, x: 2 * own(self, x))
     if before:
-        with pytest.raises(xfast.UnsupportedModelError, match="feed_forward_chunk of its own"):
+        change()
+        with pytest.raises(xfast.UnsupportedModelError, match=match):
             xfast.accelerate(model)
         return
+    xfast.accelerate(model)
+    model(**batch)
+    change()
     got = model(**batch).last_hidden_state
     assert error(got, xfast.restore(model)(**batch).last_hidden_state) <= LIMIT
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_helpers_of_a_class_that_were_replaced(restored: Any, before: bool) -> None:
+    cls = type(build().encoder.layer[0])
+    own = cls.feed_forward_chunk
+
+    def change() -> None:
+        restored(cls, "feed_forward_chunk", lambda self, x: 2 * own(self, x))
+
+    refused_or_original(change, before, "feed_forward_chunk of its own")
 
 
 def test_masks_of_the_users_own() -> None:
@@ -163,24 +173,16 @@ def test_models_as_transformers_makes_them_pass(family: str) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_standard_attention_that_was_registered_anew(before: bool) -> None:
-    model, batch = build(), ragged()
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def doubled(module: Any, *args: Any, **kwargs: Any) -> Any:
         out, weights = own(module, *args, **kwargs)
         return out * 2, weights
 
-    if not before:
-        xfast.accelerate(model)
-        model(**batch)
-    AttentionInterface.register("sdpa", doubled)
     try:
-        if before:
-            with pytest.raises(xfast.UnsupportedModelError, match="attention is the user's own, 'sdpa'"):
-                xfast.accelerate(model)
-            return
-        got = model(**batch).last_hidden_state
-        assert error(got, xfast.restore(model)(**batch).last_hidden_state) <= LIMIT
+        refused_or_original(
+            lambda: AttentionInterface.register("sdpa", doubled), before, "attention is the user's own, 'sdpa'"
+        )
     finally:
         AttentionInterface.register("sdpa", own)
 
@@ -219,3 +221,11 @@ def test_a_freed_model_has_a_device_and_may_be_sent_there(precision: str, head: 
         model.half()
         with pytest.raises(xfast.WeightsFreedError):
             model(**ragged())
+
+
+def test_a_freed_weight_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = FreedWeight(torch.zeros(2), torch.device("cpu"), requires_grad=True)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)  # where no GPU is
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(to=lambda *_, **__: elsewhere))
+    with pytest.raises(xfast.WeightsFreedError, match="cannot move to cuda:0"):
+        weight.cuda()

@@ -412,8 +412,13 @@ def _is_stock(kind: type, forward: object) -> bool:
 
 def is_theirs(function: Any) -> bool:
     """Whether a function was written in transformers or torch, by itself and by what ``functools.wraps`` hides."""
-    where = getattr(function, "__globals__", {}).get("__name__")
-    return all((name or "").startswith(_STOCK) for name in (getattr(function, "__module__", None), where))
+    says = getattr(function, "__module__", None) or ""
+    return says.startswith(_STOCK) and _written_in(function).startswith(_STOCK)
+
+
+def _written_in(function: Any) -> str:
+    """The module whose names a function sees, whatever it says of itself; empty for other objects."""
+    return getattr(function, "__globals__", {}).get("__name__") or ""
 
 
 _ATTENTION = (None, "eager", "sdpa", "flex_attention", "xfast")
@@ -428,8 +433,7 @@ def is_exact_attention(implementation: str | None) -> bool:
         # whoever has such a model has imported it
         known = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
         registered = known.get(implementation)
-        where = getattr(registered, "__globals__", {}).get("__name__") or ""
-        return registered is None or where.startswith(("transformers.", "torch.", "xfast."))
+        return registered is None or _written_in(registered).startswith(("transformers.", "torch.", "xfast."))
     return implementation.startswith(("flash_attention", "paged|")) or "/" in implementation
 
 

@@ -306,7 +306,7 @@ class EncoderPatch(Patch):
             return _GRADIENTS
         if torch.jit.is_tracing():
             return "torch.jit tracing"
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "the program is capturing a CUDA graph, in which no number of tokens can be waited for"
         if is_transformed():
             return "a functional transform (torch.func) or forward-mode differentiation is active"

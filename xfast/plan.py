@@ -331,7 +331,9 @@ class FreedWeight(nn.Parameter):
         if (wanted.device, wanted.dtype) == (self._home, self.dtype):
             return self
         if wanted.device not in (self._home, torch.device("meta")):
-            raise WeightsFreedError(f"to: the model cannot move to {wanted.device}: {FREED}; load it there")
+            raise WeightsFreedError(
+                f"to: the model cannot move to {wanted.device}: it has no original weights; load it there"
+            )
         return self.data.to(wanted.dtype)
 
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -158,8 +158,8 @@ class InnerWatch:
         self._watch = self._quiet()
         self._type = type(encoder)
         kinds = {type(module) for module in encoder.modules()}
-        self._forwards = [(kind, kind.forward) for kind in kinds]
-        self._helpers = [(kind, name, getattr(kind, name)) for kind in kinds for name in HELPERS if hasattr(kind, name)]
+        names = ("forward", *HELPERS)
+        self._methods = [(kind, name, getattr(kind, name)) for kind in kinds for name in names if hasattr(kind, name)]
 
     def refusal(self, encoder: nn.Module, training: bool = False) -> str | None:
         """Why the original code must run, or None.
@@ -169,10 +169,11 @@ class InnerWatch:
             training: it trains on packed tokens: then its parts run themselves, dropout included, but not the modules
                 that hold them.
         """
-        if type(encoder) is not self._type or any(kind.forward is not forward for kind, forward in self._forwards):
+        if type(encoder) is not self._type:
             return "the forward of a class was replaced since the weights were packed"
-        if any(getattr(kind, name, None) is not method for kind, name, method in self._helpers):
-            return "a method of a class was replaced since the weights were packed"
+        for kind, name, method in self._methods:
+            if getattr(kind, name, None) is not method:
+                return f"the {name} of a class was replaced since the weights were packed"
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return "a forward hook is registered for every module"
         watch = self._watch

@@ -21,7 +21,7 @@ from xfast.encode.rows import (
     with_largest,
     wrong,
 )
-from xfast.encode.settings import Settings
+from xfast.encode.settings import Settings, is_unicode
 from xfast.errors import DataFileError
 
 Line = tuple[int, bytes]  # line number from 1, the line
@@ -173,11 +173,7 @@ def _row(line: bytes, settings: Settings) -> tuple[dict[str, Any], str | None]:
 
 
 def _is_unicode(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return is_unicode(json.dumps(row, ensure_ascii=False))
 
 
 def _table(rows: list[dict[str, Any]], there: list[str], path: str, settings: Settings) -> pa.Table:

@@ -151,6 +151,11 @@ def unify(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
         raise DataFileError(f"{path}: {error}; what comes before has another type there") from None
     for path, schema in schemas:
         for column in schema:
+            if _has_twins(column.type):
+                raise DataFileError(
+                    f"{path}: column {column.name!r} is {column.type}, with two fields of one name; name the columns "
+                    "to copy with --keep"
+                )
             _refuse_rounding(path, column, result.field(column.name).type)
     unsigned = {field.name for _, schema in schemas for field in schema if field.type == pa.uint64()}
     result = pa.schema(  # Arrow takes int64 for both, which the larger half of uint64 does not fit
@@ -185,10 +190,15 @@ def _rounds(kind: pa.DataType, common: pa.DataType) -> bool:
         return bool(pa.types.is_floating(common))
     inner = [kind.field(i) for i in range(kind.num_fields)]
     if pa.types.is_struct(kind):
-        if len({one.name for one in inner}) != len(inner):
-            raise DataFileError(f"a copied column holds two fields of one name ({kind}); name the others with --keep")
         return any(_rounds(one.type, common.field(one.name).type) for one in inner)
     return any(_rounds(one.type, common.field(i).type) for i, one in enumerate(inner[: common.num_fields]))
+
+
+def _has_twins(kind: pa.DataType) -> bool:
+    """Whether a type holds a struct with two fields of one name, which can only be told apart by their places."""
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    twins = pa.types.is_struct(kind) and len({one.name for one in inner}) != len(inner)
+    return twins or any(_has_twins(one.type) for one in inner)
 
 
 def _is_empty(kind: pa.DataType) -> bool:

@@ -162,10 +162,8 @@ def require_unicode(option: str, path: Path) -> None:
     Raises:
         InvalidOptionError: a part of the path is none.
     """
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError:
-        raise InvalidOptionError(f"{option}: {os.fsencode(path)!r} is not UTF-8; rename it") from None
+    if not is_unicode(str(path.absolute())):
+        raise InvalidOptionError(f"{option}: {os.fsencode(path)!r} is not UTF-8; rename it")
 
 
 def _at_least_one(name: str, value: int | None) -> None:
