@@ -16,9 +16,9 @@ class Watch {
  public:
   using Object = std::tuple<uintptr_t, int64_t, int64_t>;  // address, bytes, bytes behind each of its pointers
 
-  // dicts: whose values must stay the same objects. modules: whose types must. states: dicts that must not get a key
-  // "forward". tensors, counted: whose memory and version must stay. samples: memory to look into. objects: what to
-  // prefetch. scalars: dicts and keys whose value must stay the same object.
+  // dicts: whose values must stay the same objects. modules: whose types and own dicts must. states: dicts that must
+  // not get a key "forward". tensors, counted: whose memory and version must stay. samples: memory to look into.
+  // objects: what to prefetch. scalars: dicts and keys whose value must stay the same object.
   Watch(const py::list& dicts, const py::list& modules, const py::list& states, const py::list& tensors,
         const py::list& counted, const std::vector<py::array>& samples, const std::vector<Object>& objects,
         const std::vector<std::pair<py::dict, py::str>>& scalars)
@@ -80,8 +80,12 @@ class Watch {
       while (PyDict_Next(dict, &position, &key, &value) != 0)
         if (!visit(reinterpret_cast<uintptr_t>(value))) return false;
     }
-    for (PyObject* module : modules_)
+    for (PyObject* module : modules_) {
       if (!visit(reinterpret_cast<uintptr_t>(Py_TYPE(module)))) return false;
+      const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+      if (!dict) throw py::error_already_set();
+      if (!visit(reinterpret_cast<uintptr_t>(dict.ptr()))) return false;
+    }
     for (const auto& [dict, key] : scalars_)
       if (!visit(reinterpret_cast<uintptr_t>(PyDict_GetItemWithError(dict, key.ptr())))) return false;
     for (PyObject* tensor : tensors_)

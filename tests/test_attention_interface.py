@@ -173,6 +173,27 @@ def test_a_packing_that_was_made_without_gradients_is_not_saved_for_them() -> No
     assert q.grad is not None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_is_packed_once_a_forward(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xfast.kernels import packing
+
+    calls: list[int] = []
+    own = packing.unpad
+    monkeypatch.setattr(packing, "unpad", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    model, batch = model_of(), moved(ragged())
+    with mode():
+        mask = batch["attention_mask"].clone()
+        for columns in (17, 5):
+            mask[:, columns:] = 0
+            call = {**batch, "attention_mask": mask}
+            model.set_attn_implementation("sdpa")
+            want = model(**call)[0]
+            model.set_attn_implementation("xfast")
+            calls.clear()
+            assert norm_error(at_tokens(model(**call)[0], mask), at_tokens(want, mask)) <= 1e-5
+            assert len(calls) == 1
+
+
 def test_compiled_graphs_keep_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """To a compiled graph a mask of the same shape, alive as the last one is, would be the same mask."""
     from xfast.kernels import packing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -70,10 +71,10 @@ def _chunk(model: Any) -> None:
     layer.feed_forward_chunk = lambda x: 2 * type(layer).feed_forward_chunk(layer, x)
 
 
-CHANGES = [_adapter, _linear, _relu, _unnamed, _causal, _head_size, _odd_activation]
+CHANGES = [_adapter, _linear, _relu, _unnamed, _causal, _head_size, _odd_activation, _chunk]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, _chunk])
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_before_accelerate_is_refused(change: Callable[[Any], None]) -> None:
     model = build()
     change(model)
@@ -99,6 +100,53 @@ def test_changed_after_accelerate_runs_the_original(change: Callable[[Any], None
     want = outcome(stock)
     assert got is want if isinstance(want, type) else error(got, want) <= LIMIT
     assert fallbacks(model)
+
+
+def _dense(model: Any) -> Any:
+    return model.encoder.layer[1].output.dense
+
+
+def _doubled(model: Any) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(2 * one, requires_grad=False) for name, one in _dense(model).named_parameters()}
+
+
+def _other_modules(model: Any) -> None:
+    other = copy.deepcopy(_dense(model))
+    other._parameters.update(_doubled(model))
+    model.encoder.layer[1].output._modules = {**model.encoder.layer[1].output._modules, "dense": other}
+
+
+def _other_parameters(model: Any) -> None:
+    _dense(model)._parameters = _doubled(model)
+
+
+def _other_state(model: Any) -> None:
+    _dense(model).__dict__ = {**_dense(model).__dict__, "_parameters": _doubled(model)}
+
+
+def _hook_in_a_new_table(model: Any) -> None:
+    _dense(model)._forward_hooks = OrderedDict()  # how many clear a module's hooks
+    _dense(model).register_forward_hook(lambda _, __, output: output * 2)
+
+
+def _pre_hook_in_a_new_table(model: Any) -> None:
+    _dense(model)._forward_pre_hooks = OrderedDict()
+    _dense(model).register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+
+
+TABLES = [_other_modules, _other_parameters, _other_state, _hook_in_a_new_table, _pre_hook_in_a_new_table]
+
+
+@pytest.mark.parametrize("change", TABLES)
+def test_tables_of_a_module_that_were_replaced(change: Callable[[Any], None]) -> None:
+    model, batch = xfast.accelerate(build()), ragged()
+    before = model(**batch).last_hidden_state
+    change(model)
+    got = model(**batch).last_hidden_state
+    want = xfast.restore(model)(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    assert error(got[real], want[real]) <= LIMIT
+    assert error(before[real], want[real]) > 1e-3
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
@@ -272,6 +273,83 @@ def test_edits_in_place_between_encoder_and_head(head: str, mode: Any) -> None:
         got = model(**batch).logits[real]
         assert error(got, xfast.restore(model)(**batch).logits[real]) <= LIMIT
     assert error(got, clean) > 1e-3
+
+
+class Doubling(nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        states.data.mul_(2)  # counted by no version
+        return states
+
+
+def hook_that_doubles(_: Any, __: Any, output: Any) -> None:
+    (output if isinstance(output, torch.Tensor) else output[0]).data.mul_(2)
+
+
+def double_in_a_hook(model: Any) -> None:
+    model.dropout.register_forward_hook(hook_that_doubles)
+
+
+def double_in_a_hook_of_the_encoder(model: Any) -> None:
+    model.roberta.register_forward_hook(hook_that_doubles)
+
+
+def double_in_a_module(model: Any) -> None:
+    model.dropout = Doubling()
+
+
+def double_in_a_wrapper(model: Any) -> None:
+    own = model.roberta.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output[0].data.mul_(2)
+        return output
+
+    model.roberta.forward = forward
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(
+    "change", [double_in_a_hook, double_in_a_hook_of_the_encoder, double_in_a_module, double_in_a_wrapper]
+)
+def test_edits_without_a_trace_between_encoder_and_head(change: Callable[[Any], None], mode: Any) -> None:
+    model, batch = xfast.accelerate(build(head="token-classification")), ragged()
+    real = batch["attention_mask"].bool()
+    with mode():
+        model(**batch)
+        change(model)
+        got = model(**batch).logits[real]
+        stock = build(head="token-classification")
+        change(stock)
+        assert error(got, stock(**batch).logits[real]) <= LIMIT
+    assert not fallbacks(model)
+
+
+def test_a_head_that_attends_is_given_whole_sequences() -> None:
+    model, batch = build(head="token-classification"), ragged()
+    model.classifier = copy.deepcopy(model.roberta.encoder.layer[0])
+    xfast.accelerate(model)
+    assert error(model(**batch).logits, model.classifier(model.roberta(**batch).last_hidden_state)) <= LIMIT
+
+
+def test_gradients_of_a_weight_that_is_no_parameter() -> None:
+    model, batch = xfast.accelerate(build()).requires_grad_(False), ragged()
+    dense = model.encoder.layer[1].output.dense
+    weight = dense.weight.clone().requires_grad_()
+    del dense.weight
+    dense.weight = weight
+    with torch.enable_grad(), pytest.warns(UserWarning, match="gradients are enabled"):
+        model(**batch).last_hidden_state.sum().backward()
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("given", [{}, {"return_dict": None}, {"return_dict": True}, {"return_dict": False}])
+@pytest.mark.parametrize("configured", [True, False, None])
+def test_the_kind_of_output_is_the_originals(configured: bool | None, given: dict[str, Any]) -> None:
+    model, batch = build(), ragged()
+    model.config.return_dict = configured
+    want = type(model(**batch, **given))
+    assert type(xfast.accelerate(model)(**batch, **given)) is want
 
 
 @pytest.mark.parametrize("before", [True, False])

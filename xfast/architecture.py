@@ -131,6 +131,10 @@ class EncoderWeights:
                 if getattr(module, parameter, None) is not None:
                     yield f"{self.names[key]}.{parameter}", module, parameter
 
+    def loose(self) -> list[tuple[nn.Module, str]]:
+        """(module, attribute name) of weights that are plain attributes, in no module's parameters."""
+        return [(module, name) for _, module, name in self.parameters() if name in module.__dict__]
+
 
 def supported_families() -> str:
     """Human-readable list of the encoder classes that can be accelerated."""

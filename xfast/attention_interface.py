@@ -20,6 +20,7 @@ from torch import nn
 
 from xfast.backends.triton import MIN_CAPABILITY
 from xfast.errors import InvalidInputError, UnsupportedModelError
+from xfast.watch import version_of
 
 NAME = "xfast"
 _HARMLESS = frozenset(
@@ -29,7 +30,8 @@ _HARMLESS = frozenset(
     )
 )
 """Arguments that do not change what attention computes; any other that is given is refused."""
-_recent = threading.local()  # .packing: the last mask (weakly), its version and its packing; all layers share a mask
+# .packing: the last mask (weakly), its version and its packing, as all layers share a mask; .own: see attention_mask_of
+_recent = threading.local()
 
 
 def attention_forward(
@@ -149,9 +151,9 @@ def _packing(mask: torch.Tensor) -> _Packing:
     from xfast.kernels.packing import unpad
 
     # torch.compile would take a mask of the same shape for the same mask
-    keeps = not torch.compiler.is_compiling() and not mask.is_inference()
+    keeps = not torch.compiler.is_compiling() and (not mask.is_inference() or _own() is mask)
     recent = getattr(_recent, "packing", None) if keeps else None
-    if recent is not None and recent[0]() is mask and recent[1] == mask._version:
+    if recent is not None and recent[0]() is mask and recent[1] == version_of(mask):
         kept: _Packing = recent[2]
         if torch.is_inference_mode_enabled() or not kept[0].is_inference():  # else backward could not save it
             return kept
@@ -164,8 +166,13 @@ def _packing(mask: torch.Tensor) -> _Packing:
     source = torch.where(places < rows.info[0], rows.source[: batch * length], places)
     packing = (source.long(), rows.cu_seqlens)
     if keeps:
-        _recent.packing = (weakref.ref(mask), mask._version, packing)
+        _recent.packing = (weakref.ref(mask), version_of(mask), packing)
     return packing
+
+
+def _own() -> torch.Tensor | None:
+    own = getattr(_recent, "own", None)
+    return None if own is None else own()
 
 
 def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | None:
@@ -191,7 +198,13 @@ def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | 
             f"attn_implementation='xfast' is self-attention; got a mask for {int(queries)} queries and {kv_length} keys"
         )
     mask: torch.Tensor | None = others.get("attention_mask")
-    return None if mask is None else mask[:, -kv_length:]
+    if mask is None:
+        return None
+    mask = mask[:, -kv_length:]
+    if not torch.compiler.is_compiling() and mask.is_inference():
+        mask = mask.clone()  # it does not count its changes: a copy for this forward alone will see none
+        _recent.own = weakref.ref(mask)
+    return mask
 
 
 def register() -> None:

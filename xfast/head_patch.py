@@ -62,6 +62,7 @@ class HeadPatch(Patch):
             "first" if self.rule.rows == "first" and self.reads_as_ruled(patch) else "all",
             self._loss_over_padding(args, kwargs),
             needs_first=self.rule.pools or self.rule.rows == "first",
+            untouched=self.rule.rows == "all" and self._passes_on(patch),
         )
         with context_of(patch, context):
             return self.original(*args, **kwargs)
@@ -74,6 +75,11 @@ class HeadPatch(Patch):
         if self.rule.rows != "first":
             return True
         return selects_first(patch.module.pooler if self.rule.pooled else reader) and not _is_watched(patch)
+
+    def _passes_on(self, patch: EncoderPatch) -> bool:
+        """Whether the head's module is given the encoder's output as it is: what edits it might leave no trace."""
+        between = (one for one in self.module.children() if one is not patch.module)
+        return not _is_watched(patch) and all(is_plain(one) for one in between)
 
     def _is_as_it_was(self, patch: EncoderPatch) -> bool:
         """Whether the head's class has the same rule, and the encoder its place in the head."""
@@ -122,8 +128,8 @@ class TokenHeadPatch(HeadPatch):
             or context is None
             or kwargs
             or len(args) != 1
-            or not is_plain(self.module)
-            or not _same_values(args[0], context.padded, patch)
+            or not context.untouched
+            or not _same_values(args[0], context.padded)
         ):
             return self.original(*args, **kwargs)
         packed, hidden = context.packed, context.hidden
@@ -173,7 +179,7 @@ def _is_watched(patch: EncoderPatch) -> bool:
     return is_observed(patch.module) or patch.module.__dict__.get("forward") is not patch
 
 
-def _same_values(features: Any, padded: torch.Tensor | None, patch: EncoderPatch) -> bool:
+def _same_values(features: Any, padded: torch.Tensor | None) -> bool:
     """Whether the head was given the encoder's output as it was (dropout in eval mode passes it through)."""
     return (
         padded is not None
@@ -181,5 +187,5 @@ def _same_values(features: Any, padded: torch.Tensor | None, patch: EncoderPatch
         and features.shape == padded.shape
         and features.data_ptr() == padded.data_ptr()
         and features.stride() == padded.stride()
-        and not (_is_watched(patch) if features.is_inference() else features._version)
+        and (features.is_inference() or not features._version)
     )

@@ -96,8 +96,15 @@ def head_module(model: nn.Module, rule: HeadRule) -> nn.Module | None:
     return None
 
 
-# Modules that treat every row of their input alone
+# Modules that treat every row of their input alone; of transformers' own by the ending of their names
 _ROWWISE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.Tanh, nn.GELU, nn.ReLU)
+_HEADS = ("LMHead", "MLMHead", "NSPHead", "PredictionHead", "PredictionHeadTransform", "ClassificationHead", "Pooler")
+
+
+def _is_rowwise(kind: type) -> bool:
+    if not kind.__module__.startswith("transformers."):
+        return kind in _ROWWISE
+    return kind.__module__ == "transformers.activations" or kind.__name__.endswith(_HEADS)  # others may attend
 
 
 def is_plain(module: nn.Module | None) -> bool:
@@ -105,9 +112,7 @@ def is_plain(module: nn.Module | None) -> bool:
     if module is None:
         return True
     for part in module.modules():
-        if not is_stock(type(part)) or (
-            type(part) not in _ROWWISE and not type(part).__module__.startswith("transformers.")
-        ):
+        if not is_stock(type(part)) or not _is_rowwise(type(part)):
             return False
         if part._forward_hooks or part._forward_pre_hooks:
             return False

@@ -124,10 +124,13 @@ def _argument_names(cls: type[nn.Module], previous: Any) -> tuple[str, ...]:
 class HeadContext:
     """What a head tells its encoder for one call, and what the encoder leaves for the head's packed module."""
 
-    def __init__(self, rows: str, original: str | None = None, needs_first: bool = False) -> None:
+    def __init__(
+        self, rows: str, original: str | None = None, needs_first: bool = False, untouched: bool = False
+    ) -> None:
         self.rows = rows
         self.original = original  # why the encoder must run its original code, or None
         self.needs_first = needs_first  # column 0 must have its original value even where it is masked
+        self.untouched = untouched  # nothing of the user's stands between the encoder and the head's module
         self.padded: torch.Tensor | None = None
         self.packed: Batch | None = None
         self.hidden: torch.Tensor | None = None
@@ -260,6 +263,8 @@ class EncoderPatch(Patch):
             raise CannotRunError("no backend runs this model")
         if (reason := self.plan.inner.refusal(module)) is not None:
             raise CannotRunError(reason)
+        if torch.is_grad_enabled() and any(getattr(*one).requires_grad for one in self.plan.weights.loose()):
+            raise CannotRunError(_GRADIENTS)
         _refuse_elsewhere(call, engine.device)
         return engine
 
@@ -372,9 +377,10 @@ class EncoderPatch(Patch):
         """What the original returns for this call, of the same kind; its pooler reads ``last``."""
         pooler = getattr(module, "pooler", None)
         output = encoder_output(last, None if pooler is None else pooler(last), states, attentions)
-        if _flag(module, call, "return_dict", True):
+        wanted, old = _flag(module, call, "return_dict", True), "return_dict" in self._names
+        if wanted or (wanted is None and not old):  # None in a config means no to transformers 4 only
             return output
-        if "return_dict" not in self._names:
+        if not old:
             return output.to_tuple()
         # transformers 4: the encoder builds the tuple itself and keeps an empty pooler's place
         return (last, output.pooler_output, *(each for each in (states, attentions) if each is not None))

@@ -44,11 +44,11 @@ class WeightWatch:
             owners.append(cast("Any", encoder).embeddings._buffers)
         plain = [tensor for tensor in tensors if is_plain_tensor(tensor)]  # the others are told by their identity
         dicts = [*children, *owners]
+        scalars = [(m.__dict__, name) for m in modules for name in (*_SCALARS, *_TABLES) if name in m.__dict__]
+        scalars += [(m.__dict__, name) for m in modules for name in HELPERS if hasattr(type(m), name)]
+        scalars += [(m.__dict__, name) for m, name in weights.loose()]
+        held = [state.get(name) for state, name in scalars]
         # An id may be given to a new object once its owner is gone: these keep everything that is compared alive.
-        scalars = [(m.__dict__, name) for m in modules for name in _SCALARS if name in m.__dict__]
-        # weights that are plain attributes, in no module's parameters
-        scalars += [(m.__dict__, name) for _, m, name in weights.parameters() if name in m.__dict__]
-        held = [state[name] for state, name in scalars]
         self._kept = (modules, dicts, states, tensors, [list(values.values()) for values in dicts], scalars, held)
         self._watch = _C.Watch(
             dicts,
@@ -132,6 +132,7 @@ def _tensor_objects(tensors: list[torch.Tensor]) -> Iterator[tuple[int, int, int
 # Of LayerNorms, of attention, of embeddings and of activations
 _SCALARS: tuple[str, ...] = ("eps", "scaling", "max_norm", "padding_idx", "act", "approximate")
 _SCALARS += ("is_causal", "attention_head_size", "num_attention_heads", "intermediate_act_fn")
+_TABLES = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _LINE = 64
 _HEADER, _IMPL, _TABLE = 48, 3 * _LINE, 3 * _LINE
 
