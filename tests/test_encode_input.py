@@ -86,7 +86,7 @@ BAD_LINES = {
 def test_bad_lines(tmp_path: Path, base: Path, write: Any, line: bytes, reason: str) -> None:
     good = [json.dumps(row).encode() for row in GOOD]
     path = write("in.jsonl", b"\n".join([good[0], b"", good[1], line, good[2]]))
-    refused(DataFileError, tmp_path, base, path, f"{path}:4: ", reason, "on-error skip", shard_rows=2)
+    refused(DataFileError, tmp_path, base, path, f"{path}:4: ", reason, "--on-error skip", shard_rows=2)
     summary = encode.run(path, tmp_path / "out", base, shard_rows=2, on_error="skip")
     assert summary.totals["rows"] == 3 and summary.totals["skipped"] == 1
     assert encode.read(tmp_path / "out").column("id").to_pylist() == [0, 1, 2]

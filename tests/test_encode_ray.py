@@ -149,7 +149,7 @@ def test_a_bad_row_on_a_worker_is_a_typed_error_here(tmp_path: Path, base: Path)
     path = encode.parquet(tmp_path / "in.parquet", {"text": ["a", "b", None]})
     with Job(path, tmp_path / "out", base, "--shard-rows", "2") as job:
         assert job.process.wait(SECONDS) == 2
-    assert f"error: {path}, row 2: 'text' is null (on-error skip leaves such rows out)" in job.stderr
+    assert f"error: {path}, row 2: 'text' is null (--on-error skip leaves such rows out)" in job.stderr
     assert shards_of(tmp_path / "out") <= 1
 
 

@@ -121,7 +121,7 @@ def refuse_or_skip(skipped: list[tuple[str, str]], where: str, reason: str, sett
         DataFileError: bad rows are not to be left out.
     """
     if settings.on_error == "fail":
-        raise DataFileError(f"{where}: {reason} (on-error skip leaves such rows out)")
+        raise DataFileError(f"{where}: {reason} (--on-error skip leaves such rows out)")
     skipped.append((where, reason))
 
 

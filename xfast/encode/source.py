@@ -69,7 +69,7 @@ def plan(files: Sequence[InputFile], settings: Settings) -> tuple[list[Shard], p
     for file in files:
         if file.size == 0:
             if settings.on_error == "fail":
-                raise DataFileError(f"{file.path}: the file is empty (on-error skip leaves it out)")
+                raise DataFileError(f"{file.path}: the file is empty (--on-error skip leaves it out)")
             left_out.append((file.path, "the file is empty"))
             continue
         found, schema = _READERS[file.kind].plan(file.path, settings)
