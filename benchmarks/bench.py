@@ -21,7 +21,13 @@ from xfast import _C
 from xfast.benchmarks import harness, metrics, peers, workloads
 from xfast.benchmarks.isa import SWITCHES
 from xfast.benchmarks.models import SIZES, model_of
-from xfast.errors import BackendUnavailableError, InvalidOptionError, require_one_of
+from xfast.errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    InvalidOptionError,
+    XfastError,
+    require_one_of,
+)
 from xfast.machine import machine
 from xfast.terminal import listed
 
@@ -85,6 +91,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     for name in options.works:  # what is wrong shows before gigabytes are made
         workloads.workload(name, data_dir=options.data, seed=options.seed)
+    _calibration(options)
     settings = harness.Settings(
         options.engines, options.counts, options.rounds, options.isa, options.zentorch_python or None
     )
@@ -103,15 +110,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         works, config, job = _prepare(options, Path(name))
         with harness.Session(settings, Path(name), show) as session:
             session.start(job)
+            _require_engines(session.measured)
             reference = None
             if peers.REFERENCE not in (runner.engine for runner in session.measured.runners):
                 reference = _reference(job["model"], works)
             slow = session.warm(works, reference)
-            if not session.measured.runners:
-                reasons = "; ".join(f"{label}: {reason}" for label, reason in session.measured.skipped)
-                raise BackendUnavailableError(f"no engine could be run: {reasons}")
+            _require_engines(session.measured)
             session.measure(works, slow)
             return document(options, works, config, session.measured)
+
+
+def _require_engines(measured: harness.Measured) -> None:
+    if not measured.runners:
+        reasons = "; ".join(f"{label}: {reason}" for label, reason in measured.skipped)
+        raise BackendUnavailableError(f"no engine could be run: {reasons}")
 
 
 def _prepare(options: Options, folder: Path) -> tuple[list[workloads.Workload], Any, dict[str, Any]]:
@@ -121,14 +133,25 @@ def _prepare(options: Options, folder: Path) -> tuple[list[workloads.Workload], 
     model.save_pretrained(folder / "model")
     shape = workloads.Model.of(model.config)
     works = [workloads.workload(name, shape, data_dir=options.data, seed=options.seed) for name in options.works]
-    calibration = workloads.workload("xnli", shape, data_dir=options.data, seed=options.seed + 1)
+    calibration = _calibration(options, shape)
     job = {
         "model": str(folder / "model"),
         "batches": {work.name: harness.save_batches(work, folder / f"{i}.npz") for i, work in enumerate(works)},
-        "calibration": harness.save_batches(calibration, folder / "calibration.npz"),
+        "calibration": None if calibration is None else harness.save_batches(calibration, folder / "calibration.npz"),
         "first": harness.save_batches(workloads.workload("1x32", shape), folder / "first.npz"),
     }
     return works, model.config, job
+
+
+def _calibration(options: Options, shape: workloads.Model = workloads.XLMR) -> workloads.Workload | None:
+    """What engines set their ranges by, or None if none does."""
+    names = [name for name in options.engines if peers.ENGINES[name].calibrated and peers.missing(name) is None]
+    if not names:
+        return None
+    try:
+        return workloads.workload("xnli", shape, data_dir=options.data, seed=options.seed + 1)
+    except XfastError as error:
+        raise InvalidInputError(f"{names[0]} is calibrated on xnli: {error}; or leave it out of the peers") from None
 
 
 def _reference(folder: str, works: Sequence[workloads.Workload]) -> dict[str, np.ndarray]:

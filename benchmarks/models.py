@@ -200,6 +200,8 @@ class SeededTensors:
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Loads the encoder of a local checkpoint or of one on the Hub, in ``dtype``, in evaluation mode.
 
+    Without a pooler where the checkpoint has none.
+
     Raises:
         InvalidOptionError: ``name`` is a path that does not lead to a directory.
         InvalidInputError: the checkpoint cannot be loaded or lacks weights of the encoder.
@@ -227,6 +229,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise InvalidInputError(f"model: {name}: {len(missing)} weights are missing, {missing[0]} among them")
+    if loaded["missing_keys"]:
+        model.pooler = None  # transformers would draw another one in every process
     return model.eval()
 
 

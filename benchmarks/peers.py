@@ -35,6 +35,7 @@ class Engine:
         options: further arguments of ``build``.
         needs_flags: it needs one of these CPU flags to be worth running.
         own_python: it lives in a Python environment of its own.
+        calibrated: ``build`` sets ranges by the activations of ``calibration``.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Engine:
     options: Mapping[str, Any] = field(default_factory=dict)
     needs_flags: tuple[str, ...] = ()
     own_python: bool = False
+    calibrated: bool = False
 
     @property
     def family(self) -> str:
@@ -77,7 +79,7 @@ ENGINES: dict[str, Engine] = {
         Engine("onnxruntime-int8", "peers_onnx", _ONNX),
         Engine("openvino-fp32", "peers_openvino", _OPENVINO),
         Engine("openvino-bf16", "peers_openvino", _OPENVINO, needs_flags=_BF16_FLAGS),
-        Engine("openvino-int8", "peers_openvino", {**_OPENVINO, "nncf": "nncf"}),
+        Engine("openvino-int8", "peers_openvino", {**_OPENVINO, "nncf": "nncf"}, calibrated=True),
         Engine("ctranslate2-fp32", "peers_ctranslate2", {"ctranslate2": "ctranslate2"}),
         Engine("ctranslate2-int8", "peers_ctranslate2", {"ctranslate2": "ctranslate2"}),
         Engine("zentorch-bf16", "peers_zentorch", {"zentorch": "zentorch"}, own_python=True),
@@ -107,7 +109,11 @@ def choose(peers: str, precisions: Iterable[str]) -> list[str]:
             families = ", ".join(dict.fromkeys(engine.family for engine in rest))
             accepted = f"all, none, {families}, or one of them with -{', -'.join(PRECISIONS)}"
             raise InvalidOptionError(f"peers: {name!r} is not accepted; accepted: {accepted}")
-        chosen += [engine.name for engine in found if engine.precision in wanted or engine.name == name]
+        fitting = [engine.name for engine in found if engine.precision in wanted or engine.name == name]
+        if not fitting and name != "all":
+            has = ", ".join(engine.name for engine in found)
+            raise InvalidOptionError(f"peers: {name} has no engine in {', '.join(wanted)}; accepted: {has}")
+        chosen += fitting
     return list(dict.fromkeys(chosen))
 
 

@@ -69,7 +69,7 @@ class _Engine:
         model = _load(job["model"])
         self._tensors = [weakref.ref(tensor) for tensor in model.parameters()]
         module = _by_file(job["module"])
-        calibration = _read_batches(job["calibration"])
+        calibration = _read_batches(job["calibration"]) if job["calibration"] else []
         first = _read_batches(job["first"])[0]
         start = time.perf_counter()
         self._run = module.build(

@@ -26,7 +26,7 @@ import xfast
 from xfast import _C
 from xfast.benchmarks import bench, harness, isa, peers, plot, report
 from xfast.cli import app
-from xfast.errors import BackendUnavailableError, InvalidOptionError
+from xfast.errors import BackendUnavailableError, InvalidInputError, InvalidOptionError
 
 runner = CliRunner()
 
@@ -160,7 +160,7 @@ def test_a_plot_that_cannot_be_written(run: tuple[dict[str, Any], str, Path], tm
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = runner.invoke(app, ["bench", "--plot", "never.png"])
     assert result.exit_code == 2 and "pip install matplotlib" in result.stderr, result.output
 
@@ -232,8 +232,20 @@ def test_too_little_memory_is_a_reason_and_no_crash() -> None:
 
 def test_no_engine_at_all_is_an_error(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.Session, "_build", lambda *_: "out of luck")
+    monkeypatch.delattr(bench, "_reference")  # nobody needs it
     with pytest.raises(BackendUnavailableError, match="xfast-int8: out of luck"):
         bench.run(bench.Options(str(small), "1x8", "int8", "none", "1", rounds=1), Console(file=io.StringIO()))
+
+
+def test_only_engines_that_are_calibrated_need_text_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "xtreme" / "tatoeba").mkdir(parents=True)
+    options = bench.Options(workload="1x8", precision="int8", peers="openvino", data=tmp_path)
+    monkeypatch.setattr(peers, "missing", lambda _: "openvino nncf")
+    assert bench._calibration(options) is None
+    monkeypatch.setattr(peers, "missing", lambda _: None)
+    with pytest.raises(InvalidInputError, match=r"openvino-int8 is calibrated on xnli: .*; or leave it out"):
+        bench._calibration(options)
+    assert bench._calibration(bench.Options(workload="1x8", precision="int8", peers="none", data=tmp_path)) is None
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,13 @@ def test_choose(wanted: str, precisions: Any, found: list[str]) -> None:
     assert peers.choose(wanted, precisions) == found
 
 
-@pytest.mark.parametrize(("wanted", "precision"), [("tensorrt", "int8"), ("", "int8"), ("all", "int4"), ("all", "")])
+@pytest.mark.parametrize(
+    ("wanted", "precision"),
+    [
+        *[("tensorrt", "int8"), ("", "int8"), ("all", "int4"), ("all", "")],
+        *[("transformers", "int8"), ("openvino,ctranslate2", "bf16")],
+    ],
+)
 def test_names_that_are_not_accepted(wanted: str, precision: str) -> None:
     with pytest.raises(InvalidOptionError, match="accepted: "):
         peers.choose(wanted, [precision])

@@ -153,9 +153,10 @@ def test_long_forests_are_cut_and_say_so() -> None:
     assert not isinstance(made, str) and "Of 61 comparisons the first 40." in made.caption
 
 
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(BackendUnavailableError, match="plots: needs matplotlib; pip install matplotlib scipy"):
+@pytest.mark.parametrize("module", ["matplotlib", "scipy"])
+def test_without_what_it_is_drawn_with(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BackendUnavailableError, match=f"plots: needs {module}; pip install matplotlib scipy"):
         plots(FULL)
 
 

@@ -57,6 +57,7 @@ def test_every_cell_is_measured_in_every_arm(finished: tuple[Path, dict[str, Any
         assert set(cell["ratios"]) == {INTERMEDIATE, CONTROL}
         assert cell["rounds"] == 2
     assert not document["skipped"]
+    assert document["machine"]["threads"] == TINY.threads
     assert {one["engine"] for one in document["memory"]} == set(TINY.engines)
     assert all(one["peak_bytes"] > 1e8 for one in document["memory"])
     assert [cell["language"] for cell in document["cells"]] == ["sw"] * 4 + ["en"] * 4

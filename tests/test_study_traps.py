@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import study as builder
 import test_study_summary as made_up
+import torch
 
+from xfast.benchmarks.models import load_model, random_model
 from xfast.errors import InvalidOptionError
 from xfast.machine import machine
-from xfast.study import answer, contents, equivalence, fronts, plots_arms, plots_speed, summary, view
+from xfast.study import answer, arms, contents, equivalence, fronts, plots_arms, plots_speed, run, summary, view
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
 from xfast.study.drawing import Drawing
 from xfast.study.factors import Settings
-from xfast.study.profiles import save_profiles
+from xfast.study.profiles import load_profiles, save_profiles
+from xfast.study.run import Plan
 from xfast.study.store import Store
 from xfast.study.work import Texts
 
@@ -153,6 +156,34 @@ def test_options_are_refused_before_anything_is_measured(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidOptionError, match="path: cannot write"):
         save_profiles([], tmp_path / "file" / "p.json", tokenizer="t", measured="m", date="2026-01-01")
+
+
+def test_two_arms_of_a_checkpoint_without_a_pooler_have_the_same_weights(tmp_path: Path) -> None:
+    random_model("tiny").save_pretrained(tmp_path)
+    one, other = (arms.with_head(load_model(str(tmp_path)), "xcopa", seed=3).state_dict() for _ in range(2))
+    assert "roberta.pooler.dense.weight" in one
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_languages_that_were_found_since_need_a_study_of_their_own(tmp_path: Path) -> None:
+    """Their probes and scores would never be measured."""
+    all_of_them, path = load_profiles(), tmp_path / "profiles.json"
+
+    def planned(*languages: str) -> Plan:
+        chosen = [one for one in all_of_them if one.task == "xnli" and one.language in languages]
+        save_profiles(chosen, path, tokenizer="t", measured="m", date="2026-01-01")
+        return run.plan(settings, Texts(settings), output=tmp_path)
+
+    settings = Settings(sizes=("tiny",), tasks=("xnli",), profiles=str(path), engines=("native:int8",))
+    first = planned("sw", "ur")
+    for plan in (first, planned("sw")):
+        store = Store(tmp_path / "study", settings, machine(), resume=plan is not first)
+        run._prepare(plan, store)
+        store.close()
+    store = Store(tmp_path / "study", settings, machine(), resume=True)
+    with pytest.raises(InvalidOptionError, match="xnli in vi was not in the data or profiles when it was begun"):
+        run._prepare(planned("sw", "vi"), store)
+    store.close()
 
 
 def test_rates_are_never_written_with_an_exponent() -> None:

@@ -134,7 +134,7 @@ def bench(
         if path is not None:
             files.require_place(option, path)
     if plot is not None:
-        figures.require("plot", "matplotlib")
+        figures.require("plot")
     options = bench.Options(model, workload, precision, peers, threads, rounds, data, zentorch_python, isa, seed)
     document = bench.run(options, Console(stderr=True))
     report.show(document, Console(width=None if Console().is_terminal else report.WIDTH))
@@ -223,7 +223,7 @@ def _table(workload: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['samples_per_s']:.1f}",
             f"{row['tokens_per_s']:.0f}",
             f"{row['p50_ms']:.1f}",
-            f"{row['p95_ms']:.1f}",
+            "-" if row["p95_ms"] is None else f"{row['p95_ms']:.1f}",
             f"{row['padding']:.0%}",
             f"{row['speedup']:.2f}x",
             "-" if row["engine"] == REFERENCE else f"{row['error']:.1e}",

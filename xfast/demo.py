@@ -275,7 +275,10 @@ def _pass(
 
 
 def _rows(workloads: list[Workload], tallies: dict[tuple[str, str], Tally]) -> list[dict[str, Any]]:
-    """The ``results`` of the JSON document: rates from the median round, latencies from every batch of every round."""
+    """The ``results`` of the JSON document: rates from the median round, latencies from every batch of every round.
+
+    p95 from 20 batches on: of fewer none lies beyond it.
+    """
     rows = []
     for workload in workloads:
         totals = {n: statistics.median(sum(r) for r in tallies[n, workload.name].seconds) for n in ENGINES}
@@ -289,7 +292,7 @@ def _rows(workloads: list[Workload], tallies: dict[tuple[str, str], Tally]) -> l
                     "samples_per_s": workload.samples / totals[name],
                     "tokens_per_s": workload.tokens / totals[name],
                     "p50_ms": float(np.percentile(batch_ms, 50)),
-                    "p95_ms": float(np.percentile(batch_ms, 95)),
+                    "p95_ms": float(np.percentile(batch_ms, 95)) if len(batch_ms) >= 20 else None,
                     "padding": workload.padding,
                     "speedup": totals[REFERENCE] / totals[name],
                     "error": tally.error,

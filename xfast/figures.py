@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import warnings
@@ -72,16 +73,16 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def require(argument: str, install: str) -> None:
-    """Asked before anything is drawn.
+def require(argument: str, *others: str) -> None:
+    """Asked before anything is drawn. ``others``: what is needed besides matplotlib, as it is imported and installed.
 
     Raises:
-        BackendUnavailableError: matplotlib is not installed; ``install`` says what to install.
+        BackendUnavailableError: one of them is not installed.
     """
-    try:
-        import matplotlib.backends.backend_agg  # noqa: F401
-    except ImportError:
-        raise BackendUnavailableError(f"{argument}: needs matplotlib; pip install {install}") from None
+    needed = ("matplotlib", *others)
+    missing = next((module for module in needed if importlib.util.find_spec(module) is None), None)
+    if missing is not None:
+        raise BackendUnavailableError(f"{argument}: needs {missing}; pip install {' '.join(needed)}")
 
 
 def new(width: float, height: float) -> Any:

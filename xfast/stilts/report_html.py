@@ -362,7 +362,7 @@ def picture(document: Document) -> bytes:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    figures.require("output", "matplotlib")
+    figures.require("output")
     sheet = _differences(document)
     rows = sheet.rows[1:] or [[Item("no differences"), *[Item("–", missing=True)] * (len(document["targets"]) + 1)]]
     columns = len(document["targets"]) + 1  # and the average

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from xfast import figures
 from xfast.errors import InvalidOptionError
 from xfast.terminal import listed
 
@@ -98,6 +99,7 @@ def run(
     resume: Resume = False,
 ) -> None:
     """Measure; every visit is stored at once, and the report is written at the end."""
+    figures.require("study", "scipy")
     from xfast.study.factors import Settings
     from xfast.study.run import start
 
@@ -126,8 +128,7 @@ def run(
         seed=seed,
     )
     settings = _quickened(context, settings) if quick else settings
-    console = Console(stderr=True)
-    _write(start(settings, output, resume=resume, console=console, keep_artifacts=keep_artifacts), output, console)
+    _write(start(settings, output, resume=resume, console=Console(stderr=True), keep_artifacts=keep_artifacts), output)
 
 
 def _quickened(context: typer.Context, settings: Any) -> Any:
@@ -153,10 +154,11 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A study's folder, also of a run that was stopped.", file_okay=False)],
 ) -> None:
     """Write the report of what has been measured so far."""
+    figures.require("study", "scipy")
     from xfast.study import store, summary
 
     records, _ = store.read(folder / store.NAME)
-    _write(dict(summary.document_of(records, folder / store.NAME)), folder, Console(stderr=True))
+    _write(dict(summary.document_of(records, folder / store.NAME)), folder)
 
 
 @app.command()
@@ -178,11 +180,12 @@ def profile(
     typer.echo(f"{len(found)} profiles, {len({one.language for one in found})} languages -> {output}")
 
 
-def _write(document: dict[str, Any], folder: Path, console: Console) -> None:
+def _write(document: dict[str, Any], folder: Path) -> None:
     from xfast.study.report import write
 
     paths = write(document, folder)  # type: ignore[arg-type]
     typer.echo(f"report: {paths['index.html']}")
+    console = Console(stderr=True)
     for note in document["notes"]:
         console.print(note, style="yellow", markup=False, highlight=False)
 

@@ -74,7 +74,7 @@ def plots(study: Study) -> list[Plot | Absent]:
     Raises:
         BackendUnavailableError: matplotlib is not installed.
     """
-    figures.require("plots", "matplotlib scipy")
+    figures.require("plots", "scipy")
     with figures.style():
         return [_finished(key, title, made) for key, title, made in _drawn(study)]
 

@@ -265,6 +265,9 @@ def _parse_profile(row: object, where: str) -> LengthProfile:
     for name in ("task", "language"):
         if not isinstance(row[name], str) or not row[name]:
             raise InvalidInputError(f"{where}: {name} must be a non-empty string, got {row[name]!r}")
+    if row["language"] not in JOSHI_CLASS:
+        accepted = ", ".join(JOSHI_CLASS)
+        raise InvalidInputError(f"{where}: language {row['language']!r} is not accepted; accepted: {accepted}")
     for name, low, high in (("count", 1, math.inf), ("joshi_class", 0, 5)):
         if type(row[name]) is not int or not low <= row[name] <= high:
             raise InvalidInputError(f"{where}: {name} must be an integer in [{low}, {high}], got {row[name]!r}")

@@ -20,6 +20,7 @@ from xfast.machine import ceiling, machine
 from xfast.stilts.task import BITEXT
 from xfast.stilts.tasks import get
 from xfast.study import accuracy, announcement, arms, artifacts, probes, summary, worker
+from xfast.study.cells import parts
 from xfast.study.document import CONTROL, INTERMEDIATE
 from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.fit import Fit, Room, fit
@@ -413,7 +414,8 @@ def start(
         reasons = "; ".join(f"{one['what']}: {one['why']}" for one in made.skipped)
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
     announcement.say(settings, made, console)
-    store = Store(folder, settings, machine(), resume=resume)
+    here = machine() if settings.threads is None else {**machine(), "threads": settings.threads}
+    store = Store(folder, settings, here, resume=resume)
     try:
         _prepare(made, store)
         execute(made, store, console)
@@ -440,12 +442,13 @@ def _prepare(made: Plan, store: Store) -> None:
     for group in made.groups:
         store.match("cell", "cell", group.digests)
         _require_same_holding(group, store)
+    cells = [cell.key for group in made.groups for cell in group.cells]
+    _require_no_more_languages(cells, store)
     for kind, records in known.items():
         there = [record[kind] for record in store.of(kind)]
         for name, fields in records.items():
             if name not in there:
                 store.add({"kind": kind, kind: name, **fields})
-    cells = [cell.key for group in made.groups for cell in group.cells]
     store.add({"kind": "plan", "at": _now(), "cells": cells, "skipped": made.skipped, "notes": made.notes})
 
 
@@ -461,6 +464,22 @@ def _require_same_holding(group: Group, store: Store) -> None:
                 f"output: {store.path}: the weights of {group.size} {group.engine} were held in another way, since "
                 f"other memory was free ({one['held']} there, {now} now); free as much as then, or name another folder"
             )
+
+
+def _require_no_more_languages(cells: Sequence[str], store: Store) -> None:
+    """Probes and scores are of all languages of a task at once: of those found since, only speeds would be measured."""
+    before = {_pair(key) for plan in store.of("plan") for key in plan["cells"]}
+    if before and (new := sorted({_pair(key) for key in cells} - before)):
+        task, language = new[0]
+        raise InvalidOptionError(
+            f"output: {store.path}: {task} in {language} was not in the data or profiles when it was begun; "
+            "name another folder"
+        )
+
+
+def _pair(key: str) -> tuple[str, str]:
+    mine = parts(key)
+    return mine["task"], mine["language"]
 
 
 def _now() -> str:
