@@ -6,8 +6,6 @@
 // a query's bits depend only on its sequence.
 #pragma once
 
-#include <cfloat>
-
 namespace xfast {
 namespace XFAST_TARGET {
 
@@ -35,10 +33,10 @@ inline V16 lowest_beyond(V16 x, int64_t count) {
 // NOTE: the loops below walk with pointers of their own. A vector store may alias anything, so whatever they read from
 // `s` would be loaded again after each, and addresses computed anew: a third of their time.
 
-// Sums of one row -> scores, in place; returns the largest, or `least`.
+// Sums of one row -> scores, in place; returns the largest.
 template <class Kind>
-float score_row(const AttentionScratch& s, int64_t row, int64_t n, float least) {
-  V16 largest[2] = {set1(least), set1(least)};
+float score_row(const AttentionScratch& s, int64_t row, int64_t n) {
+  V16 largest[2] = {set1(-FLT_MAX), set1(-FLT_MAX)};
   float* scores = scores_of(s, row, 0);
   const float* key_scale = s.key_scale;
   int64_t left = n;
@@ -49,12 +47,12 @@ float score_row(const AttentionScratch& s, int64_t row, int64_t n, float least) 
   return reduce_max(max(largest[0], largest[1]));
 }
 
-// Scores of one row -> probabilities (relative to the largest score so far) in operand layout; returns their sum.
+// Scores of one row -> probabilities (relative to the largest) in operand layout; returns their sum.
 // The query's scale comes after the subtraction, so that the largest score gives exactly 1 however large it is.
 template <class Kind>
 float exp_row(const AttentionScratch& s, int64_t row, int64_t n, float query_scale, float largest) {
   const V16 shift = set1(largest), scale = set1(query_scale);
-  typename Kind::Sum sum = Kind::zero();
+  V16 sum = set1(0.0f);
   const float* scores = scores_of(s, row, 0);
   uint8_t* probs = reinterpret_cast<uint8_t*>(s.probs) + row * kChunkBytes;
   const auto exponent = [&](int i) { return mul(sub(load(scores + i), shift), scale); };
@@ -66,23 +64,32 @@ float exp_row(const AttentionScratch& s, int64_t row, int64_t n, float query_sca
   return Kind::total(sum);
 }
 
-// One online-softmax step: scores -> probabilities, and shrink[row] = exp(old - new maximum), the factor of what
-// earlier blocks contributed. All maxima first: one row's reduction hides behind the next row's work.
+// One online-softmax step of up to 16 rows: the block's sums, and the factors of what earlier blocks and this one add,
+// exp(their maximum - the maximum of all).
+struct SoftmaxStep {
+  alignas(64) float earlier[16], block[16], sum[16];
+};
+
+// Scores -> probabilities. All maxima first: one row's reduction hides behind the next row's work.
 template <class Kind>
-void softmax_tile(const AttentionScratch& s, int64_t q, int64_t rows, int64_t n, float* shrink) {
+void softmax_tile(const AttentionScratch& s, int64_t q, int64_t rows, int64_t n, SoftmaxStep* step) {
   float *row_max = s.row_max + q, *row_sum = s.row_sum + q;
   const float* scale = s.query_scale + q;
-  const V16 before = load_n(row_max, rows);
-  for (int64_t r = 0; r < rows; ++r) row_max[r] = score_row<Kind>(s, r, n, row_max[r]);
-  store(shrink, Kind::power(mul(sub(before, load_n(row_max, rows)), load_n(scale, rows))));
+  alignas(64) float largest[16];
+  for (int64_t r = 0; r < rows; ++r) largest[r] = score_row<Kind>(s, r, n);
+  for (int64_t r = 0; r < rows; ++r) step->sum[r] = exp_row<Kind>(s, r, n, scale[r], largest[r]);
+  const V16 before = load_n(row_max, rows), here = load_n(largest, rows), now = max(before, here);
+  store(step->earlier, Kind::power(mul(sub(before, now), load_n(scale, rows))));
+  store(step->block, Kind::power(mul(sub(here, now), load_n(scale, rows))));
   for (int64_t r = 0; r < rows; ++r)
-    row_sum[r] = __builtin_fmaf(row_sum[r], shrink[r], exp_row<Kind>(s, r, n, scale[r], row_max[r]));
+    row_sum[r] = __builtin_fmaf(row_sum[r], step->earlier[r], step->sum[r] * step->block[r]);
+  store_n(row_max, now, rows);
 }
 
-// out[rows, head_dim] = out * shrink + probs . values; on the last key block, divided by the sum.
+// out[rows, head_dim] = out * earlier + block * (probs . values); on the last key block, divided by the sum.
 template <class Kind>
 void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float* out, int64_t rows, int64_t n,
-                     const float* shrink, const float* row_sum, bool first, bool last) {
+                     const SoftmaxStep& step, const float* row_sum, bool first, bool last) {
   const TileFn multiply = tile_for<typename Kind::Dot, false>(static_cast<int>(rows));
   const uint8_t* values = reinterpret_cast<const uint8_t*>(s.values);
   alignas(64) float inverse[16];
@@ -94,8 +101,8 @@ void accumulate_tile(const AttentionArgs& args, const AttentionScratch& s, float
       const int64_t left = args.head_dim - d - j;
       for (int64_t r = 0; r < rows; ++r) {
         float* dst = out + r * args.ldo + d + j;
-        V16 y = Kind::weighted(s, s.tile + r * kPanel + j, d + j);
-        if (!first) y = fma(load_part<Kind::kWhole>(dst, left), set1(shrink[r]), y);
+        V16 y = Kind::weighted(s, s.tile + r * kPanel + j, d + j, set1(step.sum[r]));
+        if (!first) y = fma(load_part<Kind::kWhole>(dst, left), set1(step.earlier[r]), mul(y, set1(step.block[r])));
         store_part<Kind::kWhole>(dst, mul(y, set1(inverse[r])), left);
       }
     }
@@ -133,9 +140,9 @@ void attend_head(const AttentionArgs& args, const AttentionScratch& s, int head)
     for (int64_t t = 0; t < tiles.count; ++t, query += Kind::Dot::kMaxRows * kChunkBytes * chunks) {
       const int64_t rows = tiles.size(t);
       score_tile<Kind>(s, query, rows, n, chunks);
-      alignas(64) float shrink[16];
-      softmax_tile<Kind>(s, q, rows, n, shrink);
-      accumulate_tile<Kind>(args, s, args.out + q * args.ldo + column, rows, n, shrink, s.row_sum + q, first, last);
+      SoftmaxStep step;
+      softmax_tile<Kind>(s, q, rows, n, &step);
+      accumulate_tile<Kind>(args, s, args.out + q * args.ldo + column, rows, n, step, s.row_sum + q, first, last);
       q += rows;
     }
   }

@@ -5,18 +5,27 @@
 //   pack_keys     a block of keys -> weight panels, one after another     pack_values   likewise, of the values
 //   take_query    one query -> a row of the first product's operand; returns what its scores are to be multiplied by
 //   score         16 sums of the first product -> scores, but for that factor (and written back if they differ)
-//   take_probs    32 scores, less their maximum, times the factor -> a row of the second product's operand; returns
-//                 what they add to the row's Sum
+//   take_probs    32 scores, less their block's maximum, times the factor -> a row of the second product's operand;
+//                 returns what they add to the block's sum
 //   power         what take_probs would make of a score, as fp32
-//   weighted      16 sums of the second product -> sum of p v, in units of the row's sum
+//   total         a block's sum out of its 16 parts
+//   weighted      16 sums of the second product and the block's sum -> sum of p v, in units of the block's sum
 //
 // Integers (for all encoders but fp32 ones): queries and keys are rounded per row to 12 bits and a sign, probabilities
 // to 13 bits, values per column of a key block to 10 bits and a sign, so that sums of kInt16MaxHeadDim and of kKeyBlock
 // products are exact in 32 bits, and so the same on every target. The products take half of fp32's time where there is
 // vpdpwssd, and are far finer than the 8 bits that the input was computed in and the output is rounded to.
-// Probabilities of 8 bits would not do: a key with less than 1/510 of the largest would vanish, and beside an attention
-// sink most do. Scores beyond fp32 give NaN.
+//
+// Beside an attention sink most probabilities are below the last of 13 bits (1/16382 of the largest) and are rounded to
+// zero: thousands of keys that together weigh a tenth. So (1) a block's probabilities are relative to its own maximum,
+// not to that of all keys so far: a sink only hides the keys of its block; and (2) values are taken less their mean
+// over the block, whose weight is the sum of the probabilities as they were: sum p v = sum p (v - mean) + mean sum p.
+// What was rounded away then counts as an average key of the block, where it counted as none. Scores beyond fp32 give
+// NaN.
 #pragma once
+
+#include <cfloat>
+#include <limits>
 
 namespace xfast {
 namespace XFAST_TARGET {
@@ -26,7 +35,8 @@ constexpr int64_t kProbChunkStride = kMaxTileRows * kChunkBytes;
 constexpr int64_t kRowsAhead = 8;
 
 struct AttentionScratch {
-  float *keys, *values, *query, *scores, *probs, *tile, *key_scale, *value_scale, *query_scale, *row_max, *row_sum;
+  float *keys, *values, *query, *scores, *probs, *tile, *key_scale, *value_scale, *value_mean, *query_scale, *row_max,
+      *row_sum;
   AttentionScratch(const AttentionArgs& args, int64_t d32) {
     keys = args.scratch;
     values = keys + kKeyBlock * d32;
@@ -36,7 +46,8 @@ struct AttentionScratch {
     tile = probs + kMaxTileRows * kKeyBlock;
     key_scale = tile + kMaxTileRows * kPanel;
     value_scale = key_scale + kKeyBlock;
-    query_scale = value_scale + d32;
+    value_mean = value_scale + d32;
+    query_scale = value_mean + d32;
     row_max = query_scale + args.q_count + 16;
     row_sum = row_max + args.q_count + 16;
   }
@@ -89,20 +100,18 @@ struct AttentionF32 {
     return 1.0f;
   }
   static V16 score(float* sums, const float*) { return load(sums); }
-  using Sum = V16;
-  static Sum zero() { return set1(0.0f); }
-  static float total(Sum sum) { return reduce_add(sum); }
+  static float total(V16 sum) { return reduce_add(sum); }
   static V16 power(V16 x) { return exp_nonpositive(x); }
   // a, b: scores of keys [key, key + count) less their maximum; 32 of them if Full.
   template <bool Full>
-  static Sum take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
+  static V16 take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
     a = exp_nonpositive(a), b = Full || count > 16 ? exp_nonpositive(b) : set1(0.0f);
     if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
     store(reinterpret_cast<float*>(probs), a);
     store(reinterpret_cast<float*>(probs + kProbChunkStride), b);
     return add(a, b);
   }
-  static V16 weighted(const AttentionScratch&, const float* sums, int64_t) { return load(sums); }
+  static V16 weighted(const AttentionScratch&, const float* sums, int64_t, V16) { return load(sums); }
 };
 
 template <bool Whole>
@@ -147,33 +156,43 @@ struct AttentionInt16 {
       for (int64_t c = 0; c < chunks; ++c) transpose16(block + c * 16, chunks * 16, dst + c * kGroups * kPanel, kPanel);
     }
   }
-  // v [n keys, ld] -> [head_dim panel][pair of keys][32], and value_scale. A last odd key's partner is zero; beyond it
-  // lies whatever lay there: its probabilities are zero, and these are integers.
+  // v [n keys, ld] -> [head_dim panel][pair of keys][32], value_mean and value_scale. Beyond the last key lies whatever
+  // lay there: its probabilities are zero, and these are integers.
   static void pack_values(const AttentionScratch& s, const float* v, int64_t ld, int64_t n, int64_t head_dim) {
     float* dst = s.values;
-    // A key that is NaN makes every output NaN: its scores are, which rounded probabilities cannot be.
+    // A key that is NaN makes every output NaN: its scores are, which rounded probabilities cannot be. So does a value,
+    // by the mean.
     V16 scales = set1(0.0f);
     for (int64_t key = 0; key < n; key += 16) scales = max_magnitude(load(s.key_scale + key), scales);
     const float key_scale = reduce_max_magnitude(scales), least = key_scale == key_scale ? 1e-30f : key_scale;
+    const V16 part = set1(1.0f / static_cast<float>(n));
     for (int64_t d = 0; d < head_dim; d += kPanel, dst += kKeyBlock / 2 * kPanel) {
       const int64_t valid = head_dim - d;
-      V16 largest[2] = {set1(least), set1(least)}, inverse[2];
+      V16 mean[2] = {set1(0), set1(0)}, high[2] = {set1(-FLT_MAX), set1(-FLT_MAX)},
+          low[2] = {set1(FLT_MAX), set1(FLT_MAX)};
+      V16 inverse[2], shift[2];
       for (int64_t key = 0; key < n; ++key) {
         if (d == 0 && key + kRowsAhead < n) prefetch_row(v + (key + kRowsAhead) * ld, head_dim);
-        for (int i = 0; i < 2; ++i)
-          largest[i] = max_magnitude(load_part<Whole>(v + key * ld + d + 16 * i, valid - 16 * i), largest[i]);
+        for (int i = 0; i < 2; ++i) {
+          const V16 x = load_part<Whole>(v + key * ld + d + 16 * i, valid - 16 * i);
+          mean[i] = fma(x, part, mean[i]), high[i] = max(x, high[i]), low[i] = min(x, low[i]);
+        }
       }
       for (int i = 0; i < 2; ++i) {
-        inverse[i] = div(set1(kValueLimit), largest[i]);
-        store(s.value_scale + d + 16 * i, mul(largest[i], set1(1.0f / kValueLimit)));
+        const V16 size = max(max(sub(high[i], mean[i]), sub(mean[i], low[i])), set1(least));
+        inverse[i] = div(set1(kValueLimit), size);
+        shift[i] = mul(sub(set1(0), mean[i]), inverse[i]);  // rounded where `size` is nothing beside the mean
+        store(s.value_mean + d + 16 * i, mean[i]);
+        store(s.value_scale + d + 16 * i, mul(size, set1(1.0f / kValueLimit)));
       }
       for (int64_t key = 0; key < n; key += 2)
         for (int i = 0; i < 2; ++i) {
           const float* pair = v + key * ld + d + 16 * i;
-          const V16 second = key + 1 < n ? load_part<Whole>(pair + ld, valid - 16 * i) : set1(0.0f);
+          const V16 first = load_part<Whole>(pair, valid - 16 * i);
+          const V16 second = key + 1 < n ? load_part<Whole>(pair + ld, valid - 16 * i) : first;
           store_pairs(dst + (key / kChunk * kGroups + pair_slot(key % kChunk / 2)) * kPanel + 16 * i,
-                      round_within(mul(load_part<Whole>(pair, valid - 16 * i), inverse[i]), kValueLimit),
-                      round_within(mul(second, inverse[i]), kValueLimit));
+                      round_within(fma(first, inverse[i], shift[i]), kValueLimit),
+                      round_within(fma(second, inverse[i], shift[i]), kValueLimit));
         }
     }
   }
@@ -185,20 +204,22 @@ struct AttentionInt16 {
     store(sums, x);
     return x;
   }
-  using Sum = I16;
-  static Sum zero() { return round_to_int(set1(0.0f)); }
-  static float total(Sum sum) { return reduce_add(to_float(sum)); }
+  // The largest alone adds kRoundedExpOfZero; scores that are NaN add next to nothing (exp2_rounded).
+  static float total(V16 sum) {
+    const float found = reduce_add(sum);
+    return found >= 1.0f ? found : std::numeric_limits<float>::quiet_NaN();
+  }
   static V16 power(V16 x) { return exp_nonpositive(mul(x, set1(0.6931471805599453f))); }
   template <bool Full>
-  static Sum take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
+  static V16 take_probs(uint8_t* probs, int64_t count, V16 a, V16 b) {
     a = exp2_rounded(a), b = Full || count > 16 ? exp2_rounded(b) : set1(0.0f);
     if constexpr (!Full) a = keep_first(a, count), b = keep_first(b, count - 16);
-    const I16 p = round_to_int(a), q = round_to_int(b);
-    store_i16(probs, p, q);
-    return add(p, q);  // of the rounded ones, so that the weights still add up to 1
+    store_i16(probs, round_to_int(a), round_to_int(b));
+    return add(a, b);
   }
-  static V16 weighted(const AttentionScratch& s, const float* sums, int64_t column) {
-    return mul(to_float(load_i32(reinterpret_cast<const int32_t*>(sums))), load(s.value_scale + column));
+  static V16 weighted(const AttentionScratch& s, const float* sums, int64_t column, V16 total) {
+    const V16 deviation = to_float(load_i32(reinterpret_cast<const int32_t*>(sums)));
+    return fma(load(s.value_mean + column), total, mul(deviation, load(s.value_scale + column)));
   }
 };
 

@@ -156,7 +156,7 @@ constexpr int64_t attention_scratch_floats(int64_t head_dim, int64_t q_count) {
   return 2 * kKeyBlock * d32                              // transposed keys, values
          + (q_count + kMaxTileRows) * d32                 // query operands
          + kMaxTileRows * (2 * kKeyBlock + kPanel)        // scores, probabilities, tile
-         + kKeyBlock + d32                                // scales of keys, values
+         + kKeyBlock + 2 * d32                            // scales of keys; scales and means of values
          + 3 * (q_count + 16);                            // scale, running maximum and sum of queries
 }
 

@@ -1,5 +1,6 @@
 #include "measure.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -41,14 +42,15 @@ double measure_arithmetic(const KernelTable& kernels, Precision precision, int t
 }
 
 double measure_read(const KernelTable& kernels, int threads, double seconds) {
-  constexpr int64_t kBytes = int64_t{128} << 20;  // a thread
-  const AlignedBuffer memory(kBytes * threads);
+  // A thread; all of them more than any cache, and no more than a container with many cores and little memory has.
+  const int64_t bytes = std::clamp((int64_t{2} << 30) / threads, int64_t{16} << 20, int64_t{128} << 20) / 256 * 256;
+  const AlignedBuffer memory(bytes * threads);
   std::memset(memory.data(), 0, memory.bytes());
   return rate(threads, seconds, [&](const Member& member) {
-    const float* mine = reinterpret_cast<const float*>(memory.data() + member.id * kBytes);
-    volatile float sum = kernels.read_all(mine, kBytes / 4);
+    const float* mine = reinterpret_cast<const float*>(memory.data() + member.id * bytes);
+    volatile float sum = kernels.read_all(mine, bytes / 4);
     static_cast<void>(sum);
-    return kBytes;
+    return bytes;
   });
 }
 

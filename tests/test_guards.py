@@ -101,6 +101,9 @@ def test_a_frozen_freed_model_runs_with_gradients_enabled() -> None:
     want = model(**batch).last_hidden_state
     with torch.enable_grad():
         assert torch.equal(model(**batch).last_hidden_state, want)
+    freed = xfast.accelerate(build(), keep_weights=False)
+    with torch.enable_grad(), pytest.raises(xfast.WeightsFreedError, match=r"gradients are enabled.*; use torch\.inf"):
+        freed(**batch)
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ class EncoderPatch(Patch):
 
     def _fall_back(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.freed:
-            raise WeightsFreedError(f"the original code is needed ({reason}), but {self.freed}")
+            hint = "; use torch.inference_mode() or no_grad()" if reason == _GRADIENTS else ""
+            raise WeightsFreedError(f"the original code is needed ({reason}), but {self.freed}{hint}")
         self.fallbacks[reason] += 1
         if reason == _GRADIENTS:
             self._warn_once("gradients are enabled, so the original code runs; use torch.inference_mode() or no_grad()")
