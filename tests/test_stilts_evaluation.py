@@ -191,6 +191,8 @@ def test_limit_pooling_and_splits_are_checked(trained: Path, data: Path) -> None
     assert limited["examples"] == {"ur": 5} and limited["limit"] == 5
     for changes, match in (
         ({"pooling": "max"}, "pooling: 'max'"),
+        ({"pooling": "cls"}, "pooling: cls; xnli has a head"),
+        ({"layer": 1}, "layer: 1; xnli reads the last one; accepted for tatoeba, bucc2018"),
         ({"split": "train"}, "split: 'train'"),
         ({"benchmark": "glue"}, "benchmark: 'glue'"),
         ({"limit": 0}, "limit: 0"),

@@ -13,7 +13,7 @@ import torch
 
 import xfast
 from xfast.errors import BackendUnavailableError, InvalidOptionError
-from xfast.stilts import grid, training
+from xfast.stilts import grid, report, training
 
 _one_thread = pytest.fixture(autouse=True)(stilts.one_thread)
 base = pytest.fixture(scope="module")(stilts.base)
@@ -140,6 +140,32 @@ def test_a_target_trained_from_a_model_elsewhere_is_another_run(base: Path, tmp_
     with pytest.raises(InvalidOptionError, match="another model"):
         training.train(moved, root=tmp_path / "b/grid")
     assert training.train(moved, root=tmp_path / "b").steps == 1
+
+
+def test_cells_whose_gold_is_withheld_are_predicted_once(base: Path, tmp_path: Path) -> None:
+    """XTREME's test sets have no labels: their predictions are for the leaderboard, and no failure."""
+    config = stilts.grid_config(base, tmp_path, splits=("dev", "test"))
+    stilts.nli(np.random.default_rng(1), tmp_path / "data/xnli/test-en.tsv", 9, labels=False)
+    for _ in range(2):
+        said: list[str] = []
+        dev, test = grid.run(config, lambda _, what: said.append(what))  # noqa: B023
+        assert dev["status"] == "done" and dev["score"] is not None
+        assert test["status"] == "unscored" and test["score"] is None
+        assert said[-1] == "unscored: no gold in any language for xnli test; its predictions are written"
+    assert said == said[-1:]  # nothing was run again
+    assert len(list((tmp_path / "grid").rglob("predictions/xnli/test-en*"))) == 1
+    assert not list((tmp_path / "grid").rglob("*.safetensors"))
+    found = report.load_cells(tmp_path / "grid/cells.jsonl")
+    assert [(cell.split, cell.status, cell.score is None) for cell in found] == [
+        ("dev", "done", False),
+        ("test", "unscored", True),
+    ]
+
+
+@pytest.mark.parametrize("seeds", [(0, -1), (2**32,), (True,), (0.5,)])
+def test_seeds_that_training_refuses_are_refused_at_once(seeds: Any, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match=r"seeds: .*; accepted: whole numbers"):
+        stilts.grid_config(base, tmp_path, seeds=seeds)
 
 
 def test_two_grids_in_one_folder_are_refused(base: Path, tmp_path: Path) -> None:

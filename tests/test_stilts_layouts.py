@@ -14,7 +14,7 @@ from xfast.stilts import scoring
 from xfast.stilts.data import Source
 from xfast.stilts.doctor import ERROR, OK, WARNING, diagnose
 from xfast.stilts.evaluation import Evaluation, evaluate
-from xfast.stilts.retrieval_data import mewslix_entities, mewslix_pairs
+from xfast.stilts.retrieval_data import mewslix_entities, mewslix_mentions, mewslix_pairs
 from xfast.stilts.tasks import get
 from xfast.study import corpus
 
@@ -118,18 +118,27 @@ def test_the_study_reads_the_files_of_each_language(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("identity", "said"), [("", "an empty entity_id"), (["Q1"], r"entity_id \['Q1'\] is no text")])
 @pytest.mark.parametrize("whose", ["mention", "entity"])
-def test_a_pair_names_its_entity(whose: str, tmp_path: Path) -> None:
+def test_a_pair_names_its_entity(whose: str, identity: Any, said: str, tmp_path: Path) -> None:
     mention = _articles("en", "Q")[0]
     mention = {"context": mention["context"], "mention": mention["mentions"][0]}
     entity = {"entity_id": "Q0", "description": "green", "sentence_spans": []}
-    (mention["mention"] if whose == "mention" else entity)["entity_id"] = ""
+    (mention["mention"] if whose == "mention" else entity)["entity_id"] = identity
     path = stilts.write_json(tmp_path / "pairs.jsonl", {"contextual_mention": mention, "entity": entity})
-    with pytest.raises(DataFileError, match=r"pairs\.jsonl:1: an empty entity_id"):
+    with pytest.raises(DataFileError, match=rf"pairs\.jsonl:1: {said}"):
         mewslix_pairs(path)
     if whose == "entity":
-        with pytest.raises(DataFileError, match=r"entities\.jsonl:1: an empty entity_id"):
+        with pytest.raises(DataFileError, match=rf"entities\.jsonl:1: {said}"):
             mewslix_entities(stilts.write_json(tmp_path / "entities.jsonl", entity))
+
+
+@pytest.mark.parametrize("name", ["example_id", "entity_id"])
+def test_ids_of_mentions_are_texts(name: str, tmp_path: Path) -> None:
+    article = _articles("en", "Q")[0]
+    article["mentions"][0][name] = ["Q1"]
+    with pytest.raises(DataFileError, match=rf"m\.jsonl:1: .*{name} \['Q1'\] is no text"):
+        mewslix_mentions(stilts.write_json(tmp_path / "m.jsonl", article), "en")
 
 
 def test_english_copa_lies_beside_the_other_languages(tmp_path: Path) -> None:

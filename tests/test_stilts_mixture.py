@@ -357,6 +357,8 @@ def test_text_files_are_sets_of_their_own_with_a_part_held_out(tmp_path: Path, p
     assert found["mlm:yo"].features.notes == Counter({readers.EMPTY_LINE: 1})
     found = training_sets(run("mlm", mlm_files=texts[:1], dev_examples=1), tokenizer)
     assert list(found) == ["mlm:sw"] and len(found["mlm:sw"].dev) == 1 and len(found["mlm:sw"].features) == 49
+    (few,) = training_sets(run("mlm", mlm_files=texts[:1], dev_examples=1, train_examples=2), tokenizer).values()
+    assert len(few.features) == 2 and len(few.dev) == 1
     found = training_sets(run("mlm", mlm_files=texts[:1], dev_examples=0), tokenizer)
     assert len(found["mlm:sw"].features) == 50 and not len(found["mlm:sw"].dev_features)
     with pytest.raises(InvalidOptionError, match="mlm_files: two files are called sw"):

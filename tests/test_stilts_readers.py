@@ -105,6 +105,20 @@ def test_rows_without_an_agreed_label_are_left_out_and_counted(write: Write) -> 
     assert examples.skipped == Counter({readers.UNLABELLED: 2})
 
 
+def test_of_a_file_of_several_languages_only_one_is_read(write: Write) -> None:
+    """As XNLI's own release: all fifteen in one file."""
+    rows = [
+        {"language": code, "sentence1": f"p {code}", "sentence2": "h", "gold_label": "neutral"}
+        for code in ("ar", "sw", "en", "ar", "sw")
+    ]
+    path = write("xnli.test.jsonl", rows)
+    found = readers.read_pairs(path, get("xnli"), "sw")
+    assert pairs(found) == [("p sw", "h", "neutral")] * 2
+    assert found.skipped == Counter({readers.OTHER_LANGUAGE_ROW: 3})
+    one = write("ar.jsonl", [row for row in rows if row["language"] == "ar"])  # translations keep their language's name
+    assert len(readers.read_pairs(one, get("xnli"), "en")) == 2
+
+
 def test_numbers_are_labels_only_where_the_labels_are_numbers(write: Write) -> None:
     rows = [{"question1": "a", "question2": "b", "label": label} for label in (1, "0")]
     assert [e.label for e in read(write("qqp.jsonl", rows), "qqp").items] == ["1", "0"]

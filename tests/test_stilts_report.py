@@ -255,7 +255,7 @@ GOOD = {"intermediate": "mnli", "target": "xnli", "seed": 0, "status": "done", "
         ({"target": "a\x1b[31m"}, "target must be"),
         ({"seed": True}, "seed must be an integer"),
         ({"seed": "0"}, "seed must be an integer"),
-        ({"status": "finished"}, "status must be one of done, failed, got"),
+        ({"status": "finished"}, "status must be one of done, failed, unscored, got"),
         ({"split": ["dev"]}, "split must be one of dev, test"),
         ({"score": None}, "score must be a number in"),
         ({"score": float("nan")}, "score must be a number in"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -289,7 +290,7 @@ def grid(
         def report(cell: Any, what: str) -> None:
             name = f"{cell.intermediate} > {cell.target}, seed {cell.seed}"
             bar.update(whole, note=f"{name}: {what}")
-            if what == "done" or what.startswith("failed"):
+            if what.startswith(grids.OUTCOMES):
                 bar.advance(whole)
                 console.print(f"{name}: {what}", markup=False, highlight=False, soft_wrap=True)
 
@@ -299,9 +300,11 @@ def grid(
             (progress.TrainingBar(bar),),
             lambda estimate: console.print(progress.cost(estimate), highlight=False),
         )
-    failed = sum(row["status"] != "done" for row in rows)
-    _console().print(f"{run.output}/cells.jsonl: {len(rows) - failed} cells done, {failed} failed", highlight=False)
-    if failed:
+    count = Counter(row["status"] for row in rows)
+    without = f", {count['unscored']} predicted without gold to score" if count["unscored"] else ""
+    said = f"{run.output}/cells.jsonl: {count['done']} cells done, {count['failed']} failed{without}"
+    _console().print(said, highlight=False)
+    if count["failed"]:
         raise typer.Exit(1)
 
 

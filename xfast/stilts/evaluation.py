@@ -104,6 +104,12 @@ class Evaluation:
 
     def _check_task(self) -> None:
         task = get(self.task)
+        if self.layer is not None and task.type != BITEXT:
+            raise InvalidOptionError(
+                f"layer: {self.layer}; {self.task} reads the last one; accepted for tatoeba, bucc2018"
+            )
+        if self.pooling != "mean" and task.type not in (BITEXT, MATCHING):
+            raise InvalidOptionError(f"pooling: {self.pooling}; {self.task} has a head, which decides what it reads")
         if task.metric not in scoring.METRICS:
             known = ", ".join(dict.fromkeys((*scoring.TARGETS["xtreme"], *scoring.TARGETS["xtreme-r"])))
             raise InvalidOptionError(f"task: {self.task}; accepted: {known}")
@@ -168,7 +174,7 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
         "missing": missing,
         "notes": {name: said for name, said in {**notes, search.CANDIDATES: predictor.shared()}.items() if said},
         "examples": {language: part.examples for language, part in found.items()},
-        "limit": run.limit,
+        "limit": None if run.task == "bucc2018" else run.limit,  # mining needs all sentences
         "model": run.model,
         "explain": predictor.explain(),
         "seconds": round(time.perf_counter() - started, 3),

@@ -30,6 +30,12 @@ from xfast.stilts.task import BITEXT, INTERMEDIATE, MATCHING, TARGET
 from xfast.stilts.tasks import ALL, BASELINE, INTERMEDIATE_TASKS, XTREME_TARGETS, get
 from xfast.stilts.training import Trained, train
 
+FINAL = ("done", "unscored")
+"""How a cell ends that is not tried again. Unscored: predicted, but the gold is withheld, as of most test sets."""
+
+OUTCOMES = (*FINAL, "failed")
+"""How what :func:`run` reports of a cell at its end begins."""
+
 OWN = ("model", "tasks", "output", "seed", "data", "files", "hub")
 """Options of a run that the grid sets itself."""
 
@@ -85,6 +91,8 @@ class GridConfig:
                 raise InvalidOptionError(f"{name}: {', '.join(twice)} given more than once")
         if wrong := [str(split) for split in self.splits if split not in ("dev", "test")]:
             raise InvalidOptionError(f"splits: {', '.join(wrong)}; accepted: dev, test")
+        if unfit := [str(seed) for seed in self.seeds if type(seed) is not int or not 0 <= seed < 2**32]:
+            raise InvalidOptionError(f"seeds: {', '.join(unfit)}; accepted: whole numbers from 0 to 2**32 - 1")
         for name in self.intermediates:
             if name not in (BASELINE, ALL) and get(name, "intermediates").role != INTERMEDIATE:
                 known = ", ".join((BASELINE, *INTERMEDIATE_TASKS, ALL))
@@ -205,10 +213,11 @@ def _run_cells(config: GridConfig, folder: Path, say: Report, training: _Trainin
                 _append(folder / "cells.jsonl", row)
                 had[row["split"]] = row
         # after its rows are on disk: a cell that is killed in between would be trained again
-        if not config.keep_models and all(row["status"] == "done" for row in had.values()):
+        if not config.keep_models and not _missing(had):
             _drop_models(_folder(config, cell))
-        failed = [row["error"] for row in had.values() if row["status"] != "done"]
-        say(cell, f"failed: {failed[0]}" if failed else "done")
+        failed = [row for row in had.values() if row["status"] != "done"]
+        first = next((row for row in failed if row["status"] == "failed"), failed[0] if failed else None)
+        say(cell, "done" if first is None else f"{first['status']}: {first['error']}")
         rows += had.values()
     return rows
 
@@ -220,7 +229,7 @@ def _had(config: GridConfig, cell: Cell, before: Rows) -> dict[str, dict[str, An
 
 
 def _missing(had: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [split for split, row in had.items() if row.get("status") != "done"]
+    return [split for split, row in had.items() if row.get("status") not in FINAL]
 
 
 def _check_runs(config: GridConfig, before: Rows) -> None:
@@ -319,7 +328,8 @@ def _row(
         return {**row, "status": "failed", "error": _said(found), "score": None, "languages": {}}
     if found["score"] is None:
         error = f"no gold in any language for {cell.target} {split}"
-        return {**row, "status": "failed", "error": error, "score": None, "languages": {}}
+        error += "" if config.limit else "; its predictions are written"
+        return {**row, "status": "unscored", "error": error, "score": None, "languages": {}}
     kept = {name: found[name] for name in ("score", "languages", "notes", "missing", "withheld", "limit")}
     task = get(cell.target)
     # of a target that the benchmark has not, those of the one that has it

@@ -162,6 +162,7 @@ def _text(config: RunConfig, path: Path, tokenizer: Any) -> TrainingSet:
         held_out = min(held_out, config.dev_examples)
     dev = Examples(examples.items[len(examples) - held_out :])
     del examples.items[len(examples) - held_out :]
+    _limit(examples, config.train_examples, task)
     encoded = [encode(part, task, tokenizer, config.recipe, train=True) for part in (examples, dev)]
     dev.skipped += encoded[1].notes
     if held_out and not len(encoded[1]):

@@ -31,6 +31,7 @@ from xfast.stilts.task import CHOICE, TAGGING, Task
 UNLABELLED = "no agreed label"
 """Why SNLI's rows with the gold label ``-`` are left out: the paper's sizes count without them."""
 BROKEN_ROW = "a row with the wrong number of columns"
+OTHER_LANGUAGE_ROW = "a row of another language in a file of several"
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def pair_row(row: Mapping[str, Any], task: Task, where: str) -> PairExample | st
 def read_pairs(path: Path, task: Task, language: str) -> Examples[PairExample]:
     """Pairs: JSON lines, GLUE's TSV with a header, or XTREME's TSV without one (sentence1, sentence2, label)."""
     if path.suffix == ".jsonl":
-        return _collect(path, json_rows(path), pair_row, task)
+        return _of_language(path, language, task)
     first_line = next(iter(lines(path)), (0, ""))[1]
     if first_line.startswith("id\t"):
         return _read_glue(path, task)
@@ -81,6 +82,18 @@ def read_pairs(path: Path, task: Task, language: str) -> Examples[PairExample]:
             raise DataFileError(f"{where}: a heading, which XTREME's files do not have; leave the line out")
         label = label_name(row[2], task.labels, where) if len(row) == 3 else None
         examples.items.append(PairExample(f"{path.stem}-{len(examples)}", row[0], row[1], label))
+    return examples
+
+
+def _of_language(path: Path, language: str, task: Task) -> Examples[PairExample]:
+    """JSON lines; of a file with several languages, as XNLI's own release, those that are ``language``'s."""
+    rows = list(json_rows(path))
+    spoken = {str(row.get("language", language)) for _, row in rows}
+    if len(spoken) < 2 or language not in spoken:
+        return _collect(path, iter(rows), pair_row, task)
+    mine = [(number, row) for number, row in rows if row.get("language", language) == language]
+    examples = _collect(path, iter(mine), pair_row, task)
+    examples.skipped[OTHER_LANGUAGE_ROW] += len(rows) - len(mine)
     return examples
 
 

@@ -24,7 +24,7 @@ from xfast.stilts.rows import json_rows
 from xfast.stilts.tasks import ALL, BASELINE, INTERMEDIATE_TASKS, TASKS, XTREME_R_TARGETS, XTREME_TARGETS
 from xfast.study.profiles import JOSHI_CLASS, group_of
 
-SPLITS, STATUSES = ("dev", "test"), ("done", "failed")
+SPLITS, STATUSES = ("dev", "test"), ("done", "failed", "unscored")
 
 PUBLISHED: dict[str, Any] = {
     "averages": {
@@ -67,10 +67,10 @@ class Cell:
         target: name of the target task.
         seed: of training.
         split: "dev" or "test".
-        status: "done" or "failed".
+        status: "done", "failed", or "unscored" where there is no gold.
         score: the target's main score over its languages in percent; None unless done.
         languages: that score by language, in percent.
-        error: why it failed.
+        error: why it failed or has no score.
         partial: what the score does not cover, in words; None: it is over the whole benchmark.
         replaced: earlier rows of the file that this one stands for.
     """
@@ -158,7 +158,7 @@ class GridSummary:
         best_test_average: the same on test, over the targets whose best was picked on dev.
         languages: by intermediate task and language, mean difference over the targets that have the language.
         groups: by intermediate task and language group, mean over all pairs of a target and a language.
-        unfinished: cells that failed, of either split.
+        unfinished: cells without a score, of either split.
         duplicates: rows that a later one replaced.
         hidden: done cells of the split that is not shown.
         partial: by target, what the scores that are shown do not cover.

@@ -276,15 +276,15 @@ def print_tables(document: Document, console: Console) -> None:
 
 
 def _failures(document: Document) -> Iterator[str]:
-    """One line for all seeds of a cell that failed alike."""
+    """One line for all seeds of a cell that have no score for the same reason."""
     seeds: dict[tuple[str, ...], list[str]] = {}
     for cell in document["unfinished"]:
         # A traceback's last line says what happened.
         error = ((cell["error"] or "").strip().splitlines() or ["no message"])[-1].strip()
         names = [_name(document, cell[key]) for key in ("intermediate", "target")]
-        seeds.setdefault((*names, cell["split"], error), []).append(str(cell["seed"]))
-    for (row, target, split, error), which in seeds.items():
-        yield f"failed: {row} on {target}, {split}, seed {', '.join(which)}: {error}"
+        seeds.setdefault((cell["status"], *names, cell["split"], error), []).append(str(cell["seed"]))
+    for (status, row, target, split, error), which in seeds.items():
+        yield f"{status}: {row} on {target}, {split}, seed {', '.join(which)}: {error}"
 
 
 def _sources(published: Document) -> list[str]:

@@ -390,8 +390,9 @@ def _mentions(path: Path, only: str | None = None) -> Iterator[tuple[str, str | 
             for mention in row["mentions"] if "mentions" in row else [row["mention"]]:
                 known = only in (None, language)
                 text = mention_text(context, mention, f"{path}:{number}") if known else None
-                if not isinstance(mention["entity_id"], str):
-                    raise TypeError(f"entity_id {mention['entity_id']!r} is no text")
+                for name in ("entity_id", "example_id"):
+                    if not isinstance(mention[name], str):
+                        raise TypeError(f"{name} {mention[name]!r} is no text")
                 yield language, text, mention["example_id"], mention["entity_id"]
 
 
@@ -412,9 +413,12 @@ def mewslix_entities(path: Path | str) -> Sentences:
 
 
 def _entity_id(row: Mapping[str, Any], where: str) -> str:
-    if not row["entity_id"]:
+    identity = row["entity_id"]
+    if not identity:
         raise DataFileError(f"{where}: an empty entity_id; expected an entity's")
-    return row["entity_id"]
+    if not isinstance(identity, str):
+        raise DataFileError(f"{where}: entity_id {identity!r:.80} is no text")
+    return identity
 
 
 def mewslix_pairs(path: Path | str) -> Examples[MatchExample]:
