@@ -28,6 +28,7 @@ class Watch {
         tensors_(borrowed<py::object>(tensors, "tensors")),
         counted_(borrowed<py::object>(counted, "counted")),
         samples_(samples) {
+    for (PyObject* module : modules_) require(bool(dict_of(module)), "modules: must have a __dict__");
     for (const auto& [dict, key] : scalars) scalars_.emplace_back(dict.ptr(), key);
     for (const py::array& array : samples_) {
       require((array.flags() & py::array::c_style) != 0, "samples: must be contiguous");
@@ -65,6 +66,13 @@ class Watch {
     return out;
   }
 
+  // Its __dict__, or nothing.
+  static py::object dict_of(PyObject* object) {
+    PyObject* dict = PyObject_GenericGetDict(object, nullptr);
+    if (dict == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(dict);
+  }
+
   static uint64_t number(PyObject* value) {
     if (value == nullptr) throw py::error_already_set();
     const py::object held = py::reinterpret_steal<py::object>(value);
@@ -82,9 +90,7 @@ class Watch {
     }
     for (PyObject* module : modules_) {
       if (!visit(reinterpret_cast<uintptr_t>(Py_TYPE(module)))) return false;
-      const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-      if (!dict) throw py::error_already_set();
-      if (!visit(reinterpret_cast<uintptr_t>(dict.ptr()))) return false;
+      if (!visit(reinterpret_cast<uintptr_t>(dict_of(module).ptr()))) return false;
     }
     for (const auto& [dict, key] : scalars_)
       if (!visit(reinterpret_cast<uintptr_t>(PyDict_GetItemWithError(dict, key.ptr())))) return false;

@@ -99,6 +99,18 @@ def test_auto_measures_the_word_table_that_is_kept() -> None:
     assert auto_errors(kept) != auto_errors(freed)
 
 
+def test_auto_leaves_a_word_table_alone_that_a_head_is_tied_to() -> None:
+    model, batch = build(head="masked-lm"), ragged()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=0.5, keep_weights=False)
+    uniform = build(head="masked-lm")
+    uniform.tie_weights()
+    xfast.accelerate(uniform, precision="int8", keep_weights=False)
+    assert not encoder_of(model).embeddings.word_embeddings.weight.is_meta
+    assert torch.equal(model(**batch).logits, uniform(**batch).logits)
+
+
 def test_mixed_recipes_keep_their_error_with_fp32_beside_them(tmp_path: Any) -> None:
     model, batch = build(), ragged()
     want = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])

@@ -187,7 +187,7 @@ def test_auto_measures_again_after_weights_changed() -> None:
     model, batch = build(), ragged()
     xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=0.1)
     first = xfast.explain(model).encoders[0].notes
-    encoder_of(model).encoder.layer[0].output.dense.weight.mul_(3)
+    encoder_of(model).encoder.layer[0].output.dense.weight.mul_(10)
     model(**batch)
     again = xfast.explain(model).encoders[0].notes
     assert len(again) == len(first) and again != first

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import encoder_of, make_config, quick_settings, ragged
+from models import encoder_of, make_config, norm_error, quick_settings, ragged
 from torch.nn.functional import cosine_similarity
 
 import xfast
@@ -128,6 +128,24 @@ def test_smoothing_on_real_weights(minilm: Any, sentences: list[str], precision:
         figures.append([float(value) for value in (tokens.min(), tokens.mean(), whole.min(), whole.mean())])
     print(precision, calibrated, figures)
     assert all(after >= before for before, after in zip(*figures, strict=True))
+
+
+def test_smoothing_for_one_language_serves_the_others(minilm: Any, sentences: list[str], data_dir: Path) -> None:
+    """Behind GELU a text fires a part of the neurons, and another language's text others."""
+    model, tokenizer = minilm
+    lines = [
+        line
+        for code in ("ru", "zh", "ja", "ar", "hi", "de")
+        for line in (data_dir / f"xtreme/tatoeba/{code}-en.{code}").read_text(encoding="utf-8").splitlines()[:6]
+    ]
+    batch = tokenizer(lines, padding=True, return_tensors="pt")
+    want, found = hidden(model, batch), []
+    starts = range(0, len(sentences) - 8, 30)
+    few = [[tokenizer(sentences[start : start + 8], padding=True, return_tensors="pt")] for start in starts]
+    for recipe in (Recipe(), *(quantization.smooth(model, calibration=batches) for batches in few)):
+        with xfast.accelerated(model, precision="int8", recipe=recipe):
+            found.append(norm_error(hidden(model, batch), want))
+    assert max(found) <= 1.05 * found[0], found
 
 
 @pytest.mark.slow

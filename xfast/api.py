@@ -82,6 +82,7 @@ def accelerate(
     patches = [EncoderPatch(module, options) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
         patch.plan.require_layers()
+        patch.plan.shared = parameters_outside(root, patch.module)
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
         if training and (reason := patch.training_unavailable()) is not None:
@@ -91,7 +92,7 @@ def accelerate(
         if any(patch.plan.engine is None for patch in patches):  # of several encoders, before the first loses its own
             raise BackendUnavailableError("keep_weights=False needs a backend that runs this model; see xfast.explain")
         for patch in patches:
-            patch.plan.free_weights(patch.module, parameters_outside(root, patch.module))
+            patch.plan.free_weights(patch.module)
     _uninstall(before)
     for installed in (*patches, *heads):
         installed.install()

@@ -49,6 +49,9 @@ class Plan:
         self.engine: Engine | None = None
         self.backend_name = "none"
         self.notes: list[str] = []
+        self.shared: Collection[
+            int
+        ] = ()  # ids of weights that modules outside the encoder use, too; if they are given up
         self.freed = ""  # why the original weights are gone
         self._mixture: dict[Product, LinearFormat] | None = None  # that "auto" found last
         self._lock = ThreadLock()
@@ -92,18 +95,18 @@ class Plan:
                 self._compile(module)
             return self.engine
 
-    def free_weights(self, module: nn.Module, shared: Collection[int]) -> None:
+    def free_weights(self, module: nn.Module) -> None:
         """Gives up the original weights that the engine holds itself; they become ``meta`` tensors.
 
-        These are the linear weights and, where the engine has a smaller copy, the word embeddings, unless their id is
-        among those ``shared`` with modules outside the encoder (a masked-LM decoder tied to them).
+        These are the linear weights and, where the engine has a smaller copy, the word embeddings, unless they are
+        ``shared`` with modules outside the encoder (a masked-LM decoder tied to them).
         """
         assert self.engine is not None
         for (layer, _), leaf in self.weights.modules.items():
             if layer >= 0 and isinstance(leaf, nn.Linear):
                 _free(leaf)
         words = self.weights.modules[-1, "word"]
-        if id(words.weight) not in shared and self.engine.own_word_table():
+        if id(words.weight) not in self.shared and self.engine.own_word_table():
             _free(words)
         self.freed = FREED
         self._watch = WeightWatch(module, self.weights)
@@ -201,7 +204,8 @@ class Plan:
             if backend is None or (backend.name == TritonBackend.name and precision in QUANTISED):
                 continue
             engine = backend.compile(weights, precision)
-            if not self.options.keep_weights:  # the error is to be that of the word table that is kept
+            # the error is to be that of the word table that is kept
+            if not self.options.keep_weights and id(weights.modules[-1, "word"].weight) not in self.shared:
                 engine.own_word_table()
             try:
                 output = engine_output(engine, batches, self.layers)

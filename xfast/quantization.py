@@ -288,6 +288,8 @@ def _best(
     weight = target.weight(*key)
     columns, largest = _columns(weight), _positive(inputs.largest)
     divisors = [_divisor(largest**exponent / columns ** (1 - exponent)) for exponent in exponents]
+    if key[1] == "ffn_out":  # neurons that this text never fires, multiplied up, would be another text's outliers
+        divisors = [np.maximum(divisor, np.median(divisor)) for divisor in divisors]
     if gains and key[1] in _NORM_FED:  # what holds for all text, should the calibration batches be few
         divisors.append(_gain_divisor(target, key, weight, GAIN_STRENGTH))
     formats = [default, *(replace(default, divisor=divisor) for divisor in divisors)]
