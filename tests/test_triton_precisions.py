@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu import FP8, NO_NUMPY_WARNINGS
-from models import at_tokens, fallbacks, norm_error, quick_settings, ragged
+from gpu import DEVICE, FP8, NO_NUMPY_WARNINGS
+from models import at_tokens, build, fallbacks, norm_error, quick_settings, ragged
 from triton_models import PRE_NORM, fast, first_output, model_of, moved, same_at_tokens
 
 import xfast
@@ -139,6 +139,27 @@ def test_the_models_own_dtype_is_kept_and_no_less_accurate(dtype: torch.dtype) -
 
 
 @FP8
+@pytest.mark.parametrize("precision", ["model", "int8"])
+def test_a_pre_norm_stream_keeps_small_biases(precision: str) -> None:
+    """Beside a large stream a bias is less than half of its last place, and is the same in every layer."""
+    model, batch = build(PRE_NORM, "base-no-pooler", num_hidden_layers=12), moved(ragged(PRE_NORM, lengths=(9, 7)))
+    model.embeddings.word_embeddings.weight.mul_(10)
+    bias = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(5))
+    for layer in model.encoder.layer:
+        layer.attention.output.dense.bias.copy_(bias)
+        layer.output.dense.bias.copy_(bias)
+    model = model.bfloat16().float().to(DEVICE)
+    rounded = copy.deepcopy(model).bfloat16()
+
+    def states(one: Any) -> torch.Tensor:
+        return at_tokens(one(**batch)[0].float(), batch["attention_mask"])
+
+    want = states(model)
+    own = norm_error(states(rounded), want)
+    got = norm_error(states(fast(rounded if precision == "model" else model, precision=precision)), want)
+    assert got <= 1.3 * own, (got, own)
+
+
 def test_auto_takes_the_fastest_within_the_tolerance() -> None:
     batch = moved(ragged(lengths=(5, 2)))
     loose = fast(model_of(num_hidden_layers=1), precision="auto", calibration=[batch], tolerance=0.5)

@@ -72,8 +72,10 @@ def empty_cache() -> None:
 
 def finish(event: torch.cuda.Event | None) -> None:
     """Waits for what an event was recorded after, before its memory goes; not in a capture, which that would end."""
+    if event is None:
+        return
     with suppress(Exception):  # the interpreter may be ending
-        if event is not None and not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing():
             event.synchronize()
 
 
@@ -144,7 +146,7 @@ class Graphs:
         self._calls = 0
         self._lock = threading.Lock()
 
-    def __del__(self) -> None:
+    def __del__(self, finish: Callable[..., None] = finish) -> None:  # bound: at exit modules lose their names first
         finish(self._done)  # of replays on other streams than that of whoever lets go
 
     @property

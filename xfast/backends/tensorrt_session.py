@@ -53,7 +53,7 @@ class Session:
         self._contexts: dict[int, Any] = {}
         self._messages = runtime
 
-    def __del__(self) -> None:
+    def __del__(self, finish: Callable[..., None] = finish) -> None:  # bound: at exit modules lose their names first
         finish(self._done)  # contexts and the engine's weights are freed without waiting for other streams
 
     def run(self, inputs: Mapping[str, torch.Tensor], profile: int) -> torch.Tensor:

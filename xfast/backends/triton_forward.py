@@ -161,12 +161,13 @@ class TritonForward:
         out = self._projected(context, layer.attention_out, residual)
         norm = layer.ffn_norm if self._pre_norm else layer.attention_norm
         middle = self._add_norm(
-            out, residual, layer.attention_out_bias, norm, self._pre_norm, _is_fp8(layer.attention_out),
+            out, residual, layer.attention_out_bias, norm, self._pre_norm, self._is_alone(layer.attention_out),
             _is_fp8(layer.ffn_in),
         )  # fmt: skip
         out = self._projected(self._ffn_in(layer, middle), layer.ffn_out, middle.values)
         norm, apart = self._norm_after(index + 1)
-        return self._add_norm(out, middle.values, layer.ffn_out_bias, norm, apart, _is_fp8(layer.ffn_out), next_fp8)
+        alone = self._is_alone(layer.ffn_out)
+        return self._add_norm(out, middle.values, layer.ffn_out_bias, norm, apart, alone, next_fp8)
 
     def _add_norm(
         self, out: torch.Tensor, stream: torch.Tensor, bias: torch.Tensor | None,
@@ -201,17 +202,25 @@ class TritonForward:
         return bias_gelu(torch.mm(operand, weight.t()), layer.ffn_in_bias)
 
     def _projected(self, x: torch.Tensor | Scaled, weight: Weight, residual: torch.Tensor) -> torch.Tensor:
-        """x W^T added to the residual, in place, in the product's accumulator; alone if e4m3 (LayerNorm adds it then).
+        """x W^T added to the residual, in place, in the product's accumulator, or alone: LayerNorm adds it then.
 
         In place, because out of place torch first copies the residual.
         """
-        if isinstance(weight, tuple):
-            return self._product(x if isinstance(x, tuple) else quantize(x), weight, None)
+        if self._is_alone(weight):
+            return self._product(quantize(x) if _is_fp8(weight) and not isinstance(x, tuple) else x, weight, None)
         assert isinstance(x, torch.Tensor)
         ready = self._ready(weight, x.shape[0])
         if isinstance(ready, IntegerWeights):
             return weight_only_gemm(x, ready, residual=residual, out=residual)
         return residual.addmm_(x, ready.t())
+
+    def _is_alone(self, weight: Weight) -> bool:
+        """Whether LayerNorm adds a product to the residual stream.
+
+        A pre-norm stream is rounded each time it is stored and grows: rounded after the product and again after the
+        bias, it would lose biases below half its last place in every layer.
+        """
+        return self._pre_norm or _is_fp8(weight)
 
     def _product(self, x: torch.Tensor | Scaled, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias, [rows, out]."""

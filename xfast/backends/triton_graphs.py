@@ -42,8 +42,8 @@ def tf32() -> bool:
 def _switches() -> tuple[Any, ...]:
     """What a program sets for torch's products at any time; a graph keeps what held when it was captured."""
     matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    return tf32(), *(getattr(matmul, name, None) for name in names)
+    sums = (f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16"))
+    return tf32(), *(getattr(matmul, name, None) for name in (*sums, "allow_fp16_accumulation"))
 
 
 class GraphCache:
