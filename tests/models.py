@@ -268,6 +268,13 @@ def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+def token_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """What ``tolerance`` means: root mean square error of tokens [T, hidden_size] over their standard deviation."""
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    squares = (got.double() - want.double()).square().sum(1).mean()
+    return float((squares / want.double().var(0, correction=1).sum()).sqrt())
+
+
 class _SimulatedLinear(nn.Linear):
     """Plain 8-bit products: weights per output channel (int4: 4 bits, per 64 inputs), activations per token."""
 

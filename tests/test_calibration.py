@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ALL_FAMILIES, at_tokens, build, encoder_of, fallbacks, norm_error, quick_settings, ragged
+from models import ALL_FAMILIES, at_tokens, build, encoder_of, fallbacks, quick_settings, ragged, token_error
 from torch import nn
 
 import xfast
@@ -46,7 +46,7 @@ def test_auto_of_16_bit_weights_is_held_against_fp32(dtype: torch.dtype, layers:
     for precision in ("int8", "bf16"):
         with xfast.accelerated(exact, precision=precision, layers=layers):
             got = at_tokens(exact(**batch).last_hidden_state, batch["attention_mask"])
-        assert errors[precision] == pytest.approx(norm_error(got, want), rel=0.02)
+        assert errors[precision] == pytest.approx(token_error(got, want), rel=0.02)
 
 
 def test_auto_where_the_original_overflows() -> None:
@@ -95,7 +95,7 @@ def test_auto_measures_the_word_table_that_is_kept() -> None:
     want = at_tokens(build()(**batch).last_hidden_state, batch["attention_mask"])
     for model in (kept, freed):
         got = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
-        assert auto_errors(model)["int8"] == pytest.approx(norm_error(got, want), rel=0.01)
+        assert auto_errors(model)["int8"] == pytest.approx(token_error(got, want), rel=0.01)
     assert auto_errors(kept) != auto_errors(freed)
 
 
@@ -114,12 +114,40 @@ def test_auto_leaves_a_word_table_alone_that_a_head_is_tied_to() -> None:
 def test_mixed_recipes_keep_their_error_with_fp32_beside_them(tmp_path: Any) -> None:
     model, batch = build(), ragged()
     want = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
-    recipe, report = quantization.mixed(model, [batch], tolerance=5e-3)
+    recipe, report = quantization.mixed(model, [batch], tolerance=1e-2)
     assert report.result.error > 1e-3
     xfast.save(xfast.accelerate(model, precision="fp32", recipe=recipe), tmp_path)
     for one in (model, xfast.load(tmp_path)):
         got = at_tokens(one(**batch).last_hidden_state, batch["attention_mask"])
-        assert norm_error(got, want) == pytest.approx(report.result.error, rel=1e-3)
+        assert token_error(got, want) == pytest.approx(report.result.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("shared", [0.0, 1e3])
+def test_what_all_tokens_share_makes_no_tolerance_laxer(shared: float) -> None:
+    """Trained encoders hold nearly the same large value in a few channels of every token."""
+    model, batch = build(), ragged()
+    with torch.no_grad():
+        encoder_of(model).encoder.layer[-1].output.LayerNorm.bias[:2] = shared
+    with xfast.accelerated(model, precision="int8"):
+        got = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
+    want = at_tokens(model(**batch).last_hidden_state, batch["attention_mask"])
+    seen = token_error(got[:, 2:], want[:, 2:])
+    report = quantization.mixed(model, [batch], tolerance=1e-3, smoothing=False)[1]
+    xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=1e-3)
+    for int8 in (auto_errors(model)["int8"], report.uniform["int8"].error):
+        assert int8 == pytest.approx(seen, rel=0.2)
+
+
+def test_the_error_of_tokens() -> None:
+    want = torch.tensor([[100.0, 1.0], [100.0, -1.0], [100.0, 3.0]])
+    off = torch.tensor([[0.0, 0.1], [0.1, 0.0], [0.0, -0.1]])
+    assert calibration.relative_error(want + off, want) == pytest.approx(0.1 / 2, rel=1e-4)  # their deviation is 2
+    assert calibration.relative_error(want[:1] + 1, want[:1]) == pytest.approx(2**0.5 / 10001**0.5)
+    assert calibration.relative_error(want[:1].repeat(3, 1) + 1, want[:1].repeat(3, 1)) == pytest.approx(
+        2**0.5 / 10001**0.5
+    )
+    nothing = torch.zeros(3, 2)
+    assert calibration.relative_error(nothing, nothing) == calibration.relative_error(want[:0], want[:0]) == 0
 
 
 # --- what is taken as a batch ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from models import (
     quick_settings,
     ragged,
     simulated_int8,
+    token_error,
 )
 
 import xfast
@@ -150,7 +151,7 @@ def test_default_device_of_torch_does_not_matter() -> None:
 # --- precision="auto" ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tolerance", "chosen"), [(0.5, "int8"), (8e-3, "bf16"), (1e-4, "fp32")])
+@pytest.mark.parametrize(("tolerance", "chosen"), [(0.5, "int8"), (2.5e-2, "bf16"), (1e-4, "fp32")])
 def test_auto_takes_the_fastest_within_the_tolerance(tolerance: float, chosen: str) -> None:
     model, batch = build(), ragged()
     tokens = batch["attention_mask"]
@@ -160,7 +161,7 @@ def test_auto_takes_the_fastest_within_the_tolerance(tolerance: float, chosen: s
     assert explained.precision == chosen
     assert any(chosen in note and "chosen" in note for note in explained.notes)
     assert "auto: int8 error" in str(xfast.explain(model))
-    assert norm_error(at_tokens(model(**batch).last_hidden_state, tokens), want) <= tolerance
+    assert token_error(at_tokens(model(**batch).last_hidden_state, tokens), want) <= tolerance
     named = xfast.accelerate(model, precision=chosen)(**batch).last_hidden_state
     auto = xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=tolerance)(**batch)
     assert torch.equal(auto.last_hidden_state, named)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ALL_FAMILIES, build, encoder_of, left_padded, quick_settings, ragged, text_tower
+from models import ALL_FAMILIES, build, encoder_of, left_padded, quick_settings, ragged, text_tower, token_error
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -40,11 +40,6 @@ def planted(family: str = "xlm-roberta", head: str = "base", **changes: Any) -> 
 def hidden(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states of the real tokens [T, hidden_size]."""
     return encoder_of(model)(**batch).last_hidden_state[batch["attention_mask"].bool()]
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """What ``tolerance`` means."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def quantised(model: Any, batch: Mapping[str, torch.Tensor], recipe: Recipe, precision: str = "int8") -> torch.Tensor:
@@ -127,12 +122,12 @@ def test_zero_and_negative_gains(calibrated: bool) -> None:
 def test_smoothing_lowers_the_error_of_outliers(family: str, precision: str) -> None:
     model, batch, calibration = planted(family), ragged(family), [ragged(family, seed=s) for s in (1, 2)]
     want = hidden(model, batch)
-    plain = relative(quantised(model, batch, Recipe(), precision), want)
+    plain = token_error(quantised(model, batch, Recipe(), precision), want)
     free = quantization.smooth(model, precision=precision)
     measured = quantization.smooth(model, precision=precision, calibration=calibration)
     assert {chosen.precision for chosen in free.linears.values()} == {precision}
     assert {chosen.precision for chosen in measured.linears.values()} == {precision}
-    errors = [relative(quantised(model, batch, recipe, precision), want) for recipe in (free, measured)]
+    errors = [token_error(quantised(model, batch, recipe, precision), want) for recipe in (free, measured)]
     assert errors[0] < 0.8 * plain
     assert errors[1] < 0.6 * plain
 
@@ -147,7 +142,9 @@ def test_smoothing_is_left_out_where_it_does_not_help() -> None:
     assert len(recipe.linears) < 4 * LAYERS
     batch = ragged()
     want = hidden(model, batch)
-    assert relative(quantised(model, batch, recipe), want) <= 1.1 * relative(quantised(model, batch, Recipe()), want)
+    assert token_error(quantised(model, batch, recipe), want) <= 1.1 * token_error(
+        quantised(model, batch, Recipe()), want
+    )
 
 
 def test_group_size_reaches_the_recipe() -> None:
@@ -259,7 +256,7 @@ def test_sensitivity_is_what_a_recipe_of_one_product_gives(precision: str) -> No
 
     def measured(linears: dict[tuple[int, str], LinearFormat]) -> float:
         recipe = Recipe(linears=linears)
-        return relative(torch.cat([quantised(model, batch, recipe, "fp32") for batch in batches]), want)
+        return token_error(torch.cat([quantised(model, batch, recipe, "fp32") for batch in batches]), want)
 
     chosen = LinearFormat(precision)
     for product in report.products[::3]:
@@ -295,8 +292,8 @@ def test_mixed_stays_within_the_tolerance(family: str, tolerance: float) -> None
     recipe, report = quantization.mixed(model, batches, tolerance=tolerance)
     want = torch.cat([hidden(model, batch) for batch in batches])
     got = torch.cat([quantised(model, batch, recipe, "int8") for batch in batches])
-    assert relative(got, want) <= tolerance
-    assert abs(relative(got, want) - report.result.error) <= 1e-6
+    assert token_error(got, want) <= tolerance
+    assert abs(token_error(got, want) - report.result.error) <= 1e-6
     assert math.isclose(report.result.worst_cosine, float(cosine_similarity(got, want).min()), abs_tol=1e-6)
     assert set(recipe.linears) == set(itertools.product(range(LAYERS), LINEARS))
     assert report.result.bytes == sum(p.bytes for p in report.products)
@@ -329,7 +326,7 @@ def test_mixed_is_near_the_best_of_all_choices() -> None:
     each = {name: {p.name: p.bytes for p in _uniform(model, batch, name).products} for name in precisions}
     for choice in itertools.product(precisions, repeat=4):
         linears = {(0, name): LinearFormat(p) for name, p in zip(LINEARS, choice, strict=True)}
-        errors.append(relative(quantised(model, batch, Recipe(linears=linears), "fp32"), want))
+        errors.append(token_error(quantised(model, batch, Recipe(linears=linears), "fp32"), want))
         sizes.append(sum(each[p][name] for name, p in zip(LINEARS, choice, strict=True)))
     assert everything.result.bytes == min(sizes)
     for tolerance in (0.05, 0.02, 0.01, 0.005):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpu import DEVICE, FP8, NO_NUMPY_WARNINGS
-from models import at_tokens, build, fallbacks, norm_error, quick_settings, ragged
+from models import at_tokens, build, fallbacks, norm_error, quick_settings, ragged, token_error
 from triton_models import PRE_NORM, fast, first_output, model_of, moved, same_at_tokens
 
 import xfast
@@ -174,7 +174,7 @@ def test_auto_takes_fp8_where_the_tolerance_allows_it(monkeypatch: pytest.Monkey
     """One layer's products lose more in fp8 than the tolerance; the others stay there."""
     batch = moved(ragged(lengths=(5, 2)))
     uniform = [
-        norm_error(at_tokens(first_output(fast(model_of(), precision=p), batch), batch["attention_mask"].cpu()), want)
+        token_error(at_tokens(first_output(fast(model_of(), precision=p), batch), batch["attention_mask"].cpu()), want)
         for want in [at_tokens(first_output(model_of(), batch), batch["attention_mask"].cpu())]
         for p in ("fp8", "bf16")
     ]
@@ -185,12 +185,12 @@ def test_auto_takes_fp8_where_the_tolerance_allows_it(monkeypatch: pytest.Monkey
     assert re.search(r"auto: fp8 in [4-7] of 8 products, the others bf16, instead: error", text), text
     want = at_tokens(first_output(model_of(), batch), batch["attention_mask"].cpu())
     got = at_tokens(first_output(model, batch), batch["attention_mask"].cpu())
-    assert uniform[1] < norm_error(got, want) <= tolerance
+    assert uniform[1] < token_error(got, want) <= tolerance
     searched = trials.TritonTrials
     monkeypatch.setattr(trials.TritonTrials, "__init__", None)  # what was found is tried first, and does
     with torch.no_grad():
         model.embeddings.position_embeddings.weight.mul_(1.0001)
-    assert norm_error(at_tokens(first_output(model, batch), batch["attention_mask"].cpu()), want) <= 1.1 * tolerance
+    assert token_error(at_tokens(first_output(model, batch), batch["attention_mask"].cpu()), want) <= 1.1 * tolerance
     assert "of 8 products" in str(xfast.explain(model)) and searched is trials.TritonTrials
 
 
@@ -217,7 +217,7 @@ def test_mixed_precision_chooses_for_the_gpu() -> None:
     mask = batch["attention_mask"].cpu()
     want = at_tokens(first_output(model, batch), mask)
     got = at_tokens(first_output(fast(model, precision="bf16", recipe=recipe), batch), mask)
-    assert norm_error(got, want) == pytest.approx(report.result.error, rel=1e-3)
+    assert token_error(got, want) == pytest.approx(report.result.error, rel=1e-3)
     with pytest.raises(xfast.BackendUnavailableError, match="products in fp8 do not go with precision fp32"):
         quantization.mixed(model, [batch], tolerance=0.1, precisions=["fp8", "fp32"], backend="triton")
     with pytest.raises(xfast.InvalidOptionError, match="backend: 'tensorrt' is not accepted"):

@@ -82,7 +82,8 @@ def accelerate(
     patches = [EncoderPatch(module, options) for module in encoders]
     for patch in patches:  # everything that can fail comes before the model is touched
         patch.plan.require_layers()
-        patch.plan.shared = parameters_outside(root, patch.module)
+        if not keep_weights:
+            patch.plan.shared = parameters_outside(root, patch.module)
         if patch.plan.current_engine(patch.module) is None:
             warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
         if training and (reason := patch.training_unavailable()) is not None:

@@ -31,8 +31,9 @@ class Options:
             (which changes results a little), unless a masked-LM head is tied to them.
         calibration: batches for ``precision="auto"``: mappings of keyword arguments of the model's forward, as a
             tokenizer returns with ``return_tensors="pt"`` (int64 [batch, length], on any device).
-        tolerance: largest relative error ``||y - y_fp32|| / ||y_fp32||`` of the encoder's output for ``"auto"``, over
-            all tokens of ``calibration``; on a GPU y_fp32 is what the original code gives in the weights' dtype.
+        tolerance: largest error of the encoder's output for ``"auto"``: the root mean square of ``||y - y_fp32||`` over
+            all tokens of ``calibration``, relative to their standard deviation; on a GPU y_fp32 is what the original
+            code gives in the weights' dtype.
         training: fine-tune without padding, too (GPU only): calls that need gradients run the model's own modules on
             packed tokens with the varlen attention kernel instead of the original code.
         recipe: how single products differ from ``precision`` (native and Triton): see :class:`xfast.recipe.Recipe` and

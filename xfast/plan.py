@@ -49,9 +49,7 @@ class Plan:
         self.engine: Engine | None = None
         self.backend_name = "none"
         self.notes: list[str] = []
-        self.shared: Collection[
-            int
-        ] = ()  # ids of weights that modules outside the encoder use, too; if they are given up
+        self.shared: Collection[int] = ()  # ids of weights that must stay, as modules outside the encoder use them
         self.freed = ""  # why the original weights are gone
         self._mixture: dict[Product, LinearFormat] | None = None  # that "auto" found last
         self._lock = ThreadLock()

@@ -167,8 +167,7 @@ def mixed(
     Args:
         model: with one supported encoder, accelerated or not.
         calibration: batches as the model takes them.
-        tolerance: largest ||y - y_fp32|| / ||y_fp32|| of the encoder's output, as in :class:`xfast.Options`; on a GPU
-            y_fp32 is what the original code gives.
+        tolerance: largest error of the encoder's output, as in :class:`xfast.Options`.
         precisions: to choose from, of ``PRECISIONS`` or on a GPU ``ALL_PRECISIONS``; None: on the CPU all, bf16 only
             where it has a fast instruction; on a GPU fp8 (where it has none: int8) and bf16, which are about speed (for
             memory: int4, int8, bf16).

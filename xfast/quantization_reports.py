@@ -103,7 +103,7 @@ class OutlierReport(Report):
 
 @dataclass(frozen=True)
 class ProductError:
-    """Relative error of the encoder's output when this product alone is quantised."""
+    """Error of the encoder's output when this product alone is quantised."""
 
     layer: int
     name: str
@@ -112,7 +112,7 @@ class ProductError:
 
 @dataclass(frozen=True)
 class SensitivityReport(Report):
-    """Relative errors of the encoder's output, everything else in fp32.
+    """Errors of the encoder's output (as in ``Options.tolerance``), everything else in fp32.
 
     Attributes:
         precision: what was tried.
@@ -158,7 +158,7 @@ class ProductChoice:
 
 @dataclass(frozen=True)
 class Measured:
-    """A recipe run on the calibration batches: relative error, cosines of tokens, bytes of the packed products."""
+    """A recipe run on the calibration batches: error as in ``Options.tolerance``, cosines of tokens, packed bytes."""
 
     error: float
     worst_cosine: float

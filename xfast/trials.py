@@ -70,7 +70,7 @@ class Trials(ABC):
         """Hidden states of all tokens [T, hidden_size]; ``formats`` names every product."""
 
     def error(self, formats: Mapping[Product, LinearFormat]) -> float:
-        """||y - y_reference|| / ||y_reference|| over all tokens."""
+        """Of all tokens, as in :func:`relative_error`."""
         chosen = {**self._plain, **formats}
         if chosen != self._plain:
             return relative_error(self._outputs(chosen), self.exact)
