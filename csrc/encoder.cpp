@@ -437,10 +437,17 @@ AlignedBuffer Encoder::acquire_workspace(int64_t bytes) const {
   return AlignedBuffer(bytes);
 }
 
-void Encoder::release_workspace(AlignedBuffer buffer) const {
+void Encoder::release_workspace(AlignedBuffer buffer, int64_t needed) const {
   constexpr size_t kKeep = 4;
+  constexpr int64_t kSmall = int64_t{16} << 20;  // not worth giving back
   std::unique_lock<std::mutex> lock(workspace_mutex_, std::try_to_lock);
-  if (lock.owns_lock() && free_workspaces_.size() < kKeep) free_workspaces_.push_back(std::move(buffer));
+  if (!lock.owns_lock()) return;
+  // A largest call that is forgotten, by half in eleven calls: the memory of one giant batch goes back soon after it.
+  recent_need_ = std::max(needed, recent_need_ - recent_need_ / 16);
+  const auto too_large = [&](const AlignedBuffer& one) { return one.bytes() > std::max(kSmall, 4 * recent_need_); };
+  auto& free = free_workspaces_;
+  free.erase(std::remove_if(free.begin(), free.end(), too_large), free.end());
+  if (free.size() < kKeep && !too_large(buffer)) free.push_back(std::move(buffer));
 }
 
 void Encoder::forward(const ForwardArgs& given) const {
@@ -451,10 +458,11 @@ void Encoder::forward(const ForwardArgs& given) const {
   ForwardPlan plan;
   const OperandNeeds operands = needs();
   const BlockRows& rows = kernels_.block_rows;
-  AlignedBuffer workspace = acquire_workspace(plan.build(shape_, precision_, operands, rows, args, nullptr));
+  const int64_t needed = plan.build(shape_, precision_, operands, rows, args, nullptr);
+  AlignedBuffer workspace = acquire_workspace(needed);
   plan.build(shape_, precision_, operands, rows, args, workspace.data());
   team.run([&](const Member& member) { Worker(*this, args, plan, member).run(); });
-  release_workspace(std::move(workspace));
+  release_workspace(std::move(workspace), needed);
 }
 
 }  // namespace xfast

@@ -84,7 +84,7 @@ class Encoder {
  private:
   // Workspaces are reused: fresh memory would cost a page fault every 4 KiB on every call.
   AlignedBuffer acquire_workspace(int64_t bytes) const;
-  void release_workspace(AlignedBuffer buffer) const;
+  void release_workspace(AlignedBuffer buffer, int64_t needed) const;
 
   EncoderShape shape_;
   Precision precision_;
@@ -95,6 +95,7 @@ class Encoder {
   std::vector<Layer> layers_;
   mutable std::mutex workspace_mutex_;
   mutable std::vector<AlignedBuffer> free_workspaces_;
+  mutable int64_t recent_need_ = 0;
 };
 
 }  // namespace xfast

@@ -306,25 +306,26 @@ def simulated(model: nn.Module, precision: str) -> Any:
     return clone
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of memory that this process has now."""
     pages = Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
     """The call's result, and how far resident memory rose above its start while it ran."""
-    start = peak = _resident()
+    start = peak = resident()
     done = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.001):
-            peak = max(peak, _resident())
+            peak = max(peak, resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     result = call()
-    peak = max(peak, _resident())
+    peak = max(peak, resident())
     done.set()
     watcher.join()
     return result, peak - start

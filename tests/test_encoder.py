@@ -33,6 +33,7 @@ from models import (
     peak_growth,
     quick_settings,
     ragged,
+    resident,
     simulated,
 )
 
@@ -393,3 +394,19 @@ def test_attention_memory_is_linear_in_length(precision: str) -> None:
     tokens = batch["attention_mask"]
     limit = {"fp32": FP32_ERROR, "bf16": 5e-3, "int8": 2e-2, "int4": 0.2}[precision]
     assert norm_error(at_tokens(got, tokens), at_tokens(want, tokens)) <= limit
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_memory_of_one_giant_batch_goes_back() -> None:
+    model, small = xfast.accelerate(build("xlm-roberta", "base-no-pooler"), precision="int8"), ragged(lengths=(9,))
+    giant = ragged(lengths=(30,) * 8192)
+
+    def calls() -> None:
+        for _ in range(60):
+            model(**small)
+
+    calls()
+    before = resident()
+    growth = peak_growth(lambda: len(model(**giant)))[1]
+    calls()
+    assert resident() - before < growth / 4, f"{(resident() - before) >> 20} of {growth >> 20} MiB are kept"
