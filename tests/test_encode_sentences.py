@@ -304,6 +304,20 @@ def test_saving_takes_the_files_of_the_models_own_revision(base: Path, hub: Path
     assert (tmp_path / "given" / "modules.json").read_bytes() == (first / "modules.json").read_bytes()
 
 
+def test_an_artifact_in_a_folder_of_the_hub_ids_name_gets_all_files(
+    base: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That folder is there when files are looked for, and has none; a folder that the model came from has them."""
+    encode.publish(sentences(base, tmp_path / "m"), hub, "me/e5", "a" * 40, absent=())
+    monkeypatch.chdir(tmp_path)
+    model = loaded("me/e5", "a" * 40)
+    for target in ("elsewhere", "me/e5", "me/e5"):
+        xfast.save(model, target)
+        assert head_of(Settings(model=target))[0].pooling == "cls"
+    names = [sorted(path.name for path in Path(target).iterdir()) for target in ("elsewhere", "me/e5")]
+    assert names[0] == names[1] and "tokenizer.json" in names[0]
+
+
 def test_modules_that_may_be_on_the_hub_are_not_left_out_silently(base: Path, hub: Path, tmp_path: Path) -> None:
     encode.publish(base, hub, "me/bare", "a" * 40, absent=())
     with pytest.warns(UserWarning, match=r"me/bare: modules\.json is not in the Hub's cache.*hf download"):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from xfast import _C, locks
 from xfast.architecture import EncoderSpec
@@ -27,6 +28,7 @@ from xfast.tensor_files import (
     is_folder,
     reading,
     record_of,
+    state_of,
     strict_json,
     write_file,
     write_tensors,
@@ -262,10 +264,30 @@ class Reader:
 
     def __init__(self, folder: Path, verify: str) -> None:
         self.folder = folder
+        self._found = self._state()
         self.manifest = read_manifest(folder)
         self._verify = verify
         if verify == "full":
             verify_all(folder, self.manifest)
+
+    @contextlib.contextmanager
+    def one_artifact(self) -> Iterator[None]:
+        """What is read within belongs together. Raises ArtifactError: meanwhile another took the artifact's place."""
+        try:
+            yield
+        except ArtifactError:
+            self._refuse_another()
+            raise
+        self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        if self._state() != self._found:
+            raise ArtifactError(f"{self.folder}: was replaced while it was read; load it again") from None
+
+    def _state(self) -> tuple[int, ...] | None:
+        with contextlib.suppress(OSError):
+            return state_of((self.folder / MANIFEST).stat())  # moved into its place last, taken away first
+        return None
 
     def content(self, name: str) -> bytes:
         """A small file, its hash verified whatever ``verify`` is."""
@@ -333,19 +355,27 @@ class Staging:
         self._refuse_foreign()
         with writing(folder):
             self._made = not folder.exists()
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._staging / "lock").open("w")
-        with contextlib.ExitStack() as refused, writing(folder):
-            refused.callback(self._lock.close)
-            if not locks.lock(self._lock):
-                raise ArtifactWriteError(f"{folder}: another process is writing an artifact there")
-            refused.pop_all()
+            self._lock = self._locked()
         if identity is not None:
             self._resume()
         with writing(folder):
             for path in self._staging.iterdir():
                 if path.name not in {*self.finished, "lock", _JOURNAL, _PLACING}:
                     path.unlink()
+
+    def _locked(self) -> IO[str]:
+        """The lock. Who had it before removes the file, which may be the one that was opened here: then once more."""
+        path = self._staging / "lock"
+        for _ in range(100):
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as refused:
+                self._staging.mkdir(parents=True, exist_ok=True)
+                file = refused.enter_context(path.open("w"))
+                if not locks.lock(file):
+                    break
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    refused.pop_all()
+                    return file
+        raise ArtifactWriteError(f"{self.folder}: another process is writing an artifact there")
 
     def _refuse_foreign(self) -> None:
         with writing(self.folder):
@@ -418,7 +448,8 @@ class Staging:
                 (self.folder / name).unlink(missing_ok=True)
             for name in (*self._records, MANIFEST):
                 (self._staging / name).replace(self.folder / name)
-            shutil.rmtree(self._staging)
+            (self._staging / _PLACING).unlink()
+        shutil.rmtree(self._staging, ignore_errors=True)  # it is done; the next writer may have come already
         self._lock.close()
         return manifest
 

@@ -343,7 +343,12 @@ def load(folder: Path, verify: str, device: torch.device, backend: str) -> Loade
         BackendUnavailableError: no backend runs it on the device.
     """
     reader = Reader(folder, verify)
-    manifest = reader.manifest
+    with reader.one_artifact():
+        return _load(reader, device, backend)
+
+
+def _load(reader: Reader, device: torch.device, backend: str) -> Loaded:
+    folder, manifest = reader.folder, reader.manifest
     mapped, shapes = reader.tensors(artifact.PARAMETERS, None, copy_on_write=True)
     model, contents = _build(reader, len(shapes))
     spec = contents.weights.spec

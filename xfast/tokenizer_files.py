@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from xfast.artifact import Staging
+from xfast.artifact import MANIFEST, Staging
 from xfast.errors import DataFileError
 from xfast.tensor_files import is_file, is_folder, reading
 
@@ -119,7 +119,7 @@ def write(
     Raises:
         DataFileError: a file differs between the revisions that the model may be.
     """
-    folders = [Path(source)] if source and is_folder(Path(source)) else snapshots(source, revision)
+    folders = [Path(source)] if _is_source(source, staging.folder) else snapshots(source, revision)
     modules = _the_one(folders, MODULES, source)
     if embeds and modules is None:
         _warn_unknown(folders, source)
@@ -135,6 +135,14 @@ def write(
         tokenizer.save_pretrained(made)
         for path in sorted(path for path in Path(made).iterdir() if path.name in NAMES):
             staging.content(path.name, path.read_bytes())
+
+
+def _is_source(source: str, made: Path) -> bool:
+    """Whether a folder is what the model came from: not the artifact's own, of the name of a Hub id, made just now."""
+    folder = Path(source)
+    if not source or not is_folder(folder):
+        return False
+    return is_file(folder / MANIFEST) or folder.resolve() != made.resolve()
 
 
 def _named(modules: bytes | None) -> str:
