@@ -138,6 +138,18 @@ def test_what_all_tokens_share_makes_no_tolerance_laxer(shared: float) -> None:
         assert int8 == pytest.approx(seen, rel=0.2)
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
+def test_auto_measures_the_layers_that_run_now(before: int, after: int) -> None:
+    model, other, batch = build(num_hidden_layers=before), build(num_hidden_layers=after), ragged()
+    xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=0.5)
+    model.encoder.layer = copy.deepcopy(other.encoder.layer)
+    model.config.num_hidden_layers = after
+    model(**batch)
+    stock = copy.deepcopy(model)
+    xfast.accelerate(stock, precision="auto", calibration=[batch], tolerance=0.5)
+    assert auto_errors(model) == auto_errors(stock)
+
+
 def test_the_error_of_tokens() -> None:
     want = torch.tensor([[100.0, 1.0], [100.0, -1.0], [100.0, 3.0]])
     off = torch.tensor([[0.0, 0.1], [0.1, 0.0], [0.0, -0.1]])

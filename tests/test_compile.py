@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -220,6 +221,32 @@ def test_the_operator_passes_torchs_own_checks() -> None:
     gc.collect()
     with pytest.raises(xfast.ModelFreedError):
         torch.ops.xfast.encode(*given)
+
+
+def test_eager_calls_while_another_thread_compiles() -> None:
+    """torch says to all threads that it is compiling."""
+    model, batch = xfast.accelerate(build(head="sequence-classification")), ragged()
+    want, wrong, calls, done = model(**batch).logits, [], [], threading.Event()
+
+    def serve() -> None:
+        try:
+            with torch.inference_mode():
+                while not done.is_set():
+                    calls.append(torch.compiler.is_compiling())
+                    assert torch.equal(model(**batch).logits, want)
+        except BaseException as error:
+            wrong.append(error)
+
+    other = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(30)))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    fast = torch.compile(other, backend="eager")
+    for rows in range(2, 6):
+        fast(torch.randn(rows, 8))
+    done.set()
+    thread.join()
+    assert not wrong, wrong[0]
+    assert any(calls) and fallbacks(model) == {}
 
 
 def test_export_traces_the_original() -> None:

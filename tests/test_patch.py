@@ -33,6 +33,7 @@ from models import (
 from torch import nn
 
 import xfast
+from xfast import patch
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
@@ -337,10 +338,15 @@ def test_many_threads_may_call_one_model(head: str, fresh: bool) -> None:
 def test_a_forked_child_can_go_on() -> None:
     model, batch = xfast.accelerate(build(head="base-no-pooler")), ragged()
     want = model(**batch).last_hidden_state
+    assert _forked(lambda: torch.equal(model(**batch).last_hidden_state, want))
+    assert torch.equal(model(**batch).last_hidden_state, want)
+
+
+def _forked(good: Callable[[], bool]) -> bool:
+    """What a forked child answers; one that does not is killed."""
     child = os.fork()
     if child == 0:
-        same = torch.equal(model(**batch).last_hidden_state, want)
-        os._exit(0 if same else 3)
+        os._exit(0 if good() else 3)
     deadline = time.monotonic() + 20
     done, status = os.waitpid(child, os.WNOHANG)
     while not done and time.monotonic() < deadline:
@@ -349,8 +355,82 @@ def test_a_forked_child_can_go_on() -> None:
     if not done:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert done and os.waitstatus_to_exitcode(status) == 0
-    assert torch.equal(model(**batch).last_hidden_state, want)
+    return bool(done) and os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_fork_while_another_thread_begins_with_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one copy the plan is being made: nothing that is locked then is needed for another."""
+    model, batch = xfast.accelerate(build(head="base-no-pooler"), keep_weights=False), ragged()
+    want = model(**batch).last_hidden_state
+    begun, other = copy.deepcopy(model), copy.deepcopy(model)
+    making, forked = threading.Event(), threading.Event()
+    real = patch.family_of
+
+    def slow(module: nn.Module) -> Any:
+        making.set()
+        forked.wait(60)
+        return real(module)
+
+    monkeypatch.setattr(patch, "family_of", slow)
+    thread = threading.Thread(target=torch.inference_mode()(lambda: begun(**batch)))
+    thread.start()
+    assert making.wait(20)
+    monkeypatch.setattr(patch, "family_of", real)
+    answers = _forked(lambda: torch.equal(other(**batch).last_hidden_state, want))
+    forked.set()
+    thread.join()
+    assert answers
+    assert torch.equal(begun(**batch).last_hidden_state, want)
+
+
+def test_threads_that_begin_with_one_copy_pack_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, made = xfast.accelerate(build()), ragged(), []
+    want, real = model(**batch)[0], patch.Plan
+    monkeypatch.setattr(patch, "Plan", lambda *given: made.append(given) or time.sleep(0.05) or real(*given))
+    copied, start, same = copy.deepcopy(model), threading.Barrier(4), []
+
+    @torch.inference_mode()
+    def work() -> None:
+        start.wait()
+        same.append(torch.equal(copied(**batch)[0], want))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 4 and len(made) == 1
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_threads_that_accelerate_one_model(keep_weights: bool) -> None:
+    """A pipeline each, over one model: the last one stays, and no module is left with half of two."""
+    stock, batch = build(head="sequence-classification"), ragged()
+    want = stock(**batch).logits
+    for _ in range(5):
+        model = copy.deepcopy(stock)
+        start, refused, wrong = threading.Barrier(4), [], []
+
+        @torch.inference_mode()
+        def work(model: Any = model, start: Any = start, refused: Any = refused, wrong: Any = wrong) -> None:
+            start.wait()
+            try:
+                xfast.accelerate(model, keep_weights=keep_weights)
+            except xfast.WeightsFreedError as problem:
+                refused.append(problem)
+            except BaseException as problem:
+                wrong.append(problem)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong[0]
+        assert len(refused) == (0 if keep_weights else 3)  # the first one gave up the others' weights
+        assert error(model(**batch).logits, want) <= 1e-5
+        assert fallbacks(model) == {}
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

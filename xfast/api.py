@@ -26,6 +26,7 @@ from xfast.errors import (
 from xfast.explain import Explanation, explain_patches
 from xfast.head_patch import HeadPatch, TokenHeadPatch
 from xfast.heads import head_module, places_of_encoder, rule_for
+from xfast.locks import ThreadLock
 from xfast.options import Options
 from xfast.packed_model import BACKENDS as PACKED_BACKENDS
 from xfast.packed_model import check_saveable, parameters_outside, put_under
@@ -39,6 +40,10 @@ T = TypeVar("T")
 attention_interface.register()
 
 
+_changing = ThreadLock()  # models may share encoders: one thread at a time puts patches in or takes them out
+
+
+@_changing.held()
 def accelerate(
     model: T,
     *,
@@ -109,6 +114,7 @@ def _refuse_own_forward(encoders: Sequence[nn.Module]) -> None:
             )
 
 
+@_changing.held()
 def restore(model: T) -> T:
     """Undoes :func:`accelerate` exactly and returns the same object. A model that is not accelerated is left alone.
 
@@ -129,6 +135,7 @@ def accelerated(model: T, **options: Any) -> Iterator[T]:
     """``with xfast.accelerated(model, precision="int8"): ...`` accelerates inside the block only.
 
     Options are those of :func:`accelerate`. A model that was accelerated before gets that acceleration back afterwards.
+    For one thread at a time: blocks that overlap put back what each found.
 
     Raises:
         InvalidOptionError: ``keep_weights=False``, which could not be undone; and as :func:`accelerate`.

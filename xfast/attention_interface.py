@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from xfast.backends.triton import MIN_CAPABILITY
 from xfast.errors import InvalidInputError, UnsupportedModelError
@@ -151,7 +152,7 @@ def _packing(mask: torch.Tensor) -> _Packing:
     from xfast.kernels.packing import unpad
 
     # torch.compile would take a mask of the same shape for the same mask
-    keeps = not torch.compiler.is_compiling() and (not mask.is_inference() or _own() is mask)
+    keeps = not is_dynamo_compiling() and (not mask.is_inference() or _own() is mask)
     recent = getattr(_recent, "packing", None) if keeps else None
     if recent is not None and recent[0]() is mask and recent[1] == version_of(mask):
         kept: _Packing = recent[2]
@@ -201,7 +202,7 @@ def attention_mask_of(*_: Any, kv_length: int, **others: Any) -> torch.Tensor | 
     if mask is None:
         return None
     mask = mask[:, -kv_length:]
-    if not torch.compiler.is_compiling() and mask.is_inference():
+    if not is_dynamo_compiling() and mask.is_inference():
         mask = mask.clone()  # it does not count its changes: a copy for this forward alone will see none
         _recent.own = weakref.ref(mask)
     return mask

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from xfast import lm_head
 from xfast.backends.native import NativeEngine
@@ -56,7 +57,7 @@ class HeadPatch(Patch):
         patch = self.encoder_patch
         if patch is None:
             return self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self._traced(patch, args, kwargs)
         context = HeadContext(
             "first" if self.rule.rows == "first" and self.reads_as_ruled(patch) else "all",
@@ -121,7 +122,7 @@ class TokenHeadPatch(HeadPatch):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """See :class:`Patch`."""
-        patch = None if torch.compiler.is_compiling() else self.encoder_patch
+        patch = None if is_dynamo_compiling() else self.encoder_patch
         context = current_context(patch)
         if (
             patch is None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
 _FIELDS = tuple(field.name for field in fields(Output))
@@ -31,7 +34,7 @@ def encoder_output(
         "hidden_states": hidden_states,
         "attentions": attentions,
     }
-    if not _KNOWN or torch.compiler.is_compiling():  # dynamo knows the constructor
+    if not _KNOWN or is_dynamo_compiling():  # dynamo knows the constructor
         return Output(**values)
     return _assembled(values)
 
@@ -58,3 +61,20 @@ def _is_known() -> bool:
 
 
 _KNOWN = _is_known()
+
+
+@contextmanager
+def _counting_changes() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def countable(wanted: bool) -> AbstractContextManager[None]:
+    """Tensors count their changes, also in inference mode: a token head must know whether it gets them as they were."""
+    return _counting_changes() if wanted and torch.is_inference_mode_enabled() else nullcontext()
+
+
+def apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each in memory of its own: whoever keeps one layer's states must not keep all of them."""
+    for state in states:
+        yield state.clone() if state.untyped_storage().nbytes() > state.nbytes else state

@@ -14,20 +14,22 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling  # is_compiling says so to other threads, too
 
 from xfast import compiled, training
 from xfast.architecture import family_of, is_exact_attention, layers_of, output_dtype
 from xfast.backends.base import Batch, CannotRunError, Engine, EngineRefusedError
 from xfast.errors import ModelFreedError, WeightsFreedError
 from xfast.heads import is_plain, is_transformed
+from xfast.locks import ThreadLock
 from xfast.options import Options
-from xfast.outputs import encoder_output
+from xfast.outputs import apart, countable, encoder_output
 from xfast.packing import ARGUMENTS, PositionOverflowError
 from xfast.plan import CHANGED, FreedCopy, Plan
 from xfast.truncation import run_layers
@@ -168,17 +170,26 @@ class EncoderPatch(Patch):
         self.traces_original = False  # set by a head for the time of a call that torch.compile traces
         self._freed_copy = freed
         self._warned: set[str] = set()
+        self._making = ThreadLock()
         self.handle = compiled.register(self)
 
-    @functools.cached_property
+    @property
     def plan(self) -> Plan:
         """How this encoder runs; made on first use."""
-        family = family_of(self.module)
-        assert family is not None
-        plan = Plan(self.module, family, self.options)
-        if self._freed_copy is not None:
-            plan.adopt_copy(self._freed_copy, self.module)
-        return plan
+        plan: Plan | None = self.__dict__.get("plan")
+        return self._make_plan() if plan is None else plan
+
+    def _make_plan(self) -> Plan:
+        with self._making.held():  # cached_property locks none, or before Python 3.12 all, which a fork leaves locked
+            if (made := self.__dict__.get("plan")) is not None:
+                return cast("Plan", made)
+            family = family_of(self.module)
+            assert family is not None
+            plan = Plan(self.module, family, self.options)
+            if self._freed_copy is not None:
+                plan.adopt_copy(self._freed_copy, self.module)
+            self.__dict__["plan"] = plan
+            return plan
 
     @property
     def freed(self) -> str:
@@ -201,7 +212,7 @@ class EncoderPatch(Patch):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """See :class:`Patch`."""
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self._traced(args, kwargs)
         module = self.module
         if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
@@ -335,12 +346,12 @@ class EncoderPatch(Patch):
         rows = packed.first_rows() if first and not want_states else None
         # of this engine: another thread may have made a plan for another number of layers meanwhile
         layers = self.options.layers_of(engine.spec)
-        with _countable(context is not None and rows is None):
+        with countable(context is not None and rows is None):
             hidden, states = engine.run(packed, rows=rows, layers=layers, hidden_states=want_states)
             last = hidden.unsqueeze(1).to(dtype) if rows is not None else packed.pad(hidden, dtype)
         if context is not None and rows is None:
             context.padded, context.packed, context.hidden = last, packed, hidden
-        padded = None if states is None else (*_apart(packed.pad(s, dtype) for s in states[:-1]), last)
+        padded = None if states is None else (*apart(packed.pad(s, dtype) for s in states[:-1]), last)
         return self._answer(module, call, last, padded)
 
     def training_unavailable(self) -> str | None:
@@ -404,7 +415,7 @@ class EncoderPatch(Patch):
             or self.traces_original
             or (_autocast(ids) and self.options.precision == "model")
         ):
-            return self._original_layers(args, kwargs)
+            return _unseen(self, args, kwargs) if self.freed else self._original_layers(args, kwargs)
         dtype = output_dtype(module)
         hidden = torch.ops.xfast.encode(
             self.handle,
@@ -418,21 +429,10 @@ class EncoderPatch(Patch):
         return self._answer(module, call, hidden)
 
 
-@contextmanager
-def _counting_changes() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _countable(wanted: bool) -> AbstractContextManager[None]:
-    """Tensors count their changes, also in inference mode: a token head must know whether it gets them as they were."""
-    return _counting_changes() if wanted and torch.is_inference_mode_enabled() else nullcontext()
-
-
-def _apart(states: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Each in memory of its own: whoever keeps one layer's states must not keep all of them."""
-    for state in states:
-        yield state.clone() if state.untyped_storage().nbytes() > state.nbytes else state
+@torch.compiler.disable
+def _unseen(patch: EncoderPatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call between two graphs: there is no original code to trace, and what can run without it does."""
+    return patch(*args, **kwargs)
 
 
 def _autocast(given: torch.Tensor) -> bool:

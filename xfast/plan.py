@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Plan:
         self._mixture: dict[Product, LinearFormat] | None = None  # that "auto" found last
         self._lock = ThreadLock()
         self._watch: WeightWatch | None = None
+        self._left: list[tuple[Any, ...]] = []  # of given-up weights: every tensor and its state
         self.inner = InnerWatch(module)
 
     def require_layers(self) -> None:
@@ -107,11 +108,15 @@ class Plan:
         if id(words.weight) not in self.shared and self.engine.own_word_table():
             _free(words)
         self.freed = FREED
-        self._watch = WeightWatch(module, self.weights)
+        self._look_after(module)
 
     def adopt(self, engine: Engine | None, backend_name: str, notes: list[str], freed: str, module: nn.Module) -> None:
         """Takes over an engine that holds the only weights; ``freed`` says why."""
         self.engine, self.backend_name, self.notes, self.freed = engine, backend_name, notes, freed
+        self._look_after(module)
+
+    def _look_after(self, module: nn.Module) -> None:
+        self._left = [(t, *_state(t)) for t in _tensors(self.weights)]
         self._watch = WeightWatch(module, self.weights)
 
     def adopt_copy(self, copied: FreedCopy, module: nn.Module) -> None:
@@ -135,7 +140,8 @@ class Plan:
     def _compile(self, module: nn.Module) -> None:
         """Packs anew. Everything is published at the end, the watch last: other threads wait or see it whole."""
         if self.freed:
-            raise WeightsFreedError(_changed(self.freed))
+            self._follow(module)
+            return
         first = self._watch is None
         weights, watch = self.weights, WeightWatch(module, self.weights)
         self.notes = []
@@ -151,6 +157,28 @@ class Plan:
             self.notes.append(f"the original code runs: {error}")
         self.weights, self.backend_name, self.engine = weights, backend_name, engine
         self.inner = InnerWatch(module)
+        self._watch = watch
+
+    def _follow(self, module: nn.Module) -> None:
+        """Reads what is left of given-up weights where it lies now: pickling for another process moves it, say.
+
+        Raises:
+            WeightsFreedError: more was changed than that.
+        """
+        try:
+            weights = describe(module, self._family)
+        except CHANGED:
+            raise WeightsFreedError(_changed(self.freed)) from None
+        now, before = _tensors(weights), self._left
+        if (
+            weights.spec != self.weights.spec
+            or len(now) != len(before)
+            or any(t is not kept or _state(t) != tuple(state) for t, (kept, *state) in zip(now, before, strict=True))
+            or self.engine is None
+        ):
+            raise WeightsFreedError(_changed(self.freed))
+        watch = WeightWatch(module, weights)
+        self.engine = self.engine.for_copy(weights)
         self._watch = watch
 
     def _build(self, module: nn.Module, weights: EncoderWeights) -> tuple[str, Engine | None]:
@@ -187,6 +215,7 @@ class Plan:
         checked = read_batches(weights.spec, self.options.calibration)
         batches = [{name: value.to(device) for name, value in batch.arguments.items()} for batch in checked]
         tolerance = self.options.tolerance or 0.0
+        layers = self.options.layers_of(weights.spec)  # not of self.weights, which are those of the last plan
         # An original in 16 bits is no measure for others: it rounds more than they do, and may overflow
         coarse = device.type == "cpu" and parameter_dtype(weights) is not torch.float32
         reference: torch.Tensor | None = None
@@ -206,15 +235,13 @@ class Plan:
             if not self.options.keep_weights and id(weights.modules[-1, "word"].weight) not in self.shared:
                 engine.own_word_table()
             try:
-                output = engine_output(engine, batches, self.layers)
+                output = engine_output(engine, batches, layers)
             except CannotRunError as refusal:
                 self.notes.append(f"auto: {precision} cannot run the calibration batches: {refusal}")
                 continue
             if reference is None:
                 reference = (
-                    NativeTrials(weights, checked, self.layers).exact
-                    if coarse
-                    else original_output(module, batches, self.layers)
+                    NativeTrials(weights, checked, layers).exact if coarse else original_output(module, batches, layers)
                 )
             if not self._within(precision, relative_error(output, reference), tolerance):
                 refused.append(precision)
@@ -240,8 +267,10 @@ class Plan:
         What was found for former weights is tried first: fine-tuning changes them at every step.
         """
 
+        layers = self.options.layers_of(weights.spec)
+
         def run(engine: Engine) -> torch.Tensor:
-            return engine_output(engine, batches, self.layers)
+            return engine_output(engine, batches, layers)
 
         try:
             if self._mixture is not None:
@@ -249,7 +278,7 @@ class Plan:
                 if (error := relative_error(run(former), reference)) <= tolerance:
                     self._note_mixture(self._mixture, error)
                     return former
-            trials = TritonTrials(weights, "bf16", run, reference, self.layers)
+            trials = TritonTrials(weights, "bf16", run, reference, layers)
             ladders: Ladders = {}
             climb(ladders, trials, dict.fromkeys(trials.products, LinearFormat("fp8")))
             climb(ladders, trials, dict.fromkeys(trials.products, trials.plain))
@@ -315,9 +344,31 @@ class FreedWeight(nn.Parameter):
 
     def __new__(cls, like: torch.Tensor, home: torch.device, *, requires_grad: bool) -> FreedWeight:
         with torch.inference_mode(False):  # else nobody could ask for its gradients later
-            made: FreedWeight = super().__new__(cls, like.to("meta"), requires_grad)
+            values = torch.empty(like.shape, dtype=like.dtype, device="meta")  # of a meta tensor .to is itself
+            made: FreedWeight = super().__new__(cls, values, requires_grad)
         made._home = home
         return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What asks for no values works. Anything else would compute with memory that is nobody's, as it says "cpu".
+
+        Raises:
+            WeightsFreedError: values are needed.
+        """
+        everything = [*_tensors_in(args), *_tensors_in((kwargs or {}).values())]
+        its_own = bool(args) and isinstance(args[0], FreedWeight)  # copy_ and the like, which change nothing
+        in_place = its_own and getattr(function, "__name__", "").rstrip("_") != getattr(function, "__name__", "")
+        cause = None
+        with torch._C.DisableTorchFunctionSubclass():
+            if in_place or all(one.is_meta for one in everything):
+                try:
+                    result = function(*args, **(kwargs or {}))
+                    if all(one.is_meta for one in _tensors_in((result,))):
+                        return result
+                except RuntimeError as error:  # torch's own word for it
+                    cause = error
+        raise WeightsFreedError(f"{getattr(function, '__name__', function)}: {FREED}") from cause
 
     @property
     def device(self) -> torch.device:
@@ -350,6 +401,15 @@ class FreedWeight(nn.Parameter):
         return memo.setdefault(id(self), FreedWeight(self, self._home, requires_grad=self.requires_grad))
 
 
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Also those in lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
 def _free(leaf: nn.Module) -> None:
     weight = leaf.weight
     if weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
@@ -365,6 +425,11 @@ def refuse_state_dict(leaf: nn.Module, freed: str) -> None:
 
 def _refuse_state_dict(freed: str, *_: Any) -> None:
     raise WeightsFreedError(f"state_dict: {freed}")
+
+
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes with values, type or device, but not with the place in memory."""
+    return version_of(tensor), tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 def _tensors(weights: EncoderWeights) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from xfast.architecture import layers_of
 
@@ -23,7 +24,7 @@ def run_layers(
     """
     call = {**call, "return_dict": True}
     checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
-    if want_states or checkpointed or torch.compiler.is_compiling():
+    if want_states or checkpointed or is_dynamo_compiling():
         full = run(**{**call, "output_hidden_states": True})
         last, states = full.hidden_states[layers], full.hidden_states[: layers + 1] if want_states else None
     else:
