@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ALL_FAMILIES, build, encoder_of, error, fallbacks, quick_settings, ragged
+from models import ALL_FAMILIES, at_tokens, build, encoder_of, error, fallbacks, quick_settings, ragged
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -277,3 +277,53 @@ def test_a_freed_weight_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(to=lambda *_, **__: elsewhere))
     with pytest.raises(xfast.WeightsFreedError, match="cannot move to cuda:0"):
         weight.cuda()
+
+
+# --- tables and vectors of other sizes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["weight", "data"])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("table", "rows"), [("word", 90), ("word", 130), ("position", 30), ("position", 99), ("token_type", 4)]
+)
+def test_tables_of_another_size_than_their_module_says(table: str, rows: int, before: bool, how: str) -> None:
+    """A trimmed vocabulary, positions that were grown: often only the tensor is replaced, num_embeddings stays."""
+    model, batch = build(), ragged(lengths=(9, 26))
+    batch["input_ids"] = batch["input_ids"].clamp(max=89)
+    if not before:
+        xfast.accelerate(model)(**batch)
+    part = getattr(model.embeddings, f"{table}_embeddings")
+    old = part.weight.detach()
+    grown = torch.cat([old, torch.randn(max(0, rows - len(old)), old.shape[1])])[:rows].clone()
+    if how == "weight":
+        part.weight = nn.Parameter(grown)
+    else:
+        part.weight.data = grown
+    want = xfast.restore(copy.deepcopy(model))(**batch)[0]
+    got = xfast.accelerate(model)(**batch)[0] if before else model(**batch)[0]
+    assert error(at_tokens(got, batch["attention_mask"]), at_tokens(want, batch["attention_mask"])) <= 1e-5
+    assert fallbacks(model) == {}
+    if table == "word":
+        batch["input_ids"][1, 4] = rows
+        with pytest.raises(xfast.TokenIdError, match=rf"input_ids\[1, 4\] is {rows}; accepted: 0 to {rows - 1}"):
+            model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter", "shape"),
+    [
+        ("embeddings.LayerNorm", "weight", (1,)),
+        ("encoder.layer.0.attention.output.LayerNorm", "bias", (1,)),
+        ("encoder.layer.0.output.dense", "bias", (1,)),
+        ("embeddings.word_embeddings", "weight", (7,)),
+        ("embeddings.position_embeddings", "weight", ()),
+        ("embeddings.token_type_embeddings", "weight", (0, 64)),
+        ("embeddings.word_embeddings", "weight", (120, 32)),
+    ],
+)
+def test_parameters_of_another_shape_are_refused(path: str, parameter: str, shape: tuple[int, ...]) -> None:
+    model = build()
+    setattr(model.get_submodule(path), parameter, nn.Parameter(torch.ones(shape)))
+    with pytest.raises(xfast.UnsupportedModelError, match=rf"{path}\.{parameter} has shape .*expected"):
+        xfast.accelerate(model)

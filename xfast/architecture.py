@@ -180,9 +180,7 @@ def describe(module: nn.Module, family: Family) -> EncoderWeights:
         num_heads=heads,
         head_dim=hidden // heads,
         intermediate_size=config.intermediate_size,
-        vocab_size=module.embeddings.word_embeddings.num_embeddings,
-        max_positions=module.embeddings.position_embeddings.num_embeddings,
-        type_vocab_size=module.embeddings.token_type_embeddings.num_embeddings,
+        **{size: _rows(module, family, table) for table, size in _SIZES.items()},
         layer_norm_eps=float(config.layer_norm_eps),
         activation="gelu",
         norm=family.norm,
@@ -248,14 +246,29 @@ def _family_named(architecture: str) -> Family | None:
     return stems[max(found, key=len)] if (found := [s for s in stems if architecture.startswith(s)]) else None
 
 
+_SIZES = {"word": "vocab_size", "position": "max_positions", "type": "type_vocab_size"}
+
+
+def _rows(encoder: nn.Module, family: Family, table: str) -> int:
+    """Of a table's tensor: it may be another than the module was made with, which ``num_embeddings`` does not tell."""
+    shape = _leaf(encoder, family.outer_paths[table], table).weight.shape
+    return int(shape[0]) if len(shape) else 0
+
+
 def _check_shapes(weights: EncoderWeights) -> None:
     """Refuses layers that no longer have the sizes of the spec (pruned heads, swapped modules)."""
     spec = weights.spec
     for (layer, role), module in weights.modules.items():
-        expected = spec.product_shape(role) if role in LINEAR_ROLES else None
-        if expected is not None and tuple(module.weight.shape) != expected:
-            name = weights.names[layer, role]
-            raise UnsupportedModelError(f"{name}.weight has shape {tuple(module.weight.shape)}, expected {expected}")
+        shape: tuple[int, ...] = (spec.hidden_size,)
+        if role in _SIZES:
+            shape = (max(1, getattr(spec, _SIZES[role])), spec.hidden_size)
+        elif role in LINEAR_ROLES:
+            shape = spec.product_shape(role)
+        for parameter, expected in (("weight", shape), ("bias", shape[:1])):
+            found = getattr(module, parameter, None)
+            if found is not None and tuple(found.shape) != expected:
+                name = f"{weights.names[layer, role]}.{parameter}"
+                raise UnsupportedModelError(f"{name} has shape {tuple(found.shape)}, expected {expected}")
     for name, module, parameter in weights.parameters():
         if not is_plain_tensor(getattr(module, parameter)):
             raise UnsupportedModelError(f"{name} is no plain dense tensor (quantised, sparse or of a class of its own)")
