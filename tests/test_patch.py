@@ -444,3 +444,16 @@ def test_inference_mode_and_no_grad(mode: Callable[[], Any]) -> None:
     assert got.is_inference() == (mode is torch.inference_mode)
     assert_same_at_tokens(got, want, batch)
     assert fallbacks(model) == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"precision": "auto", "tolerance": 0.1}], ids=str)
+def test_another_default_device_is_for_what_users_make(options: dict[str, Any], tmp_path: Path) -> None:
+    model, batch = build(head="sequence-classification"), ragged()
+    want = model(**batch).logits
+    given = {**options, "calibration": [batch]} if "tolerance" in options else options
+    with torch.device("meta"):
+        got = xfast.accelerate(model, **given)(**batch).logits
+        xfast.save(model, tmp_path)
+        loaded = xfast.load(tmp_path)(**batch).logits
+    assert error(got, want) <= 0.1 and error(loaded, want) <= 0.1
+    assert fallbacks(model) == {}

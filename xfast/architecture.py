@@ -369,7 +369,7 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
     for name, table in position_buffers(encoder):
-        usual = torch.zeros_like(table) if name == "token_type_ids" else torch.arange(table.shape[-1]).to(table)
+        usual = torch.zeros_like(table) if name == "token_type_ids" else torch.arange(table.shape[-1], device=table.device).to(table)
         if not table.is_meta and not torch.equal(table, usual.expand_as(table)):
             found.append(f"embeddings.{name} holds other values than transformers gives it")
     return found
