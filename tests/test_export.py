@@ -118,7 +118,7 @@ def test_names_and_types(exported: tuple[str, Any, Path, Any]) -> None:
 
 def test_token_types_and_positions_by_column(tmp_path: Path) -> None:
     model, path = model_of("token-classification", "bert"), tmp_path / "m.onnx"
-    made = export.export_onnx(model, path)
+    made = export.export_onnx(model, str(path))
     assert made.inputs == ("input_ids", "attention_mask", "token_type_ids")
     for batch in (ragged("bert"), left_padded(ragged("bert"))):
         types = torch.randint(0, 2, batch["input_ids"].shape)
@@ -289,6 +289,10 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         export.export_onnx(bad, out)
     with pytest.raises(InvalidWeightsError, match=r"is torch\.bfloat16; accepted: torch\.float32"):
         export.export_onnx(build().bfloat16(), out)
+    lazy = build(head="sequence-classification")
+    lazy.classifier.dense = torch.nn.LazyLinear(64)
+    with pytest.raises(InvalidWeightsError, match=r"classifier\.dense\.weight is not initialised"):
+        export.export_onnx(lazy, out)
     with pytest.raises(InvalidWeightsError, match="is on the meta device"):
         export.export_onnx(build().to("meta"), out)
     causal = transformers.XLMRobertaForCausalLM(build().config)

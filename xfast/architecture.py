@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from xfast.errors import InvalidWeightsError, UnsupportedModelError
 
@@ -282,8 +283,9 @@ def is_plain_tensor(tensor: torch.Tensor) -> bool:
 
 def require_values(name: str, tensor: torch.Tensor) -> None:
     """Raises InvalidWeightsError where a parameter has no values."""
-    if tensor.is_meta:
-        raise InvalidWeightsError(f"{name} is on the meta device: it has no values; load the weights first")
+    if is_lazy(tensor) or tensor.is_meta:
+        where = "not initialised" if is_lazy(tensor) else "on the meta device"
+        raise InvalidWeightsError(f"{name} is {where}: it has no values; load the weights first")
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

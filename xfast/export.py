@@ -124,7 +124,7 @@ class _Traced(nn.Module):
         return tuple(made[name] for name in self.outputs)
 
 
-def export_onnx(model: nn.Module, out: Path, *, force: bool = False, progress: Progress | None = None) -> Exported:
+def export_onnx(model: nn.Module, out: str | Path, *, force: bool = False, progress: Progress | None = None) -> Exported:
     """Write ``model`` to ``out`` as ONNX, for any batch and length.
 
     An accelerated model is exported as it was before, all its layers; it is accelerated again afterwards. ``out`` gets
@@ -146,7 +146,7 @@ def export_onnx(model: nn.Module, out: Path, *, force: bool = False, progress: P
         DataFileError: ``out`` cannot be written.
         ExportError: PyTorch cannot export the model, or the file computes something else.
     """
-    tell = progress or (lambda _: None)
+    tell, out = progress or (lambda _: None), Path(out)
     require_packages()
     outputs = outputs_of(model)
     check_free(out, force)
@@ -300,19 +300,19 @@ def _write(traced: _Traced, path: Path, example: dict[str, torch.Tensor]) -> int
 
 def samples(spec: EncoderSpec) -> Iterator[dict[str, torch.Tensor]]:
     """Batches to compare on, of ``LENGTHS`` and the longest: padding on the right, on the left, holes, none."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     longest = spec.usable_positions
     for length in (*(each for each in LENGTHS if each < longest), longest):
         rows = 2 if length == longest else 4
-        mask = torch.ones(rows, length, dtype=torch.int64)
+        mask = torch.ones(rows, length, dtype=torch.int64, device="cpu")
         mask[0, (length + 1) // 2 :] = 0
         mask[1, : length // 2] = 0
         if rows > 2 and length > 2:
             mask[2, 1 : length - 1 : 2] = 0
-        ids = torch.randint(0, spec.vocab_size - 1, mask.shape, generator=generator)
+        ids = torch.randint(0, spec.vocab_size - 1, mask.shape, generator=generator, device="cpu")
         ids += (ids >= spec.pad_token_id).long()  # any but the padding id
         ids[mask == 0] = spec.pad_token_id
-        types = torch.randint(0, spec.type_vocab_size, mask.shape, generator=generator)
+        types = torch.randint(0, spec.type_vocab_size, mask.shape, generator=generator, device="cpu")
         yield {"input_ids": ids, "attention_mask": mask} | ({"token_type_ids": types} if types.any() else {})
 
 
