@@ -138,6 +138,30 @@ def test_what_all_tokens_share_makes_no_tolerance_laxer(shared: float) -> None:
         assert int8 == pytest.approx(seen, rel=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_calibration_on_embeddings_of_any_type(dtype: torch.dtype) -> None:
+    """As calls take them; the original alone would refuse float64."""
+    model, batch = build(), ragged()
+    given = {**batch, "inputs_embeds": model.embeddings.word_embeddings(batch["input_ids"])}
+    del given["input_ids"]
+    xfast.accelerate(model, precision="auto", calibration=[batch], tolerance=0.1)
+    want = auto_errors(model)
+    given["inputs_embeds"] = given["inputs_embeds"].to(dtype)
+    xfast.accelerate(model, precision="auto", calibration=[given], tolerance=0.1)
+    assert auto_errors(model) == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_calibration_on_tensors_that_hold_nothing_to_read(name: str, kind: str) -> None:
+    model, batch = build(), ragged()
+    odd = batch[name].to("meta") if kind == "meta" else batch[name].to_sparse()
+    for call in (xfast.accelerate, quantization.mixed):
+        options = {"precision": "auto"} if call is xfast.accelerate else {}
+        with pytest.raises(xfast.InvalidInputError, match=rf"calibration\[1\]: {name}.*(meta|dense)"):
+            call(model, calibration=[batch, {**batch, name: odd}], tolerance=0.1, **options)
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
 def test_auto_measures_the_layers_that_run_now(before: int, after: int) -> None:
     model, other, batch = build(num_hidden_layers=before), build(num_hidden_layers=after), ragged()

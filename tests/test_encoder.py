@@ -255,7 +255,9 @@ def _positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-@pytest.mark.parametrize("change", ["embeds", "positions", "one row of positions", "types", "pads inside", "no mask"])
+@pytest.mark.parametrize(
+    "change", ["embeds", "positions", "one row of positions", "types", "types of a row", "pads inside", "no mask"]
+)
 def test_call_arguments_are_honoured(family: str, change: str) -> None:
     model, batch = build(family, type_vocab_size=2), ragged(family)
     call = dict(batch)
@@ -267,6 +269,8 @@ def test_call_arguments_are_honoured(family: str, change: str) -> None:
         call["position_ids"] = _positions(batch)[:1].to(torch.int32)
     elif change == "types":
         call["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
+    elif change == "types of a row":
+        call["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape[1:])
     elif change == "pads inside":  # the RoBERTa family counts positions over ids, whatever the mask says
         call["input_ids"] = batch["input_ids"].clone()
         call["input_ids"][2, 5], call["input_ids"][3, 0] = PAD, PAD

@@ -260,11 +260,9 @@ def _check_shapes(weights: EncoderWeights) -> None:
     """Refuses layers that no longer have the sizes of the spec (pruned heads, swapped modules)."""
     spec = weights.spec
     for (layer, role), module in weights.modules.items():
-        shape: tuple[int, ...] = (spec.hidden_size,)
+        shape: tuple[int, ...] = spec.product_shape(role) if role in LINEAR_ROLES else (spec.hidden_size,)
         if role in _SIZES:
             shape = (max(1, getattr(spec, _SIZES[role])), spec.hidden_size)
-        elif role in LINEAR_ROLES:
-            shape = spec.product_shape(role)
         for parameter, expected in (("weight", shape), ("bias", shape[:1])):
             found = getattr(module, parameter, None)
             if found is not None and tuple(found.shape) != expected:
@@ -371,7 +369,8 @@ def _changed_modules(encoder: nn.Module) -> list[str]:
         if activation is not None and not is_exact_gelu(activation):
             found.append(f"{name}.intermediate_act_fn is {activation}")
     for name, table in position_buffers(encoder):
-        usual = torch.zeros_like(table) if name == "token_type_ids" else torch.arange(table.shape[-1], device=table.device).to(table)
+        counted = torch.arange(table.shape[-1], device=table.device).to(table)
+        usual = torch.zeros_like(table) if name == "token_type_ids" else counted
         if not table.is_meta and not torch.equal(table, usual.expand_as(table)):
             found.append(f"embeddings.{name} holds other values than transformers gives it")
     return found

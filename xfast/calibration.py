@@ -151,8 +151,10 @@ def read_batches(spec: EncoderSpec, calibration: Any) -> list[Batch]:
                     f"calibration[{index}]: {name} is a {type(given[name]).__name__}; expected a tensor: call the "
                     'tokenizer with return_tensors="pt"'
                 )
-        arguments = {name: value.to("cpu") for name, value in encoder_arguments(given).items()}
+            if isinstance(given.get(name), torch.Tensor) and given[name].is_meta:
+                raise InvalidInputError(f"calibration[{index}]: {name} is on the meta device: it has no values")
         try:
+            arguments = {name: value.to("cpu") for name, value in encoder_arguments(given).items()}
             batches.append(Batch(arguments, unpad(spec, **{"input_ids": None, **arguments})))
         except (InvalidInputError, PositionOverflowError) as error:
             raise InvalidInputError(f"calibration[{index}]: {error}") from None
@@ -177,8 +179,10 @@ def run_original(module: nn.Module, **arguments: Any) -> Any:
 
     The class's: the instance's may be accelerated.
     """
-    device = next(module.parameters()).device.type
-    with evaluated(module), torch.no_grad(), torch.autocast(device, enabled=False):
+    first = next(module.parameters())
+    if (embeds := arguments.get("inputs_embeds")) is not None:
+        arguments["inputs_embeds"] = embeds.to(first.dtype)
+    with evaluated(module), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
         forward: Any = type(module).forward
         return forward(module, **arguments)
 

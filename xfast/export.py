@@ -124,7 +124,9 @@ class _Traced(nn.Module):
         return tuple(made[name] for name in self.outputs)
 
 
-def export_onnx(model: nn.Module, out: str | Path, *, force: bool = False, progress: Progress | None = None) -> Exported:
+def export_onnx(
+    model: nn.Module, out: str | Path, *, force: bool = False, progress: Progress | None = None
+) -> Exported:
     """Write ``model`` to ``out`` as ONNX, for any batch and length.
 
     An accelerated model is exported as it was before, all its layers; it is accelerated again afterwards. ``out`` gets

@@ -132,10 +132,12 @@ def batch_shape(
     if (input_ids is None) == (inputs_embeds is None):
         raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None:
+        _check_dense("input_ids", input_ids)
         if input_ids.dim() != 2:
             raise InvalidInputError(f"input_ids: expected shape (batch, length), got {tuple(input_ids.shape)}")
         return input_ids.shape[0], input_ids.shape[1]
     assert inputs_embeds is not None
+    _check_dense("inputs_embeds", inputs_embeds)
     if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != spec.hidden_size or not inputs_embeds.is_floating_point():
         raise InvalidInputError(
             f"inputs_embeds: expected floating values of shape (batch, length, {spec.hidden_size}), "
@@ -150,7 +152,8 @@ def check_ids(name: str, ids: torch.Tensor | None, batch: int, length: int) -> t
         return None
     if ids.dtype not in (torch.int64, torch.int32):
         raise InvalidInputError(f"{name}: expected int64 or int32 values, got {ids.dtype}")
-    if name == "position_ids" and ids.dim() == 1:
+    _check_dense(name, ids)
+    if ids.dim() == 1:  # for every row: only token types and positions come so far
         ids = ids.unsqueeze(0)
     if ids.dim() != 2 or ids.shape[1] != length or ids.shape[0] not in (1, batch):
         raise InvalidInputError(f"{name}: expected shape ({batch}, {length}), got {tuple(ids.shape)}")
@@ -161,9 +164,16 @@ def check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tens
     """The mask as contiguous [batch, length], its values not looked at. Raises InvalidInputError on another shape."""
     if mask is None:
         return None
+    _check_dense("attention_mask", mask)
     if tuple(mask.shape) != (batch, length):
         raise InvalidInputError(f"attention_mask: expected shape ({batch}, {length}), got {tuple(mask.shape)}")
     return mask.detach().contiguous()
+
+
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise InvalidInputError(f"{name}: expected a dense tensor, got a {kind} one")
 
 
 def _ids(ids: torch.Tensor | None) -> np.ndarray | None:
