@@ -154,3 +154,35 @@ def test_large_shards_have_several_row_groups(base: Path, tmp_path: Path, monkey
     one, several = (pq.ParquetFile(tmp_path / name / "shard-000000.parquet") for name in ("one", "several"))
     assert one.num_row_groups == 1 and several.num_row_groups > 3
     assert encode.read(tmp_path / "several").equals(encode.read(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([Decimal("1.25")]), pa.array([7])),
+        (pa.array([7], pa.int32()), pa.array([Decimal("1.25")])),
+        (pa.array([[Decimal("1.25")]]), pa.array([[7]])),
+    ],
+    ids=str,
+)
+def test_integers_that_the_common_decimal_does_not_hold(
+    base: Path, tmp_path: Path, one: pa.Array, other: pa.Array
+) -> None:
+    """Arrow names decimal(20, 2) for int64 with decimal(3, 2), which the longest integers do not fit."""
+    with pytest.raises(DataFileError, match=r"is (list<.*)?int\d\d.* here, and .*does not hold all.*--keep"):
+        encode.run(two_files(tmp_path / "in", one, other), tmp_path / "out", base)
+
+
+def test_decimals_of_different_sizes_and_small_integers(base: Path, tmp_path: Path) -> None:
+    long, short = pa.array([Decimal("1" * 30)]), pa.array([7], pa.int16())
+    encode.run(two_files(tmp_path / "in", short, long), tmp_path / "out", base)
+    assert encode.read(tmp_path / "out").column("v").to_pylist() == [7, Decimal("1" * 30)]
+
+
+def test_a_column_whose_name_is_the_path_of_another(base: Path, tmp_path: Path) -> None:
+    """Parquet calls both a.b."""
+    kept = {"a.b": pa.array([1, 2]), "a": pa.array([{"b": "x"}, {"b": "y"}])}
+    encode.parquet(tmp_path / "in.parquet", {"text": ["a", "b"], **kept})
+    encode.run(tmp_path / "in.parquet", tmp_path / "out", base)
+    for name, values in kept.items():
+        assert encode.read(tmp_path / "out").column(name).to_pylist() == values.to_pylist()

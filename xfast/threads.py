@@ -36,6 +36,8 @@ def get_num_threads() -> int:
 def num_threads(threads: int | None) -> Iterator[None]:
     """xfast and PyTorch both use ``threads`` threads inside the block; None leaves them as they are.
 
+    For the whole process, so for one thread at a time: blocks that overlap put back what each found.
+
     Raises:
         InvalidOptionError: not accepted.
     """

@@ -85,9 +85,11 @@ def _largest(metadata: Any) -> dict[str, int]:
     whole = {field.name for field in metadata.schema.to_arrow_schema() if pa.types.is_integer(field.type)}
     for group in range(metadata.num_row_groups):
         for column in map(metadata.row_group(group).column, range(metadata.num_columns)):
-            name = column.path_in_schema
-            if name in whole and column.statistics is not None and column.statistics.has_min_max:
-                found[name] = max(found.get(name, 0), column.statistics.min, column.statistics.max, key=abs)
+            name, known = column.path_in_schema, column.statistics
+            if name not in whole or known is None or not known.has_min_max:
+                continue
+            if isinstance(known.min, int) and isinstance(known.max, int):  # "a.b" may also be the b of a struct a
+                found[name] = max(found.get(name, 0), known.min, known.max, key=abs)
     return found
 
 

@@ -174,8 +174,8 @@ def _refuse_rounding(path: str, column: pa.Field, common: pa.DataType) -> None:
     """Checks that a column's values fit the type that it has over all files, as far as that is known already."""
     if _rounds(column.type, common):
         raise DataFileError(
-            f"{path}: column {column.name!r} is {column.type} here, and {common} over all files would round it; give "
-            "it one type, or name the columns to copy with --keep"
+            f"{path}: column {column.name!r} is {column.type} here, and {common} over all files does not hold all its "
+            "values; give it one type, or name the columns to copy with --keep"
         )
     largest = int((column.metadata or {}).get(_LARGEST, 0))
     if pa.types.is_floating(common) and abs(largest) > _HELD:
@@ -185,9 +185,12 @@ def _refuse_rounding(path: str, column: pa.Field, common: pa.DataType) -> None:
 
 
 def _rounds(kind: pa.DataType, common: pa.DataType) -> bool:
-    """Whether decimals become floats, inside lists and structs too."""
+    """Whether decimals become floats, or integers decimals of fewer digits; inside lists and structs too."""
     if pa.types.is_decimal(kind):
         return bool(pa.types.is_floating(common))
+    if pa.types.is_integer(kind) and pa.types.is_decimal(common):
+        digits = len(str(2 ** (kind.bit_width - pa.types.is_signed_integer(kind))))
+        return bool(common.precision - common.scale < digits)
     inner = [kind.field(i) for i in range(kind.num_fields)]
     if pa.types.is_struct(kind):
         return any(_rounds(one.type, common.field(one.name).type) for one in inner)
