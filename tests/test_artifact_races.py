@@ -1,4 +1,4 @@
-"""Several writers and readers of one artifact: each gets a whole one, or is told; every interleaving is forced here."""
+"""Several writers and readers of one folder: each gets a whole artifact, or is told; every interleaving is forced."""
 
 from __future__ import annotations
 
@@ -103,3 +103,15 @@ def test_loading_while_another_artifact_is_put_there(
     assert done
     if other != "gone":
         assert xfast.load(tmp_path)(**ragged())[0].shape[-1] == 64
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": 2}', "no JSON", '{"format": 99}'])
+def test_a_file_that_is_only_called_like_a_manifest(tmp_path: Path, content: str) -> None:
+    """Another program's, a damaged or a later one: what lies beside it would be replaced."""
+    build().save_pretrained(tmp_path)
+    (tmp_path / artifact.MANIFEST).write_text(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = xfast.accelerate(build(seed=1), precision="int8")
+    with pytest.raises(xfast.ArtifactWriteError, match="holds something else than a packed artifact"):
+        xfast.save(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -128,6 +128,11 @@ def _as_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
 
 
+def _sizes(folder: Path, **sizes: int) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+
+
 QUERY = "roberta.encoder.layer.1.attention.self.query.weight"
 TABLE = "roberta.embeddings.position_embeddings.weight"
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
@@ -135,6 +140,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], xfast.DataFileError, "neither"),
     "no config": (lambda f: (f / "config.json").unlink(), xfast.DataFileError, "config.json"),
     "a config that is none": (lambda f: (f / "config.json").write_text("[1"), xfast.DataFileError, "not JSON"),
+    "no heads": (lambda f: _sizes(f, num_attention_heads=-1), xfast.UnsupportedModelError, "num_attention_heads, -1"),
+    # transformers would count them all, in memory
+    "positions for 16 GiB": (
+        lambda f: _sizes(f, max_position_embeddings=2**31),
+        xfast.DataFileError,
+        "max_position_embeddings is 2147483648, more than",
+    ),
     "a missing shard": (lambda f: _one_shard(f).unlink(), xfast.DataFileError, "shards are missing"),
     "a cut shard": (lambda f: os.truncate(_one_shard(f), 3000), xfast.DataFileError, "safetensors"),
     "an empty shard": (lambda f: os.truncate(_one_shard(f), 0), xfast.DataFileError, "safetensors"),

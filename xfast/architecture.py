@@ -318,8 +318,8 @@ def _refuse(module: nn.Module, family: Family) -> None:
     position_type = getattr(config, "position_embedding_type", None) or "absolute"
     if position_type != "absolute":
         reasons.append(f"its positions are {position_type!r}; supported: 'absolute'")
-    if config.hidden_size % config.num_attention_heads:
-        reasons.append("hidden_size is not a multiple of num_attention_heads")
+    if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+        reasons.append(f"hidden_size is no multiple of num_attention_heads, {config.num_attention_heads}")
     attention = getattr(config, "_attn_implementation", None)
     if not is_exact_attention(attention):
         reasons.append(f"its attention is the user's own, {attention!r}")

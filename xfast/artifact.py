@@ -239,7 +239,7 @@ def refuse_huge(config: Any, largest: int, layers: int, path: Path) -> None:
 
     Args:
         config: what config.json says, or one inside it.
-        largest: bytes that are there.
+        largest: bytes that are there, or rows or columns of the largest tensor.
         layers: tensors that are there.
         path: of config.json.
 
@@ -252,7 +252,7 @@ def refuse_huge(config: Any, largest: int, layers: int, path: Path) -> None:
             continue
         limit = layers if _LAYERS.fullmatch(name) else largest if name in _SIZES else None
         if limit is not None and isinstance(value, (int, float)) and value > limit:
-            raise ArtifactError(f"{path}: {name} is {value}, more than the artifact has data for")
+            raise ArtifactError(f"{path}: {name} is {value}, more than the tensors beside it can have")
 
 
 class Reader:
@@ -285,7 +285,7 @@ class Reader:
             raise ArtifactError(f"{self.folder}: was replaced while it was read; load it again") from None
 
     def _state(self) -> tuple[int, ...] | None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a name that cannot be
             return state_of((self.folder / MANIFEST).stat())  # moved into its place last, taken away first
         return None
 
@@ -384,11 +384,18 @@ class Staging:
                     f"{self.folder}: is a file; expected a folder, or a path where one can be made"
                 )
             names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if MANIFEST not in names and names - _HARMLESS - self._placed():
+        if not self._is_artifact() and names - _HARMLESS - self._placed():
             raise ArtifactWriteError(
                 f"{self.folder}: holds something else than a packed artifact ({', '.join(sorted(names)[:3])}, ...); "
                 "accepted: a new or empty folder, or an artifact, which is replaced"
             )
+
+    def _is_artifact(self) -> bool:
+        """Whether there is a manifest of xfast: other programs may call a file so, and a damaged one lists no files."""
+        with contextlib.suppress(ArtifactError):
+            read_manifest(self.folder)
+            return True
+        return False
 
     def _placed(self) -> set[str]:
         """What a commit that was killed has left beside the staging folder; only that is known to be xfast's."""

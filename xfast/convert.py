@@ -287,13 +287,17 @@ def _skeleton(checkpoint: Tensors, architecture: str | None, **changes: Any) -> 
             f"architecture: {name!r} is no model class of transformers {transformers.__version__}; accepted: a class "
             "such as XLMRobertaModel (default: the one that config.json names)"
         )
+    where = checkpoint.folder or Path("model")
+    shapes = [checkpoint.entry(tensor).shape for tensor in checkpoint.names()]
+    longest = max((size for shape in shapes for size in shape), default=0)
+    longest = max(longest, 1 << 20)  # so much costs nothing, and other messages say more
+    artifact.refuse_huge(checkpoint.config, longest, len(shapes), where / artifact.CONFIG)
     try:
         config = packed_model.config_of(cls, {**checkpoint.config, **changes})
         bare = any(cls.__name__ in family.encoder_classes for family in FAMILIES)
         pooled = any("pooler." in tensor for tensor in checkpoint.names())
         return packed_model.skeleton(cls, config, {"add_pooling_layer": pooled} if bare else {})
     except Exception as error:  # whatever transformers raises for a config that is none
-        where = checkpoint.folder or "model"
         raise DataFileError(f"{where}: {cls.__name__} cannot be built from config.json: {error}") from error
 
 
