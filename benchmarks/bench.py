@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class Options:
             raise InvalidOptionError(f"rounds: {self.rounds} is not accepted; accepted: 1 to {_MAX_ROUNDS}")
         if self.isa is not None:
             require_one_of("isa", self.isa, [isa for isa in SWITCHES if isa in xfast.available_isas()])
+        if self.zentorch_python and shutil.which(self.zentorch_python) is None:
+            raise InvalidOptionError(f"zentorch-python: {self.zentorch_python} is no program that can be run")
         precisions = peers.PRECISIONS if self.precision == "all" else _parts("precision", self.precision)
         object.__setattr__(self, "works", tuple(workloads.expand(_parts("workload", self.workload))))
         object.__setattr__(self, "engines", tuple(peers.choose(self.peers, precisions)))

@@ -287,6 +287,8 @@ def test_options_are_checked_at_once() -> None:
     assert options.counts == (2, 1)
     with pytest.raises(InvalidOptionError):
         bench.Options(rounds=0)
+    with pytest.raises(InvalidOptionError, match="zentorch-python: /nowhere/python is no program"):
+        bench.Options(zentorch_python="/nowhere/python")
 
 
 @pytest.mark.parametrize(("passes", "slow"), [([0.3, 0.0, 0.0, 0.0], False), ([0.3, 0.3], True)])

@@ -212,6 +212,8 @@ def test_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         done = _run("prune", *arguments)
         assert done.exit_code == 2 and words in done.stderr
+    monkeypatch.setenv("XFAST_CACHE", str(tmp_path / "none"))  # a cache that was never used is an empty one
+    assert _run("prune").stdout == f"{tmp_path / 'none'}: 0 engines removed, 0 left\n"
 
 
 def test_bad_input_is_found_before_the_checkpoint_is_read(

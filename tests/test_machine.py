@@ -121,3 +121,9 @@ def test_files_that_are_mapped_twice_are_counted_once(tmp_path: Path, monkeypatc
     assert abs(machine.mapped_again() - before - (8 << 20)) < 1 << 20
     monkeypatch.setattr(machine, "_PROC", tmp_path)
     assert machine.mapped_again() == 0
+
+
+def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {one["name"]: one["reason"] for one in machine.backends()}
+    assert found["tensorrt"] == "PyTorch finds no CUDA GPU here"

@@ -196,6 +196,8 @@ def test_limit_pooling_and_splits_are_checked(trained: Path, data: Path) -> None
         ({"split": "train"}, "split: 'train'"),
         ({"benchmark": "glue"}, "benchmark: 'glue'"),
         ({"limit": 0}, "limit: 0"),
+        ({"backend": "onnx"}, "backend: 'onnx' is not accepted; accepted: auto, native, triton, tensorrt, none"),
+        ({"precision": "auto"}, "precision: 'auto' is not accepted; accepted: model, .*fp8$"),
     ):
         with pytest.raises(InvalidOptionError, match=match):
             Evaluation(model, "xnli", **changes)

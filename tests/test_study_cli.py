@@ -32,9 +32,13 @@ def test_a_study_from_the_command_line_to_its_report(tmp_path: Path) -> None:
     assert study["settings"]["languages"] == ["sw", "en"]
     assert "Swahili" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
+    assert "nothing to continue" not in found.stderr
     refused = invoke("run", tmp_path, *options)
     assert refused.exit_code == BAD_INPUT and "--resume" in refused.stderr
     assert invoke("run", tmp_path, *options, "--resume").exit_code == 0
+
+    new = invoke("run", tmp_path / "new", *options, "--resume")
+    assert new.exit_code == 0 and "nothing to continue" in new.stderr
 
     # A run that was stopped in the middle of a line has a report too.
     path = tmp_path / store.NAME
@@ -59,8 +63,8 @@ def test_a_study_from_the_command_line_to_its_report(tmp_path: Path) -> None:
         (["--baseline", "/nowhere"], "/nowhere is no folder"),
         (["--baseline", "/tmp", "--sizes", "large"], "a size of their own"),
         (["--baseline", "/tmp", "--sizes", "base"], "sizes: 'base' is not accepted with checkpoints"),
-        (["--data", "/nowhere"], "no folder"),
-        (["--profiles", "/nowhere.json"], "nowhere.json: cannot read the length profiles"),
+        (["--data", "/nowhere"], "data: /nowhere is no folder"),
+        (["--profiles", "/nowhere.json"], "profiles: /nowhere.json: cannot be read: No such file"),
         (["--profiles", "p.json", "--data", "d"], "profiles: not accepted with data"),
         (["--margin", "2"], "margin: 2.0"),
         (["--quick", "--rounds", "5"], "sets --rounds itself"),

@@ -266,9 +266,9 @@ def prune(
     """Remove the least recently used engines until the others are small enough together."""
     limit = stores.size_limit() if max_bytes is None else max_bytes
     store = stores.Store(folder)
-    if not is_folder(store.folder):
+    if folder is not None and not is_folder(store.folder):  # a cache that is not there is an empty one
         raise DataFileError(f"{store.folder}: no such folder")
-    removed = store.prune(limit)
+    removed = store.prune(limit) if is_folder(store.folder) else []
     if store.reasons["unwritable"]:
         raise DataFileError(f"{store.folder}: {store.notes[-1]}")
     if as_json:

@@ -127,6 +127,8 @@ def backends() -> list[dict[str, Any]]:
         precisions = [precision for precision, given in reasons.items() if None in given]
         # each device's own: with a GPU, that a model on the CPU is not for this backend explains nothing
         reason = None if precisions else "; ".join(dict.fromkeys(filter(None, reasons["fp32"])))
+        if reason and reason.endswith("this backend runs on cuda"):
+            reason = "PyTorch finds no CUDA GPU here"  # whose model there is none to be on
         rows.append({"name": backend.name, "available": bool(precisions), "precisions": precisions, "reason": reason})
     return rows
 

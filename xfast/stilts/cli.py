@@ -31,7 +31,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, any opt
 Precision = Annotated[str, typer.Option(help="Of the evaluation: model, fp32, bf16, int8, ...; see xfast.accelerate.")]
 Layer = Annotated[int | None, typer.Option(help="Hidden state for Tatoeba and BUCC; default: 14 of 24.")]
 Pooling = Annotated[str, typer.Option(help="mean or cls, for Tatoeba and BUCC.")]
-Backend = Annotated[str, typer.Option(help="auto, native, triton, or none for stock transformers.")]
+Backend = Annotated[str, typer.Option(help="auto, native, triton, tensorrt, or none for stock transformers.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of one sequence, as in training; default: the recipe's.")]
 
 

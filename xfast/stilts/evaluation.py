@@ -22,7 +22,7 @@ import xfast
 from xfast import files
 from xfast.artifact import manifest_in
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError, require_one_of
-from xfast.options import Options
+from xfast.options import BACKENDS, PRECISIONS, Options
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import MissingDataError, Source
 from xfast.stilts.examples import Examples
@@ -94,6 +94,8 @@ class Evaluation:
         require_one_of("benchmark", self.benchmark, scoring.TARGETS)
         if self.limit is not None and self.limit < 1:
             raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
+        require_one_of("backend", self.backend, (*BACKENDS, "none"))
+        require_one_of("precision", self.precision, PRECISIONS[:-1])  # auto needs batches to measure on
         if self.backend != "none":
             Options(backend=self.backend, precision=self.precision)
         elif self.precision != "model":

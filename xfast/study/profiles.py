@@ -177,13 +177,13 @@ def load_profiles(path: str | Path | None = None) -> list[LengthProfile]:
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidInputError(f"{source.name}: cannot read the length profiles: {error}") from error
+        raise InvalidInputError(f"profiles: {source}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested absurdly deep
-        raise InvalidInputError(f"{source.name}: not a JSON file of length profiles: {error}") from error
+        raise InvalidInputError(f"profiles: {source}: not a JSON file of length profiles: {error}") from error
     try:
         return _parse_document(document)
     except InvalidInputError as error:
-        raise InvalidInputError(f"{source.name}: {error}") from error
+        raise InvalidInputError(f"profiles: {source}: {error}") from error
 
 
 def save_profiles(

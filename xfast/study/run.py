@@ -24,6 +24,7 @@ from xfast.study.cells import parts
 from xfast.study.document import CONTROL, INTERMEDIATE
 from xfast.study.factors import EARLY, QUANTISATION, STOCK, Cell, EngineName, Settings, cells_of, pairs_of
 from xfast.study.fit import Fit, Room, fit
+from xfast.study.store import NAME as STORE
 from xfast.study.store import Store, visit_name
 from xfast.study.work import Texts, Work, batches_of
 
@@ -415,6 +416,8 @@ def start(
         raise BackendUnavailableError(f"sizes, engines: nothing fits on this machine: {reasons}")
     announcement.say(settings, made, console)
     here = machine() if settings.threads is None else {**machine(), "threads": settings.threads}
+    if resume and not (folder / STORE).exists():
+        console.print(f"nothing to continue in {folder}: this is a new study", style="yellow", markup=False)
     store = Store(folder, settings, here, resume=resume)
     try:
         _prepare(made, store)

@@ -108,6 +108,8 @@ class Texts:
         if self.folder is None:
             self._profiles = {(one.task, one.language): one for one in load_profiles(settings.profiles)}
             return
+        if not self.folder.is_dir():
+            raise DataFileError(f"data: {self.folder} is no folder")
         tasks = TYPES if settings.tasks == (ONE_TASK,) else settings.tasks
         folders = {task: tokenizer_of(settings, task) for task in tasks}
         known = {folder: corpus.load_tokenizer(folder) for folder in dict.fromkeys(folders.values())}
