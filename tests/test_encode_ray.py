@@ -193,11 +193,18 @@ def test_a_shard_that_kills_its_workers_ends_the_job(task: tuple[Task, dict[str,
 
 
 def test_a_cluster_that_is_too_small_is_refused() -> None:
-    ray_engine._require({"CPU": 2.0}, 2, {"CPU": 1, "GPU": 0})
-    with pytest.raises(BackendUnavailableError, match="2 of 2 CPU"):
-        ray_engine._require({"CPU": 2.0}, 2, {"CPU": 2, "GPU": 0})
-    with pytest.raises(BackendUnavailableError, match="1 of 1 GPU"):
-        ray_engine._require({"CPU": 2.0}, 1, {"CPU": 1, "GPU": 1})
+    one, three = [{"CPU": 2.0}], [{"CPU": 4.0, "GPU": 1.0}] * 2 + [{"memory": 1e9}]
+    for machines, workers, cpus, gpus in ((one, 2, 1, 0), (three, 8, 1, 0), (three, 2, 3, 0), (three, 2, 4, 1)):
+        ray_engine._require(machines, workers, {"CPU": cpus, "GPU": gpus})
+    for machines, workers, cpus, gpus, message in (
+        (one, 2, 2, 0, "2 of 2 CPU each do not fit the cluster: 1 do; its machines have 2 CPU$"),
+        (one, 1, 1, 1, "1 of 1 CPU and 1 GPU each .*have 2 CPU, 0 GPU$"),
+        (three, 1, 6, 0, "1 of 6 CPU each .*: 0 do; its machines have 4 CPU; 4 CPU; 0 CPU$"),  # 8 between two machines
+        (three, 3, 1, 1, "3 of 1 CPU and 1 GPU"),
+        ([], 1, 1, 0, "have nothing"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=message):
+            ray_engine._require(machines, workers, {"CPU": cpus, "GPU": gpus})
 
 
 def test_without_ray_a_hint_how_to_install_it(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
     workers = min(task.execution.workers, len(shards))
     needs = {"CPU": task.execution.threads or 1, "GPU": 1 if task.settings.device == "cuda" else 0}
     with redirect_stdout(sys.stderr), _cluster(task.execution.address):  # where Ray reports that a worker died
-        _require(ray.cluster_resources(), workers, needs)
+        _require([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, needs)
         rows = [{"shard": json.dumps(asdict(shard))} for shard in shards]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             ShardActor,
@@ -107,13 +107,17 @@ def run(task: Task, shards: Sequence[Shard], progress: Progress) -> None:
             progress(int(row["rows"]), int(row["tokens"]))
 
 
-def _require(there: dict[str, float], workers: int, needs: dict[str, int]) -> None:
-    """Ray itself would wait for ever."""
-    for kind, count in needs.items():
-        if workers * count > there.get(kind, 0):
-            raise BackendUnavailableError(
-                f"workers: {workers} of {count} {kind} each do not fit the cluster, which has {there.get(kind, 0):.0f}"
-            )
+def _require(machines: Sequence[dict[str, float]], workers: int, needs: dict[str, int]) -> None:
+    """Ray itself would wait for ever. A worker runs on one machine: what two have together is no room for it."""
+    needed = {kind: count for kind, count in needs.items() if count}
+    room = sum(int(min(one.get(kind, 0) // count for kind, count in needed.items())) for one in machines)
+    if workers > room:
+        each = " and ".join(f"{count} {kind}" for kind, count in needed.items())
+        have = "; ".join(", ".join(f"{one.get(kind, 0):.0f} {kind}" for kind in needed) for one in machines)
+        raise BackendUnavailableError(
+            f"workers: {workers} of {each} each do not fit the cluster: {room} do; its machines have "
+            f"{have or 'nothing'}"
+        )
 
 
 @contextmanager
