@@ -69,7 +69,7 @@ def correctness(tests: Path, folder: Path, seconds: float) -> dict[str, Any]:
     command = [*_python(), "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "--tb=short"]
     command += ["--junitxml", str(junit), "-o", "junit_logging=no"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     junit.unlink(missing_ok=True)
     with (folder / "correctness.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -111,11 +111,13 @@ def _outcomes(junit: Path) -> tuple[int, dict[str, str]]:
         cases = list(ElementTree.parse(junit).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return 0, {}
-    failed, passed = {}, 0
+    failed: dict[str, str] = {}
+    passed = 0
     for case in cases:
         wrong = next((child for child in case if child.tag in ("failure", "error")), None)
         if wrong is not None:
-            failed[f"{case.get('classname')}::{case.get('name')}"] = (wrong.get("message") or "")[:400]
+            # the first word of it: a worker that leaves after a fault (tests/conftest.py) is told of once more
+            failed.setdefault(f"{case.get('classname')}::{case.get('name')}", (wrong.get("message") or "")[:400])
         elif case.find("skipped") is None:
             passed += 1
     return passed, failed
@@ -181,7 +183,7 @@ def _correctness(clock: Clock) -> list[dict[str, Any]]:
 SECTIONS = {
     "correctness": Section(_correctness, TEST_SECONDS + GRACE),
     "ceilings": Section(lambda _: [gpu_kernels.ceilings()], 30),
-    "models": Section(functools.partial(gpu_models.models, size="large"), 120),
+    "models": Section(functools.partial(gpu_models.models, size="large"), 150),
     "models-base": Section(functools.partial(gpu_models.models, size="base"), 60),
     "tensorrt": Section(gpu_models.tensorrt, 180),
     "attention": Section(gpu_kernels.attention_rows, 60),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from xfast.benchmarks.gpu_time import Clock, measured
 from xfast.kernels import activation, attention, gemm, norm, quantize
 from xfast.kernels.gemm_weight_only import expand, weight_only_gemm
-from xfast.kernels.integer_weights import to_int4, to_int8
+from xfast.kernels.integer_weights import IntegerWeights, to_int4, to_int8
 from xfast.kernels.launch import capability_of
 from xfast.kernels.packing import attention_tiles
 from xfast.kernels.tiles import Tile, attention_tile
@@ -145,26 +145,25 @@ def _gemm(role: str, depth: int, columns: int, rows: int) -> Row:
 
 def weight_only_rows(clock: Clock) -> Iterator[Row]:
     """Products with integer weights beside bf16: TB/s of weights (few rows), TFLOP/s, and expanding them first."""
-    for name, (hidden, inner) in {**SHAPES, **LARGER_SHAPES}.items():
+    shapes = {**SHAPES, **LARGER_SHAPES}
+    for name in sorted(shapes, key=lambda one: one not in ("large", "xxl")):  # most telling first: time may run out
+        hidden, inner = shapes[name]
         for depth, columns in ((hidden, inner), (inner, hidden)):
+            w = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
+            integers = {"int8": to_int8(w), "int4": to_int4(w), "int4 g128": to_int4(w, 128)}
             for rows in WEIGHT_ONLY_ROWS:
                 if clock.left > 0:
-                    yield {
-                        "model": name,
-                        "in": depth,
-                        "out": columns,
-                        "rows": rows,
-                        **_weight_only(depth, columns, rows),
-                    }
+                    found = _weight_only(w, integers, rows)
+                    yield {"model": name, "in": depth, "out": columns, "rows": rows, **found}
 
 
-def _weight_only(depth: int, columns: int, rows: int) -> Row:
+def _weight_only(w: torch.Tensor, weights: dict[str, IntegerWeights], rows: int) -> Row:
+    columns, depth = w.shape
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
-    w = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
     bias = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
     run: dict[str, Callable[[], object]] = {"bf16 cublas": lambda: torch.addmm(bias, x, w.t())}
     sizes = {"bf16 cublas": 2 * w.numel()}
-    for kind, integers in (("int8", to_int8(w)), ("int4", to_int4(w)), ("int4 g128", to_int4(w, 128))):
+    for kind, integers in weights.items():
         run[kind] = lambda q=integers: weight_only_gemm(x, q, bias=bias)
         run[f"{kind} expanded"] = lambda q=integers: torch.addmm(bias, x, expand(q, x.dtype).t())
         sizes[kind] = sizes[f"{kind} expanded"] = integers.bytes

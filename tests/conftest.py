@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(
                 f"{item.nodeid}: its id holds an address, which differs between processes; set ids="
             )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel that reads where it must not ruins its process's GPU context: every test that came next would fail too.
+
+    The process of pytest-xdist ends instead, and another one takes its place.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the GPU context is lost after {nodeid}: {error}", file=sys.stderr, flush=True)
+            os._exit(3)
 
 
 @pytest.fixture(params=_C.available_isas())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,33 @@ def test_correctness_says_what_failed_and_why(sleep: int, tmp_path: Path, monkey
     assert found["passed"] >= 1  # the one that was interrupted has no outcome
     assert ("the suite" in found["failed"]) == bool(sleep)
     assert "test_rows_triton" in (out / "correctness.log").read_text()
+
+
+LOST = """
+import pytest, torch
+lost = False
+def synchronize():
+    if lost:
+        raise RuntimeError("an illegal memory access was encountered")
+torch.cuda.is_available, torch.cuda.synchronize = (lambda: True), synchronize
+@pytest.mark.parametrize("n", range(60))
+def test_it(n):
+    global lost
+    lost = lost or n == 5
+    assert not lost, f"illegal in {n}"
+"""
+
+
+def test_a_lost_context_fails_no_other_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's conftest ends a process that CUDA answers no more."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_rows_triton.py").write_text(LOST)
+    monkeypatch.setattr(gpu_battery, "TESTS", ("rows_triton",))
+    found = gpu_battery.correctness(tmp_path / "tests", tmp_path, 120)
+    (failed,) = found["failed"].items()
+    assert found["passed"] == 59 and "test_it[5]" in failed[0] and "illegal in 5" in failed[1]
+    assert "the GPU context is lost after" in (tmp_path / "correctness.log").read_text()
 
 
 def test_the_sections_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
