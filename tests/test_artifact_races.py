@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -105,13 +106,29 @@ def test_loading_while_another_artifact_is_put_there(
         assert xfast.load(tmp_path)(**ragged())[0].shape[-1] == 64
 
 
-@pytest.mark.parametrize("content", ["{}", '{"format": 2}', "no JSON", '{"format": 99}'])
+@pytest.mark.parametrize("change", [{"format": 99}, {"layout": "old"}], ids=str)
+def test_an_artifact_of_another_version_is_replaced(tmp_path: Path, change: dict[str, Any]) -> None:
+    """After an upgrade: what it lists goes, what it does not list stays."""
+    saved(tmp_path, num_hidden_layers=3)
+    path = tmp_path / artifact.MANIFEST
+    content = {**json.loads(path.read_text()), **change}
+    del content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": artifact.digest(content)}))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(xfast.ArtifactError, match=r"format 99|layout"):
+        xfast.load(tmp_path)
+    want = saved(tmp_path, num_hidden_layers=2)
+    assert torch.equal(xfast.load(tmp_path)(**ragged())[0], want)
+    assert (tmp_path / "notes.txt").exists() and not (tmp_path / "layer-002.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": 2}', "no JSON", '{"format": 99, "sha256": "0"}', ""])
 def test_a_file_that_is_only_called_like_a_manifest(tmp_path: Path, content: str) -> None:
     """Another program's, a damaged or a later one: what lies beside it would be replaced."""
     build().save_pretrained(tmp_path)
     (tmp_path / artifact.MANIFEST).write_text(content)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     model = xfast.accelerate(build(seed=1), precision="int8")
-    with pytest.raises(xfast.ArtifactWriteError, match="holds something else than a packed artifact"):
+    with pytest.raises(xfast.ArtifactWriteError, match=r"xfast\.json is damaged or another program's; accepted"):
         xfast.save(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -12,8 +12,10 @@ import torch
 import torch.multiprocessing  # how processes get tensors
 from models import at_tokens, build, encoder_of, norm_error, quick_settings, ragged
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import xfast
+from xfast.plan import FreedWeight
 
 _settings = pytest.fixture(autouse=True)(quick_settings)
 
@@ -81,6 +83,81 @@ def test_nothing_is_computed_with_weights_that_are_not_there() -> None:
     assert torch.equal(x, torch.ones(2, 64))
 
 
+@pytest.mark.parametrize(
+    ("head", "extra"),
+    [
+        ("question-answering", {"start_positions": torch.zeros(4, dtype=torch.long)}),
+        ("token-classification", {}),
+        ("masked-lm", {}),
+    ],
+)
+@pytest.mark.parametrize("at_padding", [True, False])
+def test_compiled_losses_read_no_padding_that_is_not_there(head: str, extra: dict[str, Any], at_padding: bool) -> None:
+    """Eager calls look at the labels; compiled ones leave the graph for that."""
+    torch.compiler.reset()
+    stock, batch = build(head=head), ragged()
+    given = {**batch, **extra}
+    if extra:
+        given["end_positions"] = extra["start_positions"]
+    else:
+        given["labels"] = torch.ones_like(batch["input_ids"])
+    if not at_padding:
+        if extra:
+            given["attention_mask"] = torch.ones_like(batch["attention_mask"])
+        else:
+            given["labels"][batch["attention_mask"] == 0] = -100
+    fast = torch.compile(freed(head), backend="eager")
+    if at_padding:
+        with pytest.raises(xfast.WeightsFreedError, match=r"loss|labels at padded"):
+            fast(**given)
+    else:
+        assert float(fast(**given).loss) == pytest.approx(float(stock(**given).loss), rel=1e-4)
+
+
+def test_calls_ask_no_given_up_weight_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer costs microseconds, and a call asks all weights whether they changed."""
+    model, batch, asked = freed(), ragged(), []
+    model(**batch)
+
+    def answer(cls: Any, function: Any, *_: Any) -> None:
+        asked.append(function)
+
+    monkeypatch.setattr(FreedWeight, "__torch_function__", classmethod(answer))
+    model(**batch)
+    assert not asked
+
+
+@pytest.mark.parametrize("change", ["dropout", "norm"])
+def test_modules_that_hold_the_same_values_are_looked_at(change: str) -> None:
+    model, batch = freed(), ragged()
+    model(**batch)
+    output = model.encoder.layer[0].output
+    if change == "dropout":
+        output.dropout = nn.Dropout(0.5).train()
+    else:
+        norm = nn.LayerNorm(64, eps=output.LayerNorm.eps)
+        norm.weight, norm.bias = output.LayerNorm.weight, output.LayerNorm.bias
+        output.LayerNorm = norm
+        model(**batch)
+        norm.register_forward_hook(lambda module, given, made: made * 2)
+    with pytest.raises(xfast.WeightsFreedError):
+        model(**batch)
+
+
+def test_what_is_missing_is_told_as_it_went(tmp_path: Path) -> None:
+    xfast.save(freed(precision="int8"), tmp_path)
+    with pytest.raises(xfast.WeightsFreedError, match=f"sum: .*packed artifact {tmp_path}"):
+        first_weight(xfast.load(tmp_path)).sum()
+
+
+def test_tracers_of_torchs_operations_see_the_original() -> None:
+    model, batch = xfast.accelerate(build(), precision="fp32"), ragged(lengths=(9, 9))
+    want = model(**batch)[0]
+    with torch.no_grad():
+        graph = make_fx(lambda ids: model(input_ids=ids)[0])(batch["input_ids"])
+    assert norm_error(graph(batch["input_ids"]), want) <= 1e-5
+
+
 def test_what_asks_for_no_values_works() -> None:
     model = freed()
     weight = first_weight(model)
@@ -88,6 +165,10 @@ def test_what_asks_for_no_values_works() -> None:
     assert weight.device == torch.device("cpu") and weight.is_meta and weight.grad is None and weight.requires_grad
     assert weight.detach().is_meta and weight.data.is_meta and repr(weight)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in build().parameters())
+    assert torch.equal(weight.new_zeros(2, device="cpu"), torch.zeros(2)) and torch.zeros_like(weight).shape == (64, 64)
+    assert torch.arange(64**2).view_as(weight).shape == (64, 64) and weight in [weight]
+    with pytest.raises(xfast.WeightsFreedError, match="__contains__"):
+        assert 1.0 in weight
     model.requires_grad_(False).zero_grad()
     assert not weight.requires_grad and model.dtype == torch.float32
     copied = copy.deepcopy(model)

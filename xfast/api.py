@@ -40,7 +40,9 @@ T = TypeVar("T")
 attention_interface.register()
 
 
-_changing = ThreadLock()  # models may share encoders: one thread at a time puts patches in or takes them out
+# Models may share encoders: one thread at a time puts patches in or takes them out. Over packing and calibration too,
+# which read weights that another thread's keep_weights=False would take away.
+_changing = ThreadLock()
 
 
 @_changing.held()
@@ -67,7 +69,8 @@ def accelerate(
     The model should be in eval mode and called under ``torch.inference_mode()``. Calls that cannot be accelerated
     (gradients without ``training=True``, attention weights, 4-D masks, ...) run the original code, and raise
     ``WeightsFreedError`` where ``keep_weights=False`` gave its weights up; ``explain(model)`` counts them. Hidden
-    states and token-level logits at padded positions are zeros, the only difference in outputs.
+    states and token-level logits at padded positions are zeros, the only difference in outputs. Threads that
+    accelerate models at the same time wait for each other.
 
     Raises:
         UnsupportedModelError: no supported encoder inside, or one that differs from its family.
@@ -90,7 +93,7 @@ def accelerate(
         if not keep_weights:
             patch.plan.shared = parameters_outside(root, patch.module)
         if patch.plan.current_engine(patch.module) is None:
-            warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=2)
+            warnings.warn("xfast: " + "; ".join(patch.plan.notes), stacklevel=3)  # 2 is the lock's
         if training and (reason := patch.training_unavailable()) is not None:
             raise BackendUnavailableError(f"training=True: {reason}")
     heads = _head_patches(root, encoders)
@@ -184,6 +187,7 @@ def _then(undo: Callable[[], None]) -> Iterator[None]:
     undo()
 
 
+@_changing.held()
 def _install(patches: Sequence[Patch]) -> None:
     """Puts patches back, but those of modules that were replaced and are gone."""
     for patch in patches:
@@ -307,6 +311,7 @@ def _refuse_wrapped(call: str, root: nn.Module) -> None:
         )
 
 
+@_changing.held()
 def _uninstall(patches: Sequence[Patch]) -> None:
     for patch in patches:
         patch.undo()

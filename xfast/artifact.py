@@ -384,18 +384,22 @@ class Staging:
                     f"{self.folder}: is a file; expected a folder, or a path where one can be made"
                 )
             names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if not self._is_artifact() and names - _HARMLESS - self._placed():
+        if names - _HARMLESS - self._placed() and self._listed() is None:
+            damaged = f", whose {MANIFEST} is damaged or another program's" if MANIFEST in names else ""
             raise ArtifactWriteError(
-                f"{self.folder}: holds something else than a packed artifact ({', '.join(sorted(names)[:3])}, ...); "
-                "accepted: a new or empty folder, or an artifact, which is replaced"
+                f"{self.folder}: holds something else than a packed artifact ({', '.join(sorted(names)[:3])}, ...)"
+                f"{damaged}; accepted: a new or empty folder, or an artifact, which is replaced"
             )
 
-    def _is_artifact(self) -> bool:
-        """Whether there is a manifest of xfast: other programs may call a file so, and a damaged one lists no files."""
-        with contextlib.suppress(ArtifactError):
-            read_manifest(self.folder)
-            return True
-        return False
+    def _listed(self) -> set[str] | None:
+        """The files of an artifact of any format and layout; None: there is none, or not a whole manifest of one."""
+        path = self.folder / MANIFEST
+        with contextlib.suppress(OSError, DataFileError):
+            content = strict_json(path.read_bytes(), path)
+            if isinstance(content, dict) and content.pop("sha256", None) == digest(content):
+                names = content.get("files")
+                return {name for name in names if _plain_name(name)} if isinstance(names, dict) else None
+        return None
 
     def _placed(self) -> set[str]:
         """What a commit that was killed has left beside the staging folder; only that is known to be xfast's."""
@@ -444,9 +448,7 @@ class Staging:
         """Moves everything into place."""
         manifest = manifest_of(self._records)
         write_file(self._staging / MANIFEST, [manifest.to_json()])
-        old = self._placed()
-        with contextlib.suppress(ArtifactError):
-            old |= set(read_manifest(self.folder).files)
+        old = self._placed() | (self._listed() or set())
         write_file(self._staging / _PLACING, [json.dumps(sorted(old | self._records.keys())).encode()])
         self._moving = True
         with writing(self.folder):

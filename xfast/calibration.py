@@ -50,7 +50,7 @@ _TOKENS = 256
 _OUTPUTS = 256
 # Where rounding a zero row or column would divide by zero.
 _TINY = 1e-30
-_SAME = 1e-6  # of their norm: tokens that differ by less are the same but for rounding
+_SAME = 1e-3  # of their norm: tokens that differ by less are the same but for rounding
 
 
 @dataclass(frozen=True)

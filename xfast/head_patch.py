@@ -24,7 +24,7 @@ from xfast.heads import (
     selects_first,
 )
 from xfast.packing import Packed
-from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context, wrapped_since
+from xfast.patch import EncoderPatch, HeadContext, Patch, context_of, current_context, unseen, wrapped_since
 
 
 class HeadPatch(Patch):
@@ -93,6 +93,8 @@ class HeadPatch(Patch):
         loss = any(call.get(name) is not None for name in ("labels", "start_positions"))
         if not loss or not self.rule.token_labels or call.get("attention_mask") is None:
             return self.original(*args, **kwargs)
+        if patch.freed:  # between two graphs values can be looked at, and there is no original to trace
+            return unseen(self, args, kwargs)
         patch.traces_original = True
         try:
             return self.original(*args, **kwargs)

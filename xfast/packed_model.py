@@ -473,7 +473,8 @@ def _give_up(contents: Contents, manifest: Manifest, freed: str, folder: Path, h
         dtype = _TORCH_NAMES.get(manifest.linear_dtype if layer >= 0 else manifest.word_dtype)
         if dtype is None or not dtype.is_floating_point:
             raise ArtifactError(f"{folder}: the weights' type is not one of float32, bfloat16 and float16")
-        leaf.weight = FreedWeight(torch.empty(leaf.weight.shape, dtype=dtype, device="meta"), home, requires_grad=True)
+        like = torch.empty(leaf.weight.shape, dtype=dtype, device="meta")
+        leaf.weight = FreedWeight(like, home, freed, requires_grad=True)
         refuse_state_dict(leaf, freed)
 
 

@@ -325,6 +325,8 @@ class EncoderPatch(Patch):
             return "torch.jit tracing"
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "the program is capturing a CUDA graph, in which no number of tokens can be waited for"
+        if torch._C._len_torch_dispatch_stack():
+            return "a torch dispatch mode is on (make_fx, counting of operations), which sees torch's operations only"
         if is_transformed():
             return "a functional transform (torch.func) or forward-mode differentiation is active"
         context = current_context(self)
@@ -415,7 +417,7 @@ class EncoderPatch(Patch):
             or self.traces_original
             or (_autocast(ids) and self.options.precision == "model")
         ):
-            return _unseen(self, args, kwargs) if self.freed else self._original_layers(args, kwargs)
+            return unseen(self, args, kwargs) if self.freed else self._original_layers(args, kwargs)
         dtype = output_dtype(module)
         hidden = torch.ops.xfast.encode(
             self.handle,
@@ -430,7 +432,7 @@ class EncoderPatch(Patch):
 
 
 @torch.compiler.disable
-def _unseen(patch: EncoderPatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def unseen(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call between two graphs: there is no original code to trace, and what can run without it does."""
     return patch(*args, **kwargs)
 

@@ -187,6 +187,7 @@ class Plan:
             raise WeightsFreedError(_changed(self.freed))
         watch = WeightWatch(module, weights)
         self.engine = self.engine.for_copy(weights)
+        self.weights, self.inner = weights, InnerWatch(module)  # the same values may be in other modules now
         self._watch = watch
 
     def _build(self, module: nn.Module, weights: EncoderWeights) -> tuple[str, Engine | None]:
@@ -349,12 +350,14 @@ class FreedWeight(nn.Parameter):
     """
 
     _home: torch.device
+    freed: str
+    """Why its values are gone."""
 
-    def __new__(cls, like: torch.Tensor, home: torch.device, *, requires_grad: bool) -> FreedWeight:
+    def __new__(cls, like: torch.Tensor, home: torch.device, freed: str, *, requires_grad: bool) -> FreedWeight:
         with torch.inference_mode(False):  # else nobody could ask for its gradients later
             values = torch.empty(like.shape, dtype=like.dtype, device="meta")  # of a meta tensor .to is itself
             made: FreedWeight = super().__new__(cls, values, requires_grad)
-        made._home = home
+        made._home, made.freed = home, freed
         return made
 
     @classmethod
@@ -364,19 +367,22 @@ class FreedWeight(nn.Parameter):
         Raises:
             WeightsFreedError: values are needed.
         """
-        everything = [*_tensors_in(args), *_tensors_in((kwargs or {}).values())]
-        its_own = bool(args) and isinstance(args[0], FreedWeight)  # copy_ and the like, which change nothing
-        in_place = its_own and getattr(function, "__name__", "").rstrip("_") != getattr(function, "__name__", "")
-        cause = None
+        name, cause = getattr(function, "__name__", ""), None
         with torch._C.DisableTorchFunctionSubclass():
-            if in_place or all(one.is_meta for one in everything):
+            if name in _VALUELESS:
+                return function(*args, **(kwargs or {}))
+            everything = [*_tensors_in(args), *_tensors_in((kwargs or {}).values())]
+            # copy_ and the like change nothing; x in weight is true of meta tensors
+            own = args and isinstance(args[0], FreedWeight) and _in_place(name)
+            if name != "__contains__" and (own or all(one.is_meta for one in everything)):
                 try:
                     result = function(*args, **(kwargs or {}))
                     if all(one.is_meta for one in _tensors_in((result,))):
                         return result
                 except RuntimeError as error:  # torch's own word for it
                     cause = error
-        raise WeightsFreedError(f"{getattr(function, '__name__', function)}: {FREED}") from cause
+        freed = next((one.freed for one in everything if isinstance(one, FreedWeight)), FREED)
+        raise WeightsFreedError(f"{name or function}: {freed}") from cause
 
     @property
     def device(self) -> torch.device:
@@ -406,7 +412,19 @@ class FreedWeight(nn.Parameter):
         return self.to(torch.device("cuda" if device is None else device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FreedWeight:
-        return memo.setdefault(id(self), FreedWeight(self, self._home, requires_grad=self.requires_grad))
+        return memo.setdefault(id(self), FreedWeight(self, self._home, self.freed, requires_grad=self.requires_grad))
+
+
+_VALUELESS = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty", "rand", "randn")}
+_VALUELESS |= {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}
+_VALUELESS |= {"view_as", "expand_as", "reshape_as", "is_same_size", "result_type", "can_cast", "size", "numel"}
+_VALUELESS |= {"__get__", "dim", "ndimension", "stride", "storage_offset", "element_size", "nelement", "data_ptr"}
+_VALUELESS |= {"is_contiguous", "is_floating_point", "is_complex", "__hash__", "__len__", "requires_grad_"}
+"""Of a given-up weight and others: only its type and shape are asked for."""
+
+
+def _in_place(name: str) -> bool:
+    return name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -422,7 +440,7 @@ def _free(leaf: nn.Module) -> None:
     weight = leaf.weight
     if weight.is_meta:  # of a module that two encoders share: the first one's watch has seen it
         return
-    leaf.weight = FreedWeight(weight, weight.device, requires_grad=weight.requires_grad)
+    leaf.weight = FreedWeight(weight, weight.device, FREED, requires_grad=weight.requires_grad)
     refuse_state_dict(leaf, FREED)
 
 

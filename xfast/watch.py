@@ -67,7 +67,10 @@ class WeightWatch:
 
     def changed(self) -> bool:
         """True when any submodule or parameter differs from the snapshot."""
-        return self._stepped or self._watch.changed()
+        if self._stepped:
+            return True
+        with torch._C.DisableTorchFunctionSubclass():  # given-up weights answer in Python: a millisecond a call
+            return self._watch.changed()
 
     def stepped(self, storages: set[int]) -> None:
         """An optimizer has changed tensors in these storages."""
