@@ -272,7 +272,7 @@ def test_a_freed_model_has_a_device_and_may_be_sent_there(precision: str, head: 
 
 
 def test_a_freed_weight_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = FreedWeight(torch.zeros(2), torch.device("cpu"), requires_grad=True)
+    weight = FreedWeight(torch.zeros(2), torch.device("cpu"), "gone", requires_grad=True)
     elsewhere = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)  # where no GPU is
     monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(to=lambda *_, **__: elsewhere))
     with pytest.raises(xfast.WeightsFreedError, match="cannot move to cuda:0"):
@@ -308,6 +308,15 @@ def test_tables_of_another_size_than_their_module_says(table: str, rows: int, be
         batch["input_ids"][1, 4] = rows
         with pytest.raises(xfast.TokenIdError, match=rf"input_ids\[1, 4\] is {rows}; accepted: 0 to {rows - 1}"):
             model(**batch)
+
+
+def test_parameters_that_are_not_there_are_refused() -> None:
+    for path in ("embeddings.word_embeddings", "encoder.layer.1.output.LayerNorm", "encoder.layer.0.output.dense"):
+        for value in (None, nn.parameter.UninitializedParameter()):
+            model = build()
+            model.get_submodule(path).weight = value
+            with pytest.raises(xfast.UnsupportedModelError, match=rf"{path}\.weight has shape \(\), expected"):
+                xfast.accelerate(model)
 
 
 @pytest.mark.parametrize(

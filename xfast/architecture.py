@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -215,9 +215,8 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList:
 
 def output_dtype(encoder: nn.Module) -> torch.dtype:
     """The dtype of an encoder's hidden states: that of the LayerNorm outside its layers."""
-    norm = encoder.embeddings.LayerNorm if hasattr(encoder.embeddings, "LayerNorm") else encoder.encoder.LayerNorm
-    dtype: torch.dtype = norm.weight.dtype
-    return dtype
+    outer: Any = encoder.embeddings if hasattr(encoder.embeddings, "LayerNorm") else encoder.encoder
+    return cast("torch.dtype", outer.LayerNorm.weight.dtype)
 
 
 def check_class(encoder: nn.Module) -> None:
@@ -251,23 +250,26 @@ _SIZES = {"word": "vocab_size", "position": "max_positions", "type": "type_vocab
 
 
 def _rows(encoder: nn.Module, family: Family, table: str) -> int:
-    """Of a table's tensor: it may be another than the module was made with, which ``num_embeddings`` does not tell."""
-    shape = _leaf(encoder, family.outer_paths[table], table).weight.shape
-    return int(shape[0]) if len(shape) else 0
+    """Of a table's tensor: it may be another than the module was made with, and ``num_embeddings`` still the old."""
+    return (*_shape(_leaf(encoder, family.outer_paths[table], table).weight), 0)[0]
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None or is_lazy(tensor) else tuple(tensor.shape)
 
 
 def _check_shapes(weights: EncoderWeights) -> None:
     """Refuses layers that no longer have the sizes of the spec (pruned heads, swapped modules)."""
     spec = weights.spec
-    for (layer, role), module in weights.modules.items():
-        shape: tuple[int, ...] = spec.product_shape(role) if role in LINEAR_ROLES else (spec.hidden_size,)
-        if role in _SIZES:
-            shape = (max(1, getattr(spec, _SIZES[role])), spec.hidden_size)
+    for at, module in weights.modules.items():
+        shape: tuple[int, ...] = spec.product_shape(at[1]) if at[1] in LINEAR_ROLES else (spec.hidden_size,)
+        if at[1] in _SIZES:
+            shape = (max(1, getattr(spec, _SIZES[at[1]])), spec.hidden_size)
         for parameter, expected in (("weight", shape), ("bias", shape[:1])):
             found = getattr(module, parameter, None)
-            if found is not None and tuple(found.shape) != expected:
-                name = f"{weights.names[layer, role]}.{parameter}"
-                raise UnsupportedModelError(f"{name} has shape {tuple(found.shape)}, expected {expected}")
+            if (found is not None or parameter == "weight") and _shape(found) != expected:
+                has = f"{weights.names[at]}.{parameter} has shape {_shape(found)}"
+                raise UnsupportedModelError(f"{has}, expected {expected}")
     for name, module, parameter in weights.parameters():
         if not is_plain_tensor(getattr(module, parameter)):
             raise UnsupportedModelError(f"{name} is no plain dense tensor (quantised, sparse or of a class of its own)")
@@ -275,8 +277,7 @@ def _check_shapes(weights: EncoderWeights) -> None:
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Whether a parameter is a dense array in memory, not one of a class that computes its values itself (torchao)."""
-    computes = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return tensor.layout == torch.strided and not computes
+    return tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def require_values(name: str, tensor: torch.Tensor) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -351,11 +350,18 @@ class Staging:
         self._identity = identity
         self.finished: dict[str, FileRecord] = {}
         self._records: dict[str, FileRecord] = {}
-        self._moving = bool(self._placed())
-        self._refuse_foreign()
+        with writing(folder):
+            begun = self._staging.exists()
+        if not begun:  # before anything is made there
+            self._refuse_foreign()
         with writing(folder):
             self._made = not folder.exists()
             self._lock = self._locked()
+        with contextlib.ExitStack() as refused:
+            refused.callback(self._lock.close)
+            self._refuse_foreign()  # again: who wrote there until now may have been about to finish
+            refused.pop_all()
+        self._moving = bool(self._placed())
         if identity is not None:
             self._resume()
         with writing(folder):
@@ -458,9 +464,18 @@ class Staging:
             for name in (*self._records, MANIFEST):
                 (self._staging / name).replace(self.folder / name)
             (self._staging / _PLACING).unlink()
-        shutil.rmtree(self._staging, ignore_errors=True)  # it is done; the next writer may have come already
+        self._clear()
         self._lock.close()
         return manifest
+
+    def _clear(self) -> None:
+        """Removes the staging folder, the lock last: the next writer may come as soon as that is gone."""
+        with contextlib.suppress(OSError):
+            for path in self._staging.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            (self._staging / "lock").unlink()
+            self._staging.rmdir()
 
     def abandon(self) -> None:
         """After a failure: removes what was begun, or keeps what a later run with the same identity continues.
@@ -468,7 +483,7 @@ class Staging:
         Once files are moved into place nothing is: it tells that the artifact is not finished, and which files are its.
         """
         if self._identity is None and not self._moving:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._clear()
             if self._made:
                 with contextlib.suppress(OSError):
                     self.folder.rmdir()
