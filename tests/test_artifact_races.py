@@ -66,6 +66,18 @@ def test_a_lock_file_that_was_removed_is_made_again(tmp_path: Path, monkeypatch:
     second.abandon()
 
 
+def test_a_staging_folder_that_goes_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mkdir finds it there, and then that it is no folder."""
+    real = Path.mkdir
+
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(Path, "mkdir", real)
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    artifact.Staging(tmp_path / "it").abandon()
+
+
 def test_a_writer_that_comes_while_another_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was saved is saved, and the one who came can go on."""
     folder, came = tmp_path / "it", []

@@ -374,7 +374,8 @@ class Staging:
         path = self._staging / "lock"
         for _ in range(100):
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as refused:
-                self._staging.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):  # and gone when mkdir looks what it is
+                    self._staging.mkdir(parents=True, exist_ok=True)
                 file = refused.enter_context(path.open("w"))
                 if not locks.lock(file):
                     break
