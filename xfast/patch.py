@@ -325,8 +325,8 @@ class EncoderPatch(Patch):
             return "torch.jit tracing"
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "the program is capturing a CUDA graph, in which no number of tokens can be waited for"
-        if torch._C._len_torch_dispatch_stack():
-            return "a torch dispatch mode is on (make_fx, counting of operations), which sees torch's operations only"
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+            return "make_fx is tracing, which sees torch's operations only"
         if is_transformed():
             return "a functional transform (torch.func) or forward-mode differentiation is active"
         context = current_context(self)
