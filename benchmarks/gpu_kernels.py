@@ -149,6 +149,8 @@ def weight_only_rows(clock: Clock) -> Iterator[Row]:
     for name in sorted(shapes, key=lambda one: one not in ("large", "xxl")):  # most telling first: time may run out
         hidden, inner = shapes[name]
         for depth, columns in ((hidden, inner), (inner, hidden)):
+            if clock.left <= 0:
+                return
             w = torch.randn(columns, depth, device="cuda", dtype=torch.bfloat16) / depth**0.5
             integers = {"int8": to_int8(w), "int4": to_int4(w), "int4 g128": to_int4(w, 128)}
             for rows in WEIGHT_ONLY_ROWS:

@@ -289,8 +289,7 @@ def _skeleton(checkpoint: Tensors, architecture: str | None, **changes: Any) -> 
         )
     where = checkpoint.folder or Path("model")
     shapes = [checkpoint.entry(tensor).shape for tensor in checkpoint.names()]
-    longest = max((size for shape in shapes for size in shape), default=0)
-    longest = max(longest, 1 << 20)  # so much costs nothing, and other messages say more
+    longest = max([1 << 20, *(size for shape in shapes for size in shape)])  # 2^20 cost nothing; later errors say more
     artifact.refuse_huge(checkpoint.config, longest, len(shapes), where / artifact.CONFIG)
     try:
         config = packed_model.config_of(cls, {**checkpoint.config, **changes})

@@ -22,7 +22,7 @@ import xfast
 from xfast import files
 from xfast.artifact import manifest_in
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError, require_one_of
-from xfast.options import BACKENDS, PRECISIONS, Options
+from xfast.options import BACKENDS, PRECISIONS
 from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import MissingDataError, Source
 from xfast.stilts.examples import Examples
@@ -96,9 +96,7 @@ class Evaluation:
             raise InvalidOptionError(f"limit: {self.limit}; accepted: 1 or more")
         require_one_of("backend", self.backend, (*BACKENDS, "none"))
         require_one_of("precision", self.precision, PRECISIONS[:-1])  # auto needs batches to measure on
-        if self.backend != "none":
-            Options(backend=self.backend, precision=self.precision)
-        elif self.precision != "model":
+        if self.backend == "none" and self.precision != "model":
             raise InvalidOptionError(f"precision: {self.precision!r} with backend none, which runs the stock model")
         if self.max_length is not None and self.max_length < 1:
             raise InvalidOptionError(f"max_length: {self.max_length}; accepted: 1 or more")
