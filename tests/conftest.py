@@ -15,9 +15,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from interpreter_speed import speed_up
+
 from xfast import _C
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    speed_up()
 
 
 def pytest_configure(config: pytest.Config) -> None:
