@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 import xfast
 from xfast.cli import app
 from xfast.errors import DataFileError, InvalidOptionError
+from xfast.stilts import evaluation
 from xfast.stilts import grid as grids
 from xfast.stilts.config import RunConfig
 from xfast.stilts.data import Source
-from xfast.stilts.evaluation import Evaluation, evaluate
+from xfast.stilts.evaluation import Evaluation, evaluate, write_predictions
+from xfast.stilts.folders import Lock
 from xfast.stilts.languages import XTREME_R
 from xfast.stilts.scoring import score
 from xfast.stilts.search import layer_of
+from xfast.stilts.tasks import get
 from xfast.stilts.training import train
 
 LANGUAGES = ("en", "ur", "tr")  # in all tasks but Tatoeba, which pairs English with the others
@@ -165,7 +168,7 @@ def test_predictions_of_two_models_do_not_share_a_folder(base: Path, data: Path,
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
     run(moved, "ur")
-    files = {path.name for path in (output / "tatoeba").iterdir()}
+    files = {path.name for path in (output / "tatoeba").iterdir() if not path.name.startswith(".")}
     assert files == {"made-by.json", "test-tr.tsv", "test-ur.tsv"}
     # as before where nothing says who made them
     labels = data / "xtreme/labels"
@@ -173,6 +176,45 @@ def test_predictions_of_two_models_do_not_share_a_folder(base: Path, data: Path,
     (output / "tatoeba/made-by.json").unlink()
     assert score(output, labels, allow_missing=True) == before
     run(other, "ur")
+
+
+def test_two_processes_do_not_write_one_splits_predictions(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be two models': the second is refused, wherever the first stands; another split's may be written."""
+    run = Evaluation(str(base), "tatoeba", tmp_path / "out", Source(data), languages=("tr",))
+    folder, busy = tmp_path / "out/tatoeba", "output: another process is at work in .*tatoeba; wait"
+    written = write_predictions
+
+    def at_once(*given: Any) -> Path:
+        with pytest.raises(InvalidOptionError, match=busy):
+            evaluate(run)
+        return written(*given)
+
+    monkeypatch.setattr(evaluation, "write_predictions", at_once)
+    evaluate(run)
+    monkeypatch.undo()
+    before = (folder / "test-tr.tsv").stat().st_mtime_ns
+    with Lock("output", folder, ".test.lock"), pytest.raises(InvalidOptionError, match=busy):
+        evaluate(run)
+    assert (folder / "test-tr.tsv").stat().st_mtime_ns == before
+    with Lock("output", folder, ".dev.lock"):
+        evaluate(run)
+    assert (folder / "test-tr.tsv").stat().st_mtime_ns > before
+
+
+def test_who_comes_first_where_there_was_no_folder_decides(base: Path, data: Path, tmp_path: Path) -> None:
+    other, output = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(base, other)
+    stilts.checkpoint(other, AutoConfig.from_pretrained(base).vocab_size, seed=1)
+    first, second = (
+        Evaluation(str(model), "tatoeba", output, Source(data), languages=("tr",)) for model in (base, other)
+    )
+    with evaluation._Written(second, get("tatoeba")) as written:  # as it is before its first language is done
+        written.check()
+        evaluate(first)
+        with pytest.raises(InvalidOptionError, match="holds test predictions of another model"):
+            written.add("tr", [])
 
 
 def test_gold_that_is_withheld_is_said(trained: Path, data: Path, tmp_path: Path) -> None:

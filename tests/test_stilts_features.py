@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import string
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +439,22 @@ def decoded(context: str, feature: Feature) -> str:
     first, last = (position - feature.extra.first for position in feature.label)
     offsets = feature.extra.offsets
     return context[offsets[first, 0] : offsets[last, 1]].strip()
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"),
+    [
+        (unicodedata.normalize("NFD", "Tại thành phố Huế năm 1802"), unicodedata.normalize("NFD", "Huế")),
+        (unicodedata.normalize("NFD", "le café"), unicodedata.normalize("NFD", "café")),  # the last of the text
+        ("రాజధాని హైదరాబాద్\u200c నగరం", "హైదరాబాద్\u200c"),
+        ("en Norfolk,\u200b\u200e y luego", "Norfolk,\u200b\u200e"),
+        ("en Norfolk, \u200by luego", "Norfolk,"),  # a space comes first
+    ],
+)
+def test_answers_keep_the_characters_that_are_in_no_token(xlmr: Any, context: str, answer: str) -> None:
+    example = SpanExample("q", "?", context, (Answer(answer, context.index(answer)),))
+    (feature,) = encode(Examples([example]), get("xquad"), xlmr, get("xquad").recipe, train=True).items
+    assert decoded(context, feature) == answer
 
 
 # Share of the windows whose label decodes to the very answer: elsewhere a token holds more than the answer.

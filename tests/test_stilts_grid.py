@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,10 @@ def test_cells_whose_gold_is_withheld_are_predicted_once(base: Path, tmp_path: P
         assert said[-1] == "unscored: no gold in any language for xnli test; its predictions are written"
     assert said == said[-1:]  # nothing was run again
     assert len(list((tmp_path / "grid").rglob("predictions/xnli/test-en*"))) == 1
+    (tmp_path / "grid/cells.jsonl").write_text(json.dumps(test) + "\n")  # none is done, and the grid's all the same
+    with pytest.raises(InvalidOptionError, match=r"output: .*grid holds a grid with another target$"):
+        grid.run(dataclasses.replace(config, splits=("test",), target={**config.target, "learning_rate": 1e-2}))
+    (tmp_path / "grid/cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (dev, test)))
     assert not list((tmp_path / "grid").rglob("*.safetensors"))
     found = report.load_cells(tmp_path / "grid/cells.jsonl")
     assert [(cell.split, cell.status, cell.score is None) for cell in found] == [

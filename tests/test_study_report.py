@@ -131,6 +131,18 @@ def test_sentences_follow_from_the_figures() -> None:
     assert answer(study).warnings == answer(study).cautions == []
 
 
+def test_low_resource_gains_are_those_of_the_studys_own_group() -> None:
+    """Quechua is of Joshi class 1, and none of XTREME's languages; Estonian's class is 3."""
+    study = builder.study(
+        languages=("sw", "qu", "et"), engines=("native int8",), tasks=("xcopa",), labels=True, probes=False
+    )
+    gains = {"sw": 6.0, "qu": -12.0, "et": 3.0}
+    for row in study["accuracy"]:
+        row["value"] = 60.0 + gains[row["language"]] * (row["arm"] == INTERMEDIATE)
+    assert "accuracy by -1.0 points" in said(study)
+    assert "over 1 task and 3 languages, -3.0 in the low-resource ones" in said(study)
+
+
 def test_failing_control_forbids_conclusions() -> None:
     text = said(builder.study(**SMALL, control=1.04))
     assert text.startswith("The control failed: the noise is too high.") and "+4.0 %" in text.splitlines()[0]

@@ -19,14 +19,14 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """What file systems without locks say (Lustre, some NFS): better to work there unguarded than not at all."""
 
 
-def lock(file: IO[Any] | int) -> bool:
-    """Takes a file's lock for as long as the file is open. False: another process has it.
+def lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
+    """Takes a file's lock for as long as the file is open. False: another process has it; with ``wait``, never.
 
     Raises:
         OSError: the system refuses for another reason.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

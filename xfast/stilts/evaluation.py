@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from xfast.stilts import prediction, scoring, search
 from xfast.stilts.data import MissingDataError, Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
+from xfast.stilts.folders import Lock
 from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
 from xfast.stilts.rows import load_json
@@ -149,20 +151,18 @@ def evaluate(run: Evaluation, progress: Progress | None = None) -> dict[str, Any
     """
     task, wanted = get(run.task), run.wanted
     started = time.perf_counter()
-    output = run.output if run.limit is None else None
-    made_by = {} if output is None else _made_by(run, output / task.name)
-    predictor = _Predictor(run, task)
     found: dict[str, Found] = {}
     missing: dict[str, str] = {}
-    for language in wanted:
-        outcome = predictor(language, progress)
-        if not isinstance(outcome, Found):
-            missing[language] = outcome
-            continue
-        found[language] = outcome
-        if output is not None:  # at once: a later language's failure loses nothing
-            _note_made_by(output / task.name / MADE_BY, run.split, made_by)
-            write_predictions(output, task, run.split, language, outcome.predicted)
+    with _Written(run, task) as written:
+        written.check()
+        predictor = _Predictor(run, task)
+        for language in wanted:
+            outcome = predictor(language, progress)
+            if not isinstance(outcome, Found):
+                missing[language] = outcome
+                continue
+            found[language] = outcome
+            written.add(language, outcome.predicted)  # at once: a later language's failure loses nothing
     if not found:
         first = next(iter(missing.values()))
         raise DataFileError(f"{run.task} {run.split}: no data in any of {', '.join(wanted)}: {first}")
@@ -340,27 +340,64 @@ def _all_or_none(values: Sequence[Any]) -> list[Any] | None:
 # --- files -------------------------------------------------------------------------------------------
 
 
-def _made_by(run: Evaluation, folder: Path) -> dict[str, Any]:
-    """What :data:`MADE_BY` is to say of this split; an error where its predictions would be two models'."""
-    path = folder / MADE_BY
-    stored = load_json(path) if path.is_file() else {}
-    mine = {"model": run.model, "weights": _weights(run.model), **{name: getattr(run, name) for name in _DECISIVE}}
-    before = stored.get(run.split, {}) if isinstance(stored, dict) else None
-    if not isinstance(before, dict):
-        raise DataFileError(f"{path}: expected a model and options by split")
-    other = [name for name in mine if name != "model" and before.get(name) != mine[name]]
-    if before and other and any(folder.glob(f"{run.split}-*")):
-        what = f"another model, {before.get('model')}" if "weights" in other else f"another {', '.join(other)}"
-        raise InvalidOptionError(
-            f"output: {folder} holds {run.split} predictions of {what}; remove them, or choose another folder"
-        )
-    return mine
+class _Written:
+    """The predictions of one split of a task, in a folder that no other process writes them to meanwhile.
 
+    A model and options are refused where the split has predictions of others. A second process is, too, from the first
+    language on, or at once where the folder is there; without an output, or with a limit, nothing is written.
+    """
 
-def _note_made_by(path: Path, split: str, mine: dict[str, Any]) -> None:
-    """Beside what the file says now: another process may evaluate another split meanwhile."""
-    stored = load_json(path) if path.is_file() else {}
-    files.save("output", path, (json.dumps({**stored, split: mine}, indent=1) + "\n").encode())
+    def __init__(self, run: Evaluation, task: Task) -> None:
+        self.run, self.task = run, task
+        self.output = run.output if run.limit is None else None
+        self.folder = (self.output or Path()) / task.name
+        self.lock = Lock("output", self.folder, f".{run.split}.lock")
+
+    def __enter__(self) -> _Written:
+        if self.output is not None:
+            self.lock.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lock.__exit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Raises InvalidOptionError: there are predictions of another model or of other options."""
+        if self.output is not None:
+            self._mine()
+
+    def add(self, language: str, predicted: Any) -> None:
+        if self.output is not None:
+            self.lock.make()
+            self._note(self._mine())  # again: where there was no folder, another process may have come first
+            write_predictions(self.output, self.task, self.run.split, language, predicted)
+
+    def _mine(self) -> dict[str, Any]:
+        """What :data:`MADE_BY` is to say of this split; an error where its predictions would be two models'."""
+        run, path = self.run, self.folder / MADE_BY
+        stored = load_json(path) if path.is_file() else {}
+        mine = {"model": run.model, "weights": _weights(run.model), **{name: getattr(run, name) for name in _DECISIVE}}
+        before = stored.get(run.split, {}) if isinstance(stored, dict) else None
+        if not isinstance(before, dict):
+            raise DataFileError(f"{path}: expected a model and options by split")
+        other = [name for name in mine if name != "model" and before.get(name) != mine[name]]
+        if before and other and any(self.folder.glob(f"{run.split}-*")):
+            what = f"another model, {before.get('model')}" if "weights" in other else f"another {', '.join(other)}"
+            raise InvalidOptionError(
+                f"output: {self.folder} holds {run.split} predictions of {what}; remove them, or choose another folder"
+            )
+        return mine
+
+    def _note(self, mine: dict[str, Any]) -> None:
+        """Beside what the file says of the other split, which another process may evaluate meanwhile."""
+        path = self.folder / MADE_BY
+        with Lock("output", self.folder, wait=True):
+            stored = load_json(path) if path.is_file() else {}
+            if stored.get(self.run.split) != mine:
+                text = json.dumps({**stored, self.run.split: mine}, indent=1) + "\n"
+                files.save("output", path, text.encode())
 
 
 def _weights(model: str) -> str:

@@ -320,7 +320,22 @@ def _tokens_with_offsets(encoder: Encoder, text: str) -> tuple[list[int], npt.ND
     encoded = encoder.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-    return encoded["input_ids"], np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return encoded["input_ids"], _with_unseen(offsets, text)
+
+
+def _with_unseen(offsets: npt.NDArray[np.int64], text: str) -> npt.NDArray[np.int64]:
+    """Each token with the characters behind it that are in no token, up to a space.
+
+    The vocabulary's normalisation drops joiners and other marks without width, and composes accents: an answer that is
+    cut out of the text would lose them.
+    """
+    behind = np.append(offsets[1:, 0], len(text))
+    for which in np.flatnonzero(behind > offsets[:, 1]):
+        unseen = text[offsets[which, 1] : behind[which]]
+        if not unseen[0].isspace():
+            offsets[which, 1] += len(unseen.split(maxsplit=1)[0])
+    return offsets
 
 
 def _answer_tokens(start: int, end: int, offsets: npt.NDArray[np.int64]) -> tuple[int, int] | None:

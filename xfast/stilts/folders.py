@@ -28,12 +28,18 @@ class Lock:
     and takes it where it is not: what is refused in between leaves no folder. The system gives it back when the process
     ends, however it does.
 
+    Args:
+        argument: what names the folder, for messages.
+        folder: the folder.
+        name: of the lock's file in it; another name is another lock.
+        wait: for the other process, which holds it for a moment only.
+
     Raises:
         InvalidOptionError: another process is at work there, or the folder cannot be written; names the argument.
     """
 
-    def __init__(self, argument: str, folder: Path) -> None:
-        self.argument, self.folder = argument, folder
+    def __init__(self, argument: str, folder: Path, name: str = LOCK, *, wait: bool = False) -> None:
+        self.argument, self.folder, self.name, self.wait = argument, folder, name, wait
         self._file: TextIO | None = None
 
     def __enter__(self) -> Lock:
@@ -52,12 +58,12 @@ class Lock:
         """Make the folder; from here on it is this process's. Again: nothing happens."""
         if self._file is not None:
             return
-        path = self.folder / LOCK
+        path = self.folder / self.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as opened:
                 file = opened.enter_context(path.open("a", encoding="utf-8"))
-                if not locks.lock(file):
+                if not locks.lock(file, wait=self.wait):
                     raise InvalidOptionError(
                         f"{self.argument}: another process is at work in {self.folder}; wait for it, or choose another "
                         "folder"

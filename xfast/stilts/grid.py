@@ -272,10 +272,10 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 
 def _same_grid(folder: Path, config: GridConfig) -> None:
-    """Rows, columns, seeds and splits may grow; what a cell means may not change once one is done."""
+    """Rows, columns, seeds and splits may grow; what a cell means may not change once one has ended."""
     stored = folder / "grid.json"
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if stored.is_file() and any(row["status"] == "done" for row in done(config).values()):
+    if stored.is_file() and any(row["status"] in FINAL for row in done(config).values()):
         before = load_json(stored)
         free = ("intermediates", "targets", "seeds", "splits", "keep_models", "output")
         if changed := [name for name in now if name not in free and now[name] != before.get(name)]:
@@ -321,6 +321,8 @@ def _row(
 ) -> dict[str, Any]:
     """What ``cells.jsonl`` has of one evaluation: ``found`` is its result or what was raised."""
     row: dict[str, Any] = {**dataclasses.asdict(cell), "split": split, "model": config.model}
+    if cell.intermediate == ALL and set(config.all_tasks) != set(INTERMEDIATE_TASKS):
+        row["together"] = list(config.all_tasks)  # so that no report puts the figure for all nine beside it
     if trained is not None:
         row["training"] = {"dev_score": trained.score, "steps": trained.steps, "notes": trained.notes}
     row["seconds"] = round(time.perf_counter() - started, 3)

@@ -7,6 +7,7 @@ compared. Scores are percentages (higher is better), differences are percentage 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,6 +73,7 @@ class Cell:
         languages: that score by language, in percent.
         error: why it failed or has no score.
         partial: what the score does not cover, in words; None: it is over the whole benchmark.
+        together: of "all", its tasks where they are not all nine.
         replaced: earlier rows of the file that this one stands for.
     """
 
@@ -84,6 +86,7 @@ class Cell:
     languages: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     partial: str | None = None
+    together: tuple[str, ...] = ()
     replaced: int = 0
 
 
@@ -161,7 +164,8 @@ class GridSummary:
         unfinished: cells without a score, of either split.
         duplicates: rows that a later one replaced.
         hidden: done cells of the split that is not shown.
-        partial: by target, what the scores that are shown do not cover.
+        partial: by target, what the scores that are shown do not cover, gains on test among them.
+        together: tasks of the row "all" where they are not all nine.
     """
 
     split: str
@@ -180,6 +184,7 @@ class GridSummary:
     duplicates: int
     hidden: int
     partial: Mapping[str, str]
+    together: tuple[str, ...]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -226,6 +231,7 @@ def _cell(row: Any, where: str) -> Cell:
         # Control characters would reach the terminal, lone surrogates could not be written.
         error=None if error is None else "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in error),
         partial=None if row.get("partial") is None else _name(row["partial"], f"{where}: partial"),
+        together=tuple(_name(name, f"{where}: together") for name in row.get("together") or ()),
     )
 
 
@@ -257,8 +263,16 @@ def _deduplicated(cells: Iterable[Cell]) -> list[Cell]:
     return list(kept.values())
 
 
-def _partial(cells: Sequence[Cell], target: str, split: str) -> str:
-    shown = [cell.partial for cell in cells if (cell.target, cell.split) == (target, split) and cell.partial]
+def _partial(cells: Sequence[Cell], target: str, split: str, best: Best | None) -> str:
+    """In words: what the split does not cover, and the test split where the best row's gain on it is shown beside."""
+    where = {split: ""}
+    if best and best.test:  # then the split that is shown is dev
+        where["test"] = "gain on test: "
+    shown = [
+        where[cell.split] + cell.partial
+        for cell in cells
+        if cell.target == target and cell.split in where and cell.partial
+    ]
     return "; ".join(dict.fromkeys(shown))
 
 
@@ -309,7 +323,10 @@ def summarize(cells: Iterable[Cell], split: str = "dev") -> GridSummary:
         unfinished=tuple(cell for cell in cells if cell.status != "done"),
         duplicates=sum(cell.replaced for cell in cells),
         hidden=sum(cell.status == "done" and cell.split != splits[cell.target] for cell in cells),
-        partial={target: what for target in targets if (what := _partial(cells, target, splits[target]))},
+        partial={
+            target: what for target in targets if (what := _partial(cells, target, splits[target], best.get(target)))
+        },
+        together=next((cell.together for cell in cells if cell.together), ()),
     )
 
 
@@ -401,9 +418,13 @@ def as_dict(summary: GridSummary) -> dict[str, Any]:
     document: dict[str, Any] = {
         "format": 1,
         **asdict(summary),
-        "titles": {name: _title(name) for name in (BASELINE, *summary.intermediates, *summary.targets)},
-        "published": PUBLISHED,
+        "titles": {
+            name: _title(name) for name in (BASELINE, *summary.intermediates, *summary.targets, *summary.together)
+        },
+        "published": copy.deepcopy(PUBLISHED),
     }
+    if summary.together:  # the published gain is that of all nine
+        del document["published"]["averages"]["gains"][ALL]
     document["notes"] = report_html.notes(document)
     return dict(json.loads(json.dumps(document)))  # tuples become lists, as in the file
 

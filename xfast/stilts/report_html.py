@@ -208,6 +208,9 @@ def notes(document: Document) -> list[str]:
     found += [
         f"{heads[target]}: {what}; official figures are over all." for target, what in document["partial"].items()
     ]
+    if document["together"]:
+        tasks = ", ".join(_name(document, task) for task in document["together"])
+        found.append(f"All together: {tasks}; the published figure, of all nine tasks, is not beside it.")
     for row, mean in document["averages"].items():
         if mean["n"] < mean["of"]:
             absent = [heads[target] for target, entry in document["entries"][row].items() if not entry["delta"]]

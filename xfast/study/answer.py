@@ -23,6 +23,7 @@ from xfast.study.document import (
     passed,
 )
 from xfast.study.languages import LOW_RESOURCE
+from xfast.study.profiles import GROUPS
 from xfast.study.tables import grouped
 
 _Rows = dict[str, dict[str, Cell]]
@@ -137,7 +138,7 @@ def _gain(study: Study) -> Iterator[str]:
         if not pairs:
             continue
         gains = {key: both[arm]["value"] - both[BASELINE]["value"] for key, both in pairs.items()}
-        low = [gain for (_, language), gain in gains.items() if language in LOW_RESOURCE]
+        low = [gain for (_, language), gain in gains.items() if study["languages"][language]["group"] == GROUPS[0]]
         half = _half_width([row for both in pairs.values() for row in (both[arm], both[BASELINE])])
         tasks, languages = {key[0] for key in pairs}, {key[1] for key in pairs}
         extra = f", {signed(fmean(low))} in the low-resource ones" if low and len(low) < len(pairs) else ""
