@@ -16,7 +16,7 @@ import stilts
 from xfast.errors import DataFileError
 from xfast.stilts import readers
 from xfast.stilts.examples import Answer, ChoiceExample, Examples, PairExample, SpanExample
-from xfast.stilts.rows import json_rows, lines
+from xfast.stilts.rows import MissingDataError, json_rows, lines
 from xfast.stilts.task import Task
 from xfast.stilts.tasks import TASKS, get
 
@@ -117,6 +117,23 @@ def test_of_a_file_of_several_languages_only_one_is_read(write: Write) -> None:
     assert found.skipped == Counter({readers.OTHER_LANGUAGE_ROW: 3})
     one = write("ar.jsonl", [row for row in rows if row["language"] == "ar"])  # translations keep their language's name
     assert len(readers.read_pairs(one, get("xnli"), "en")) == 2
+    with pytest.raises(MissingDataError, match=r"xnli\.test\.jsonl: no row is in ur; it has ar, en, sw"):
+        readers.read_pairs(path, get("xnli"), "ur")
+    both = write("translations.jsonl", [row for row in rows if row["language"] != "en"])
+    assert len(readers.read_pairs(both, get("xnli"), "en")) == 4  # translations, to train on
+
+
+def test_rows_of_a_file_with_labels_have_labels(tmp_path: Path) -> None:
+    """Quotation marks around a tabulator make two texts one: such a row would have no label, and the file no gold."""
+    path = tmp_path / "dev-sw.tsv"
+    path.write_text('A man sleeps.\tHe is awake.\tcontradiction\n"Go away\tHe spoke"\tneutral\n', encoding="utf-8")
+    with pytest.raises(DataFileError, match=r"dev-sw\.tsv:2: 2 columns, expected 3 as before"):
+        readers.read_pairs(path, get("xnli"), "sw")
+    path.write_text("a\tb\nc\td\tneutral\n", encoding="utf-8")
+    with pytest.raises(DataFileError, match=r"dev-sw\.tsv:2: 3 columns, expected 2 as before"):
+        readers.read_pairs(path, get("xnli"), "sw")
+    path.write_text("a\tb\nc\td\n", encoding="utf-8")
+    assert [example.label for example in readers.read_pairs(path, get("xnli"), "sw").items] == [None, None]
 
 
 def test_numbers_are_labels_only_where_the_labels_are_numbers(write: Write) -> None:
@@ -167,7 +184,7 @@ def test_tsv_without_labels_and_with_mixed_line_ends(write: Write) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a\tb\tneutral\na\tb\tc\td\n", r"x\.tsv:2: 4 columns, expected sentence1, sentence2, label"),
+        ("a\tb\tneutral\na\tb\tc\td\n", r"x\.tsv:2: 4 columns, expected 3 as before"),
         ("a\n", r"x\.tsv:1: 1 columns, expected sentence1"),
         ("a\tb\tneutral\na\tb\tNeutral\n", r"x\.tsv:2: label 'Neutral'; accepted: contradiction, entailment, neutral"),
         # A file written without quoting: its stray quotes must not swallow rows.

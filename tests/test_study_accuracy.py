@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -355,6 +356,10 @@ def test_trained_heads_of_plain_folders_are_used_where_they_fit(
     found = arms.resolve(changed, CHECKPOINT, ["xnli", "pawsx", "tatoeba"])
     assert found.tasks == ("xnli", "pawsx", "tatoeba")
     assert [note.partition(":")[0] for note in found.notes] == ["random head for pawsx in baseline"]
+    assert not [note for note in found.notes if "tatoeba" in note]
+    run = Settings.from_dict({**settings.as_dict(), "intermediate": {}})  # whose encoder xnli has tuned
+    (note,) = [note for note in arms.resolve(run, CHECKPOINT, ["xnli", "tatoeba"]).notes if "tatoeba" in note]
+    assert re.fullmatch(r"tatoeba in baseline: .*encoder has been fine-tuned on .*xnli.*; .* name tatoeba=FOLDER", note)
     trained = load_file(plain / "model.safetensors")["classifier.out_proj.weight"]
     model = arms.model_of(changed, CHECKPOINT, BASELINE, "xnli", torch.float32)
     assert torch.equal(model.classifier.out_proj.weight, trained)

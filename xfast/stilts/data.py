@@ -14,17 +14,13 @@ from xfast.stilts import folders, readers
 from xfast.stilts.examples import Examples, MatchExample, SpanExample, TaggedExample, unlabelled
 from xfast.stilts.languages import NAMES, UDPOS_WITHOUT_DEV
 from xfast.stilts.retrieval_data import mewslix_pairs
-from xfast.stilts.rows import pick, text
+from xfast.stilts.rows import MissingDataError, pick, text
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Task
 from xfast.stilts.tasks import get
 
 SPLITS = ("train", "dev", "test")
 
 Files = Mapping[str, Mapping[str, Sequence[str | Path]]]
-
-
-class MissingDataError(DataFileError):
-    """A Hub dataset does not have this language, or not this split of it."""
 
 
 @dataclass(frozen=True)

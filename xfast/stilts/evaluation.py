@@ -25,13 +25,13 @@ from xfast.artifact import manifest_in
 from xfast.errors import DataFileError, InvalidInputError, InvalidOptionError, UnsupportedModelError, require_one_of
 from xfast.options import BACKENDS, PRECISIONS
 from xfast.stilts import prediction, scoring, search
-from xfast.stilts.data import MissingDataError, Source
+from xfast.stilts.data import Source
 from xfast.stilts.examples import Examples
 from xfast.stilts.features import encode
 from xfast.stilts.folders import Lock
 from xfast.stilts.model import DTYPES, load_packed_task_model, load_task_model, usable_positions
 from xfast.stilts.prediction import Progress, padding_of
-from xfast.stilts.rows import load_json
+from xfast.stilts.rows import MissingDataError, load_json
 from xfast.stilts.search import Found
 from xfast.stilts.task import BITEXT, CHOICE, CLASSIFICATION, MATCHING, SPAN, TAGGING, Recipe, Task
 from xfast.stilts.tasks import get

@@ -25,7 +25,7 @@ from xfast.stilts.examples import (
     TextExample,
 )
 from xfast.stilts.languages import NAMES
-from xfast.stilts.rows import csv_rows, headed_rows, json_rows, lines, load_json, pick, text
+from xfast.stilts.rows import MissingDataError, csv_rows, headed_rows, json_rows, lines, load_json, pick, text
 from xfast.stilts.task import CHOICE, TAGGING, Task
 
 UNLABELLED = "no agreed label"
@@ -74,10 +74,14 @@ def read_pairs(path: Path, task: Task, language: str) -> Examples[PairExample]:
     if first_line.startswith("id\t"):
         return _read_glue(path, task)
     examples: Examples[PairExample] = Examples()
+    columns = None
     for number, row in csv_rows(path, "\t"):
         where = f"{path}:{number}"
-        if len(row) not in (2, 3):
-            raise DataFileError(f"{where}: {len(row)} columns, expected sentence1, sentence2, label (or none)")
+        if len(row) not in ((2, 3) if columns is None else (columns,)):
+            # of a file with labels, a row without one is two texts that a stray quotation mark has joined
+            many = "sentence1, sentence2, label (or none)" if columns is None else f"{columns} as before"
+            raise DataFileError(f"{where}: {len(row)} columns, expected {many}")
+        columns = len(row)
         if number == 1 and row[0].strip().lower() in _HEADINGS and row[1].strip().lower() in _HEADINGS:
             raise DataFileError(f"{where}: a heading, which XTREME's files do not have; leave the line out")
         label = label_name(row[2], task.labels, where) if len(row) == 3 else None
@@ -86,11 +90,16 @@ def read_pairs(path: Path, task: Task, language: str) -> Examples[PairExample]:
 
 
 def _of_language(path: Path, language: str, task: Task) -> Examples[PairExample]:
-    """JSON lines; of a file with several languages, as XNLI's own release, those that are ``language``'s."""
+    """JSON lines; of a file with several languages, as XNLI's own release, those that are ``language``'s.
+
+    Read as English, a file of translations into several languages is taken whole: it is training data.
+    """
     rows = list(json_rows(path))
     spoken = {str(row.get("language", language)) for _, row in rows}
-    if len(spoken) < 2 or language not in spoken:
+    if len(spoken) < 2 or (language == "en" and language not in spoken):
         return _collect(path, iter(rows), pair_row, task)
+    if language not in spoken:
+        raise MissingDataError(f"{path}: no row is in {language}; it has {', '.join(sorted(spoken))}")
     mine = [(number, row) for number, row in rows if row.get("language", language) == language]
     examples = _collect(path, iter(mine), pair_row, task)
     examples.skipped[OTHER_LANGUAGE_ROW] += len(rows) - len(mine)

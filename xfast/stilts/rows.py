@@ -11,6 +11,11 @@ from typing import Any
 
 from xfast.errors import DataFileError
 
+
+class MissingDataError(DataFileError):
+    """What holds several languages does not have this one, or not this split of it."""
+
+
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 csv.field_size_limit(2**24)  # a paragraph is longer than the csv module's 128 KiB in a few languages' files

@@ -25,8 +25,8 @@ from xfast.benchmarks import models, workloads
 from xfast.errors import DataFileError, InvalidOptionError, UnsupportedModelError, XfastError
 from xfast.recipe import QUANTISED
 from xfast.stilts.model import AUTO_CLASSES, DTYPES, load_task_model
-from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING
-from xfast.stilts.tasks import get
+from xfast.stilts.task import CHOICE, CLASSIFICATION, TAGGING, TARGET
+from xfast.stilts.tasks import TASKS, get
 from xfast.study import artifacts
 from xfast.study.artifacts import Artifact
 from xfast.study.document import BASELINE, CONTROL, INTERMEDIATE
@@ -192,7 +192,7 @@ class Resolved:
         tasks: those that every arm has a usable model for.
         stamps: what tells each checkpoint from another, by arm and task; empty for seeded weights.
         skipped: tasks without a usable checkpoint, and why.
-        notes: heads that are random although a checkpoint is given.
+        notes: heads that are random although a checkpoint is given, and retrieval from encoders tuned on others.
         artifacts: checkpoints that are packed artifacts, by task and arm; no other task is in it.
     """
 
@@ -238,14 +238,24 @@ def resolve(settings: Settings, size: str, tasks: Iterable[str]) -> Resolved:
         stamps |= marks
         packed |= {task: mapped} if mapped else {}
         usable.append(task)
-        if TYPES[task] != EMBEDDING:
-            notes += [f"random head for {task} in {arm}: {folders[arm]} has none" for arm in arms if not heads[arm]]
+        for arm, folder in folders.items():
+            if TYPES[task] != EMBEDDING and not heads[arm]:
+                notes.append(f"random head for {task} in {arm}: {folder} has none")
+            elif TYPES[task] == EMBEDDING and (tuned := _tuned_on(folder)):
+                what = f"{folder} has been fine-tuned on {', '.join(tuned)}"
+                notes.append(f"{task} in {arm}: {what}; for the encoder as it was before, name {task}=FOLDER")
     if not usable:
         raise InvalidOptionError("; ".join(dict.fromkeys(one["why"] for one in skipped)))
     if any(one != next(iter(found.values())) for one in found.values()):
         listed = {str(folder): facts for folder, facts in found.items()}
         raise InvalidOptionError(f"baseline, intermediate: the checkpoints differ in size: {listed}")
     return Resolved(next(iter(found.values())), tuple(usable), stamps, tuple(skipped), tuple(notes), packed)
+
+
+def _tuned_on(folder: Path) -> list[str]:
+    """The target tasks of the STILTs run whose ``encoder/`` this is; retrieval comes before any of them."""
+    trained = sorted(path.name for path in folder.parent.glob("tasks/*")) if folder.name == "encoder" else []
+    return [name for name in trained if name in TASKS and TASKS[name].role == TARGET]
 
 
 def stamp(folder: Path) -> str:
