@@ -12,7 +12,7 @@ import torch
 import xfast
 from xfast.backends.tensorrt_runtime import find
 from xfast.benchmarks.gpu_kernels import Row, mixed_lengths
-from xfast.benchmarks.gpu_time import Clock, alternate, that_run, wall
+from xfast.benchmarks.gpu_time import Clock, alternate, attempt, that_run, wall
 from xfast.benchmarks.models import random_model
 
 WORKLOADS = {"squad-like": (256, 177, 384), "tatoeba-like": (1024, 11, 40)}
@@ -35,10 +35,10 @@ def models(clock: Clock, size: str) -> Iterator[Row]:
     if absent:
         yield {"model": size, "not available": absent}
     if clock.left > 0:
-        yield {"model": size, "workload": "1x32", **_latency(stock, engines)}
-    for name, shape in WORKLOADS.items():
+        yield _latency(size, stock, engines)
+    for name in WORKLOADS:
         if clock.left > 0:
-            yield {"model": size, "workload": name, **_throughput(stock, engines, _batch(*shape))}
+            yield _throughput(size, name, stock, engines)
 
 
 def compiled(clock: Clock) -> Iterator[Row]:
@@ -51,8 +51,8 @@ def compiled(clock: Clock) -> Iterator[Row]:
         "xfast bf16": xfast.accelerate(copy.deepcopy(stock), backend="triton", precision="bf16"),
         "torch.compile bf16": torch.compile(copy.deepcopy(stock), mode="max-autotune-no-cudagraphs", dynamic=True),
     }
-    for name, shape in WORKLOADS.items():
-        yield {"model": "large", "workload": name, **_throughput(stock, engines, _batch(*shape))}
+    for name in WORKLOADS:
+        yield _throughput("large", name, stock, engines)
 
 
 def tensorrt(clock: Clock) -> Iterator[Row]:
@@ -74,27 +74,29 @@ def tensorrt(clock: Clock) -> Iterator[Row]:
             except xfast.XfastError as error:  # fp8 on a card without: the others are measured all the same
                 yield {"model": size, "precision": precision, "failed": {f"tensorrt {precision}": str(error)}}
                 continue
-            started = time.perf_counter()
-            _runner(model, _batch(4, 20, 32))()
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            fell_back = xfast.explain(model).fallbacks
-            yield {
-                "model": size,
-                "precision": precision,
-                "first_call_s": seconds,
-                "explain": str(xfast.explain(model)),
-                "failed": {f"tensorrt {precision}": reason for reason in fell_back},
-            }
-            if not fell_back:
-                engines[f"tensorrt {precision}"] = model
-        for name, shape in WORKLOADS.items():
+            name = f"tensorrt {precision}"
+            row = attempt({"model": size, "precision": precision}, lambda: _first_call(name, model))  # noqa: B023
+            yield row
+            if not row["failed"]:
+                engines[name] = model
+        for name in WORKLOADS:
             if clock.left > 0:
-                yield {"model": size, "workload": name, **_throughput(stock, engines, _batch(*shape))}
+                yield _throughput(size, name, stock, engines)
         if clock.left > 0:
-            yield {"model": size, "workload": "1x32", **_latency(stock, engines)}
+            yield _latency(size, stock, engines)
         del stock, engines
         torch.cuda.empty_cache()
+
+
+def _first_call(name: str, model: Any) -> Row:
+    """Builds the engine, or finds it."""
+    started = time.perf_counter()
+    _runner(model, _batch(4, 20, 32))()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    explained = xfast.explain(model)
+    failed = dict.fromkeys([name] if explained.fallbacks else [], "; ".join(explained.fallbacks))
+    return {"first_call_s": seconds, "explain": str(explained), "failed": failed}
 
 
 def _engines(stock: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -155,7 +157,12 @@ def _wrong(errors: dict[str, float]) -> dict[str, str]:
     }
 
 
-def _throughput(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
+def _throughput(size: str, workload: str, stock: Any, engines: dict[str, Any]) -> Row:
+    about = {"model": size, "workload": workload}
+    return attempt(about, lambda: _tokens_a_second(stock, engines, _batch(*WORKLOADS[workload])))
+
+
+def _tokens_a_second(stock: Any, engines: dict[str, Any], batch: Batch) -> Row:
     tokens = int(batch["attention_mask"].sum())
     run, failed = _that_run(stock, engines, batch)
     if STOCK not in run:
@@ -185,7 +192,11 @@ def _differences(run: dict[str, Callable[[], torch.Tensor]], mask: torch.Tensor)
     return {name: float((function()[mask].float() - want).norm() / want.norm()) for name, function in run.items()}
 
 
-def _latency(stock: Any, engines: dict[str, Any]) -> Row:
+def _latency(size: str, stock: Any, engines: dict[str, Any]) -> Row:
+    return attempt({"model": size, "workload": "1x32"}, lambda: _one_by_32(stock, engines))
+
+
+def _one_by_32(stock: Any, engines: dict[str, Any]) -> Row:
     """1 x 32 as a user sees it. Ids change between calls: a graph that replays old ones is found by its values."""
     ids = torch.randint(5, VOCABULARY, (1, 32), device="cuda")
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -15,7 +15,9 @@ T = TypeVar("T")
 
 WARM_UPS = 3
 L2_FLUSH_BYTES = 256 * 2**20
-_SPIN_CYCLES = 300_000
+_AWAKE_CYCLES = 100_000_000
+"""The device spins this long (some 50 ms) before it is timed: it slows down while kernels are compiled."""
+_SPIN_CYCLES = 1_000_000
 """The device spins this long before each timed call, so that the host is ahead and its launches are not measured."""
 
 
@@ -41,19 +43,21 @@ class Clock:
 def alternate(functions: Mapping[str, Callable[[], object]], rounds: int = 15, cold: bool = False) -> dict[str, float]:
     """Median milliseconds of each function, asked in turn ``rounds`` times after ``WARM_UPS`` each.
 
-    ``cold`` empties the L2 cache before every call: for kernels whose operands would not be there in a model.
+    ``cold`` fills the L2 cache with other data before every call: for kernels whose operands would not be there in a
+    model. The data are read: written ones would have to go to memory while the kernel is timed.
     """
     for function in functions.values():
         for _ in range(WARM_UPS):
             function()
     torch.cuda.synchronize()
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda") if cold else None
+    flush = torch.zeros(L2_FLUSH_BYTES // 4, device="cuda") if cold else None
+    torch.cuda._sleep(_AWAKE_CYCLES)
     pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
     names = list(functions)
     for index in range(rounds):
         for name in names if index % 2 == 0 else names[::-1]:
             if flush is not None:
-                flush.zero_()
+                flush.sum()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(_SPIN_CYCLES)
             begin.record()
@@ -84,12 +88,36 @@ def that_run(
             torch.cuda.synchronize()
             good[name] = function
         except Exception as error:  # noqa: PERF203
-            failed[name] = f"{type(error).__name__}: {error}"[:1000]
-            try:
-                torch.cuda.synchronize()
-            except RuntimeError:
-                raise DeviceLost(str(failed)) from error
+            failed[name] = said(error)
+            _raise_if_lost(str(failed), error)
     return good, failed
+
+
+def said(error: Exception) -> str:
+    """An error in a report's words."""
+    return f"{type(error).__name__}: {error}"[:1000]
+
+
+def _raise_if_lost(what: str, error: Exception) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise DeviceLost(what) from error
+
+
+def attempt(about: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A report's row: what it is about, and what was measured, or why that failed; the rows that follow are not lost.
+
+    Raises:
+        DeviceLost: nothing runs any more.
+    """
+    try:
+        return {**about, **measure()}
+    except DeviceLost:
+        raise
+    except Exception as error:
+        _raise_if_lost(f"{about}: {said(error)}", error)
+        return {**about, "failed": {"the row": said(error)}}
 
 
 def measured(

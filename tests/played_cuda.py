@@ -91,6 +91,7 @@ class _State(threading.local):
 
 
 state = _State()
+_interpreting = threading.Lock()  # Triton's interpreter has one state for all threads
 
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -381,7 +382,7 @@ def _launches() -> None:
         launch_forms.note(self.fn, self.arg_names, self.constexprs, args, kwargs)
 
         def launch() -> None:
-            with _below():
+            with _below(), _interpreting:
                 plain(self, *args, **kwargs)
 
         launch()

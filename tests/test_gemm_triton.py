@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import reference
 import torch
@@ -9,6 +12,7 @@ from gpu import DTYPES, FP8, INTERPRETED, randn
 from reference import assert_within
 from torch.nn import functional as F
 
+import xfast.kernels
 from xfast.kernels import gemm as kernels
 from xfast.kernels.quantize import quantize, quantize_weight
 
@@ -88,3 +92,17 @@ def test_the_pinned_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.choose("16-gelu", 1024, 4096, 513) == "cublas"
     assert kernels.choose("16-gelu", 768, 3072, 300) == "cublas"
     assert all(choice in ("cublas", "triton") for choice in kernels.PINNED.values())
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_rows() -> None:
+    """Servers see every batch shape, and a compilation takes a second: Triton would tell 1, multiples of 16, others."""
+    sizes = {"rows", "steps", "splits", "queries", "sequences", "capacity", "batch", "length", "seed"}
+    seen = set()
+    for module in pkgutil.iter_modules(xfast.kernels.__path__):
+        for name, kernel in vars(importlib.import_module(f"xfast.kernels.{module.name}")).items():
+            if not (name.endswith("kernel") and hasattr(kernel, "arg_names")):
+                continue
+            left = kernel.kwargs.get("do_not_specialize") if INTERPRETED else kernel.do_not_specialize
+            assert sizes & set(kernel.arg_names) <= set(left or ()), f"{module.name}.{name}"
+            seen |= sizes & set(kernel.arg_names)
+    assert {"rows", "steps", "splits", "queries", "sequences"} <= seen

@@ -177,13 +177,58 @@ def test_it(n):
 def test_a_lost_context_fails_no_other_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite's conftest ends a process that CUDA answers no more."""
     (tmp_path / "tests").mkdir()
-    shutil.copy(Path(__file__).parent / "conftest.py", tmp_path / "tests")
+    for name in ("conftest.py", "interpreter_speed.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path / "tests")
     (tmp_path / "tests" / "test_rows_triton.py").write_text(LOST)
     monkeypatch.setattr(gpu_battery, "TESTS", ("rows_triton",))
     found = gpu_battery.correctness(tmp_path / "tests", tmp_path, 120)
     (failed,) = found["failed"].items()
     assert found["passed"] == 59 and "test_it[5]" in failed[0] and "illegal in 5" in failed[1]
     assert "the GPU context is lost after" in (tmp_path / "correctness.log").read_text()
+
+
+def test_some_tests_run_once_more_without_waiting_for_launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for every launch hides what streams do to each other."""
+    (tmp_path / "tests").mkdir()
+    text = "import os\ndef test_it():\n    assert os.environ['CUDA_LAUNCH_BLOCKING'] == '{}'\n"
+    for name, value in (("rows_triton", 1), ("triton_backend", 1), ("training", 0)):
+        (tmp_path / f"tests/test_{name}.py").write_text(text.format(value))
+    monkeypatch.setattr(gpu_battery, "TESTS", ("rows_triton", "triton_backend"))
+    found = gpu_battery.correctness(tmp_path / "tests", tmp_path, 120)
+    assert found["passed"] == 2 and [name.split(":")[0] for name in found["failed"]] == ["asynchronous"]
+    monkeypatch.setattr(gpu_battery, "ASYNCHRONOUS", ())
+    assert gpu_battery.correctness(tmp_path / "tests", tmp_path, 120)["failed"] == {}
+    assert "no time left" in str(gpu_battery.correctness(tmp_path / "tests", tmp_path, 0)["failed"])
+
+
+@pytest.mark.parametrize(("seconds", "share"), [("9000", 20.0), ("400", 1.0)])
+def test_sections_share_the_time_that_there_is(
+    seconds: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few sections in a command of their own may take longer; all of them together no longer than they are given."""
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(gpu_battery, "_header", dict)
+    monkeypatch.setattr(gpu_battery, "age", lambda: 0.0)
+    monkeypatch.setattr(gpu_battery, "run_section", lambda *given: shares.append(given[-1]))
+    sections = "weight-only,compiled,models" if share > 1 else ""  # 60 + 240 + 150
+    result = CliRunner().invoke(app, ["--out", str(tmp_path), "--seconds", seconds, "--only", sections])
+    assert result.exit_code == 0, result.output
+    assert shares == pytest.approx([share] * len(shares), rel=0.01) and len(shares) == (3 if share > 1 else 10)
+
+
+def test_a_row_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert gpu_time.attempt({"model": "base"}, lambda: {"ms": 1}) == {"model": "base", "ms": 1}
+    failed = {"the row": "RuntimeError: out of memory"}
+    assert gpu_time.attempt({"model": "base"}, broken) == {"model": "base", "failed": failed}
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(gpu_time.DeviceLost, match=r"'base'.*out of memory"):
+        gpu_time.attempt({"model": "base"}, broken)
 
 
 def test_the_sections_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
@@ -219,7 +264,7 @@ def test_a_precision_that_a_card_lacks_costs_nothing_else(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in ("_batch", "_runner"):
         monkeypatch.setattr(gpu_models, name, lambda *_: lambda: None)
-    for name in ("_latency", "_throughput"):
+    for name in ("_one_by_32", "_tokens_a_second"):
         monkeypatch.setattr(gpu_models, name, lambda stock, engines, *_: {"engines": list(engines)})
     rows = [row for row in gpu_models.tensorrt(Clock(1000)) if isinstance(row, dict)]
     failed = [row["failed"] for row in rows if row.get("failed")]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -378,3 +381,34 @@ def test_real_graphs_are_captured_and_right(head: str) -> None:
         same_at_tokens(first_output(model, batch), first_output(stock, batch), batch, 1e-4)
     graphs = model.base_model.__dict__["forward"].plan.current_engine(model.base_model)._graphs.graphs
     assert graphs.keys and not graphs.refused
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: real CUDA graphs")
+def test_threads_with_streams_of_their_own_and_random_numbers_beside_captures() -> None:
+    """Captures and replays in two threads while a third one draws: nobody fails, and every result is the original's."""
+    stock = model_of(head="base-no-pooler", num_hidden_layers=1)
+    model, shapes = fast(copy.deepcopy(stock)), [(9, 1, 7), (30, 4), (3,), (33, 35)]
+    batches = [moved(ragged(lengths=lengths, seed=seed)) for seed, lengths in enumerate(shapes)]
+    wants = [first_output(stock, batch) for batch in batches]
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            torch.nn.functional.dropout(torch.randn(64, device=DEVICE), 0.5)
+            torch.cuda.current_stream().synchronize()
+
+    def call(order: int) -> None:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(2 if "played_cuda" in sys.modules else 50):
+                outputs = [(which, model(**batches[which])[0]) for which in range(len(batches))[::order]]
+                for which, output in outputs:
+                    same_at_tokens(output.float().cpu(), wants[which], batches[which], 1e-4)
+
+    with ThreadPoolExecutor(3) as pool:
+        drawing = pool.submit(draw)
+        try:
+            for done in [pool.submit(call, order) for order in (1, -1)]:
+                done.result()
+        finally:
+            ended.set()
+        drawing.result()

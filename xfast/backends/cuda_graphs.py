@@ -11,17 +11,20 @@ are many. Replays of one engine take turns (a lock on the host, an event between
 
 from __future__ import annotations
 
+import gc
 import math
+import os
+import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from xfast.errors import in_short
+from xfast.errors import in_short, require_one_of
 
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Token counts, in steps of at most 1.5 from 64 on: the rows that a bucket adds to a batch cost products."""
@@ -37,7 +40,14 @@ MEETINGS_BEFORE_CAPTURE = 2
 """A shape that comes up once is not worth a capture, which stops the device and takes as long as many launches."""
 
 RETRY_CALLS = 1024
-"""A capture for which there was no memory is tried again after so many calls, and then each time they have doubled."""
+"""A capture for which there was no memory, or that another thread broke off, is tried again after so many calls, and
+then each time they have doubled."""
+
+SWITCH = "XFAST_CUDA_GRAPHS"
+"""This environment variable says 0 where a program has captures of its own that ours would be in the way of."""
+
+_PASSING = re.compile("out of memory|captur", re.IGNORECASE)
+"""In errors that may not come again: another thread that synchronises the device breaks a capture off."""
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
@@ -74,9 +84,11 @@ def finish(event: torch.cuda.Event | None) -> None:
     """Waits for what an event was recorded after, before its memory goes; not in a capture, which that would end."""
     if event is None:
         return
-    with suppress(Exception):  # the interpreter may be ending
+    try:  # the interpreter may be ending, and suppress() be gone
         if not torch.cuda.is_current_stream_capturing():
             event.synchronize()
+    except Exception:
+        return
 
 
 def _cause(error: BaseException) -> str:
@@ -85,6 +97,41 @@ def _cause(error: BaseException) -> str:
     while first.__context__ is not None:
         first = first.__context__
     return in_short(error) if first is error else f"{in_short(first)}; then: {in_short(error)}"
+
+
+def _new_graph() -> torch.cuda.CUDAGraph:
+    """A CUDA graph whose capture leaves other threads their random numbers.
+
+    Before 2.13 torch marks the device's generator as being captured (``CUDAGeneratorState::capturing_``): whoever draws
+    a number in another thread meanwhile gets an error, and where the capture fails, everyone from then on. What is
+    captured here draws none: a copy of the generator's state gets the mark, in the state's place for that moment.
+    """
+    if torch.__version__ >= (2, 13):
+        return torch.cuda.CUDAGraph()
+
+    class Graph(torch.cuda.CUDAGraph):
+        def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+            generator: Any = torch.cuda.default_generators[torch.cuda.current_device()]
+            own = generator.graphsafe_get_state()
+            generator.graphsafe_set_state(generator.clone_state())
+            try:
+                super().capture_begin(*args, **kwargs)
+            finally:
+                generator.graphsafe_set_state(own)
+
+    return Graph()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector would destroy a dropped graph on the capturing thread, which ends the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def capture_cuda() -> Capture:
@@ -108,9 +155,12 @@ def capture_cuda() -> Capture:
             function()
             before = torch.cuda.current_stream()
             side.wait_stream(before)
-            graph = torch.cuda.CUDAGraph()
+            graph = _new_graph()
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                with (
+                    _no_collection(),
+                    torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
+                ):
                     output = function()
             except BaseException:
                 # Where a capture cannot be ended, torch leaves its stream current, its pool in use by no one, and
@@ -128,8 +178,18 @@ def capture_cuda() -> Capture:
 
 
 def capture_on(device: torch.device) -> Capture | None:
-    """What captures graphs on a device, or None where there are none."""
-    return capture_cuda() if device.type == "cuda" else None
+    """What captures graphs on a device, or None where there are none.
+
+    Raises:
+        InvalidOptionError: :data:`SWITCH` is neither 0 nor 1.
+    """
+    return capture_cuda() if device.type == "cuda" and not _switched_off() else None
+
+
+def _switched_off() -> bool:
+    value = os.environ.get(SWITCH) or "1"
+    require_one_of(SWITCH, value, ("0", "1"))
+    return value == "0"
 
 
 class Graphs:
@@ -140,7 +200,7 @@ class Graphs:
         self.device = device
         self.capture = capture
         self.refused: dict[Hashable, str] = {}
-        self._again: dict[Hashable, int] = {}  # those of them that want for memory: the call that tries once more
+        self._again: dict[Hashable, int] = {}  # those of them that may go well: the call that tries once more
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._met: Counter[Hashable] = Counter()
         self._calls = 0
@@ -201,7 +261,7 @@ class Graphs:
     def describe(self, tokens: Callable[[Any], int]) -> list[str]:
         """Lines for ``explain``; ``tokens`` reads the bucket off a key."""
         if self.capture is None:
-            return []
+            return [f"CUDA graphs: off ({SWITCH}=0)"] if self.device.type == "cuda" and _switched_off() else []
         with self._lock:  # a call on another thread may be adding to them
             keys, refused = list(self._graphs), dict(self.refused)
         sizes = sorted({tokens(key) for key in keys})
@@ -228,7 +288,7 @@ class Graphs:
                 replay, output = capture(function)
         except (torch.OutOfMemoryError, RuntimeError) as error:  # the batch itself may still fit, launch by launch
             self.refused[key] = _cause(error)
-            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            if isinstance(error, torch.OutOfMemoryError) or _PASSING.search(str(error)):
                 self._again[key] = RETRY_CALLS + 2 * self._calls
                 self.refused[key] += "; tried again later"
             else:

@@ -39,7 +39,7 @@ def finish(acc, bias, residual, at, column, valid, BIAS: tl.constexpr, GELU: tl.
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gemm_kernel(
     x, w, bias, residual, out, scale_x, scale_w,
     rows, columns, depth, stride_x, stride_w, stride_residual, stride_out,

@@ -134,7 +134,7 @@ def _group_scale(scale, column, stride, first, GROUP: tl.constexpr):
     return tl.load(scale + column * stride + first // GROUP).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def weight_only_kernel(
     x, w, scale, bias, residual, out,
     rows, columns, depth, steps, stride_x, stride_w, stride_scale, stride_residual, stride_out,
@@ -185,7 +185,7 @@ def weight_only_kernel(
     tl.store(out + place * stride_out + column[:, None], cast(acc, out.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def combine_kernel(
     sums, bias, residual, out, rows, columns, splits, stride_residual, stride_out,
     BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
