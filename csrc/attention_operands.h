@@ -25,6 +25,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <limits>
 
 namespace xfast {
@@ -160,11 +161,11 @@ struct AttentionInt16 {
   // lay there: its probabilities are zero, and these are integers.
   static void pack_values(const AttentionScratch& s, const float* v, int64_t ld, int64_t n, int64_t head_dim) {
     float* dst = s.values;
-    // A key that is NaN makes every output NaN: its scores are, which rounded probabilities cannot be. So does a value,
-    // by the mean.
+    // A key that is NaN makes every output NaN: its scores are, which rounded probabilities cannot be. So does one that
+    // is infinite, whose rounding has lost the sign; and a value, by the mean.
     V16 scales = set1(0.0f);
     for (int64_t key = 0; key < n; key += 16) scales = max_magnitude(load(s.key_scale + key), scales);
-    const float key_scale = reduce_max_magnitude(scales), least = key_scale == key_scale ? 1e-30f : key_scale;
+    const float key_scale = reduce_max_magnitude(scales), least = key_scale <= FLT_MAX ? 1e-30f : NAN;
     const V16 part = set1(1.0f / static_cast<float>(n));
     for (int64_t d = 0; d < head_dim; d += kPanel, dst += kKeyBlock / 2 * kPanel) {
       const int64_t valid = head_dim - d;

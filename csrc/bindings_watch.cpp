@@ -76,7 +76,9 @@ class Watch {
   static uint64_t number(PyObject* value) {
     if (value == nullptr) throw py::error_already_set();
     const py::object held = py::reinterpret_steal<py::object>(value);
-    return PyLong_AsUnsignedLongLongMask(held.ptr());
+    const uint64_t found = PyLong_AsUnsignedLongLongMask(held.ptr());
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();  // it is no number
+    return found;
   }
 
   // Everything that is compared, in order, until `visit` returns false; whether it never did.

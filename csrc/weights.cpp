@@ -214,6 +214,7 @@ InputFormat PackedLinear::input() const {
 
 bool PackedLinear::set_rows(int64_t first, const MatrixView& w, const float* bias, int threads) {
   if (!owns()) allocate();
+  std::fill_n(set_.begin() + first, w.rows, 0);
   if (bias != nullptr) {
     if (!finite(bias, w.rows)) return false;
     std::memcpy(bias_.data() + first, bias, w.rows * sizeof(float));

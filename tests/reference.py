@@ -34,11 +34,12 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 per row: fp32 [R, I] -> (q [R, I] in [-127, 127], scale fp32 [R]).
 
-    scale = absmax / 127; q = x * (127 / absmax), rounded half to even. Each step is one fp32 operation.
+    scale = absmax / 127; q = x * (127 / absmax), rounded half to even. Each step is one fp32 operation (torch divides a
+    number by a tensor in two: it multiplies by the reciprocal).
     """
     x = x.to(torch.float32)
     absmax = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
-    inverse = torch.where(absmax > TINY_ABSMAX, QUANT_MAX / absmax, 0.0)
+    inverse = torch.where(absmax > TINY_ABSMAX, torch.full_like(absmax, QUANT_MAX) / absmax, 0.0)
     q = torch.round(x * inverse[:, None]).clamp(-QUANT_MAX, QUANT_MAX)
     return q.to(torch.int8), absmax / QUANT_MAX
 

@@ -342,6 +342,22 @@ def complete_encoder(pre_norm: bool, mixed: bool) -> _C.Encoder:
     return encoder
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_weights_that_are_refused_leave_nothing_usable(part: str) -> None:
+    """Not the former ones either."""
+    encoder, given = (
+        complete_encoder(False, False),
+        {"weight": np.ones((24, 8), np.float32), "bias": np.ones(24, np.float32)},
+    )
+    given[part].flat[3] = np.nan
+    assert encoder.set_linear(0, "qkv", 0, given["weight"], given["bias"], 1) is False
+    zero = np.zeros(1, np.int32)
+    with pytest.raises(ValueError, match="weights are missing"):
+        encoder.forward(
+            zero, None, zero, None, np.array([0, 1], np.int32), None, 1, np.ones((1, 8), np.float32), None, 1
+        )
+
+
 ENCODERS = [complete_encoder(pre_norm, mixed) for pre_norm in (False, True) for mixed in (False, True)]
 IDS, TYPES, ENDS = (np.array(v, np.int32) for v in ([3, 1, 0, 2, 2], [0, 1, 1, 0, 0], [0, 3, 3, 5]))
 

@@ -425,6 +425,17 @@ def test_the_watch_takes_only_what_it_can_compare(place: int) -> None:
         _C.Watch(*lists, [], [])
 
 
+def test_memory_whose_address_is_no_number_is_an_error() -> None:
+    class Strange:
+        _version = 0
+
+        def data_ptr(self) -> str:
+            return "somewhere"
+
+    with pytest.raises(TypeError, match="int"):
+        _C.Watch([{}], [nn.Linear(1, 1)], [{}], [Strange()], [], [], []).changed()
+
+
 def test_every_sign_of_a_change_counts() -> None:
     child, tensor = nn.Linear(2, 2), torch.zeros(40)
     values, state = {"a": child}, dict(child.__dict__)
