@@ -245,9 +245,9 @@ WITHHELD = "labels withheld: predictions can be written but not scored here"
 @pytest.mark.parametrize(
     ("rows", "split", "said"),
     [
-        ("a\tb\nc\td\t\n", "train", [(ERROR, "en", "2 of 2 rows lack their label")]),
-        ("a\tb\t1\nc\td\n", "train", [(ERROR, "en", "1 of 2 rows lack their label")]),
-        ("a\tb\t1\nc\td\n", "dev", [(ERROR, "en", "1 of 2 rows lack their label")]),
+        ("a\tb\t\nc\td\t\n", "train", [(ERROR, "en", "2 of 2 rows lack their label")]),
+        ("a\tb\t1\nc\td\t\n", "train", [(ERROR, "en", "1 of 2 rows lack their label")]),
+        ("a\tb\t1\nc\td\t\n", "dev", [(ERROR, "en", "1 of 2 rows lack their label")]),
         ("a\tb\nc\td\n", "dev", [(WARNING, "en", WITHHELD)]),
         ("a\tb\nc\td\n", "test", [(WARNING, "en", WITHHELD)]),
         ("a\tb\t1\nc\td\t0\n", "test", []),
@@ -261,6 +261,12 @@ def test_labels_that_are_not_there(write: Write, tmp_path: Path, rows: str, spli
     assert found(diagnosis, "pawsx", split, OK) == [
         (OK, "", "2 rows" if split == "train" else "1 of 7 languages, 2 rows")
     ]
+
+
+def test_rows_with_fewer_columns_than_the_others_are_told(write: Write, tmp_path: Path) -> None:
+    write("pawsx/dev-en.tsv", "a\tb\t1\nc\td\n")
+    (told,) = [one for one in found(diagnose(tmp_path), "pawsx", "dev") if one[0] == ERROR]
+    assert told[2].endswith("dev-en.tsv:2: 2 columns, expected 3 as before")
 
 
 def test_sentences_without_their_tags(write: Write, tmp_path: Path) -> None:
