@@ -393,7 +393,7 @@ class _Written:
     def _note(self, mine: dict[str, Any]) -> None:
         """Beside what the file says of the other split, which another process may evaluate meanwhile."""
         path = self.folder / MADE_BY
-        with Lock("output", self.folder, wait=True):
+        with Lock("output", self.folder, ".made-by.lock", wait=True):
             stored = load_json(path) if path.is_file() else {}
             if stored.get(self.run.split) != mine:
                 text = json.dumps({**stored, self.run.split: mine}, indent=1) + "\n"
